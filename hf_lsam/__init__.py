@@ -1,0 +1,28 @@
+"""LSAM for Hugging Face: asynchronous distributed training with landscape-smoothed sharpness-aware minimization.
+
+Paper: arXiv 2509.03110. Importing this module has no side effect and loads nothing until a name is used, so that the
+server process needs torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .arguments import LSAMArguments, LSAMConfig
+    from .trainer import LSAMTrainer, LSAMTrainerMixin
+
+__version__ = "0.1.0"
+__all__ = ["LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin"]
+
+_HOME = {
+    "LSAMArguments": "arguments",
+    "LSAMConfig": "arguments",
+    "LSAMTrainer": "trainer",
+    "LSAMTrainerMixin": "trainer",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,318 @@
+"""The configuration of an LSAM run: `LSAMArguments`, to be mixed into any TrainingArguments, and `LSAMConfig`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import strtobool
+
+from .anchor import OPTIMIZERS
+from .coupling import anchor_lr_bound
+from .identity import Identity, pin
+from .server.core import ServerSettings
+from .worker import WorkerSettings
+
+_SHARDING_VARIABLES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+@dataclass
+class LSAMArguments:
+    """LSAM's own fields, to be mixed in before a subclass of `TrainingArguments`.
+
+    ```python
+    @dataclass
+    class LSAMSFTConfig(LSAMArguments, SFTConfig):
+        pass
+    ```
+
+    Parameters that control the sampler (each worker's gradient):
+        sam_rho (`float`, defaults to 0.05): L2 radius of the perturbation; 0 switches SAM off. Denoted rho in the
+            paper. It acts on the worker's own batch: smaller batches want a smaller radius.
+        sam_eps (`float`, defaults to 1e-12): stabiliser in the denominator. Denoted gamma in the paper.
+        sam_adaptive (`bool`, defaults to False): measure the radius in units of each weight (ASAM). Useful radii are
+            then 10 to 40 times larger.
+        sam_interval (`int`, defaults to 1): perturb at every k-th optimizer step only, step plainly between.
+        sam_ascent_fraction (`float`, defaults to 1.0): the share of each batch that pass 1 sees. At 0.25 a step costs
+            1.25 forward-backward passes instead of 2. The reported loss is then that of pass 2.
+        langevin_temperature (`float`, defaults to 0.0): temperature of the noise added to each step; 0 adds none, 1
+            is exact stochastic gradient Langevin dynamics. Denoted T.
+
+    Parameters that control the coupling and the exchange:
+        sync_steps (`int`, defaults to 16): local steps between two pushes. Denoted tau in the paper.
+        coupling_strength (`float`, defaults to 0.1): pull of a worker to the anchor; a step takes away
+            coupling_strength / sync_steps of their distance. Denoted lambda0 in the paper.
+        coupling (`str`, defaults to "decoupled"): "decoupled" pulls after the optimizer's step, as weight decay does in
+            AdamW; "score" puts the pull inside the gradient (SGD without momentum only, where both are the same).
+        num_workers (`int`, *optional*): how many workers the run is meant to have. Set, it makes a launch that starts
+            another number an error.
+        shared_memory_dir (`str`, defaults to "/dev/shm"): where workers and server of a machine exchange vectors. Needs
+            room for num_workers + 2 of them.
+        data_distribution (`str`, defaults to "sharded"): "sharded" shares each epoch among the workers and reshuffles
+            it, as DDP does; "independent" lets each worker draw from all the data in its own order, as in the paper (an
+            IterableDataset is then read whole by every worker: shuffle it with a seed of the worker's own).
+
+    Parameters that control the anchor (the server):
+        anchor_lr (`float`, defaults to 1.0): step size of the anchor. Denoted eta' in the paper.
+        anchor_momentum_correction (`float`, defaults to 0.3): weight of the change between two mean differences.
+            Denoted beta in the paper.
+        anchor_optimizer (`str`, defaults to "sgd"): "sgd", "nesterov" or "adam".
+        anchor_momentum (`float`, defaults to 0.9): momentum of "nesterov", first decay rate of "adam".
+        batchnorm_batches (`int`, defaults to 32): training batches from which BatchNorm statistics are re-estimated at
+            the anchor before it is evaluated or saved; 0 leaves the worker's own. Without BatchNorm it does nothing.
+
+    Raises:
+        ValueError: for a value out of range, for a configuration in which the distance between workers and anchor
+            would grow without bound, and for what LSAM cannot be combined with.
+    """
+
+    sam_rho: float = field(default=0.05, metadata={"help": "L2 radius of the SAM perturbation; 0 switches SAM off."})
+    sam_eps: float = field(default=1e-12, metadata={"help": "Stabiliser in the denominator of the perturbation."})
+    sam_adaptive: bool = field(default=False, metadata={"help": "Measure the radius in units of each weight (ASAM)."})
+    sam_interval: int = field(default=1, metadata={"help": "Perturb at every k-th optimizer step only."})
+    sam_ascent_fraction: float = field(default=1.0, metadata={"help": "Share of each batch that pass 1 sees."})
+    langevin_temperature: float = field(default=0.0, metadata={"help": "Temperature of the noise added to each step."})
+
+    sync_steps: int = field(default=16, metadata={"help": "Local steps between two pushes."})
+    coupling_strength: float = field(default=0.1, metadata={"help": "Pull of a worker to the anchor (lambda0)."})
+    coupling: str = field(default="decoupled", metadata={"help": "Where the pull acts: 'decoupled' or 'score'."})
+    num_workers: int | None = field(default=None, metadata={"help": "Number of workers the run is meant to have."})
+    shared_memory_dir: str = field(default="/dev/shm", metadata={"help": "Where workers and server exchange vectors."})
+    data_distribution: str = field(default="sharded", metadata={"help": "'sharded' or 'independent'."})
+
+    anchor_lr: float = field(default=1.0, metadata={"help": "Step size of the anchor."})
+    anchor_momentum_correction: float = field(
+        default=0.3, metadata={"help": "Momentum correction of the anchor (beta)."}
+    )
+    anchor_optimizer: str = field(default="sgd", metadata={"help": "'sgd', 'nesterov' or 'adam'."})
+    anchor_momentum: float = field(default=0.9, metadata={"help": "Momentum of 'nesterov', beta1 of 'adam'."})
+    batchnorm_batches: int = field(
+        default=32, metadata={"help": "Batches to re-estimate BatchNorm statistics at the anchor from; 0: never."}
+    )
+
+    def __post_init__(self):
+        self._saving_own_state = False
+        self._validate_ranges()
+        self._validate_stability()
+        self._refuse_sharding()
+        super().__post_init__()
+        self._refuse_incompatible()
+        # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
+        self.accelerator_config.dispatch_batches = False
+        if self.data_distribution == "independent" and self.identity.rank > 0:
+            # Far apart: epoch e of the seedable sampler uses seed + e.
+            base = self.seed if self.data_seed is None else self.data_seed
+            self.data_seed = base + 1_000_003 * self.identity.rank
+
+    # --- who this process is; TrainingArguments asks for it at construction ---
+
+    @cached_property
+    def identity(self) -> Identity:
+        """This process among the workers.
+
+        Raises:
+            ValueError: if the launcher started another number of workers than `num_workers`, or fewer than it was
+                asked for.
+        """
+        identity = Identity.from_environment()
+        if self.num_workers is not None and identity.num_workers != self.num_workers:
+            raise ValueError(
+                f"num_workers={self.num_workers}, but {identity.num_workers} were started: the run would not be the one "
+                f"that was configured. Launch with `accelerate launch --multi_gpu --num_processes {self.num_workers}` "
+                "(on CPU too, with use_cpu=True: without --multi_gpu only one process starts there), or set num_workers "
+                "to what you want."
+            )
+        return identity
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        use_cpu = self.use_cpu or bool(strtobool(os.environ.get("ACCELERATE_USE_CPU", "False")))
+        return self.pin_process(use_cpu)
+
+    def pin_process(self, use_cpu: bool) -> torch.device:
+        """Tells Accelerate that this worker is a job of its own (see `identity.pin`); returns its device."""
+        from accelerate.state import PartialState
+
+        device = pin(self.identity, use_cpu)
+        self.distributed_state = PartialState()
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
+
+    @property
+    def should_save(self) -> bool:
+        """Process 0 saves the model; every worker saves its own training state, and only inside `saving_own_state`."""
+        return self._saving_own_state or super().should_save
+
+    @contextmanager
+    def saving_own_state(self) -> Iterator[None]:
+        """Inside, Trainer writes optimizer, scheduler and trainer state of this worker, whatever its rank."""
+        self._saving_own_state = True
+        try:
+            yield
+        finally:
+            self._saving_own_state = False
+
+    # --- what the rooms below need, without a config object ---
+
+    def server_settings(self) -> ServerSettings:
+        return ServerSettings(
+            self.sync_steps,
+            self.anchor_lr,
+            self.anchor_momentum_correction,
+            self.anchor_optimizer,
+            self.anchor_momentum,
+        )
+
+    def worker_settings(self) -> WorkerSettings:
+        return WorkerSettings(self.sync_steps, self.coupling_strength, self.coupling, self.langevin_temperature)
+
+    # --- validation ---
+
+    def _validate_ranges(self):
+        def require(ok: bool, name: str, rule: str, remedy: str):
+            if not ok:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}. {remedy}")
+
+        def number(name: str) -> float:
+            value = getattr(self, name)
+            return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+        def whole(name: str) -> bool:
+            return isinstance(getattr(self, name), int) and not isinstance(getattr(self, name), bool)
+
+        require(0 <= number("sam_rho") < math.inf, "sam_rho", "finite and >= 0", "Use 0 to train without SAM.")
+        require(0 <= number("sam_eps") < math.inf, "sam_eps", "finite and >= 0", "The default is 1e-12.")
+        require(
+            whole("sam_interval") and self.sam_interval >= 1,
+            "sam_interval",
+            "an integer >= 1",
+            "Use 1 to perturb at every step.",
+        )
+        require(
+            0 < number("sam_ascent_fraction") <= 1, "sam_ascent_fraction", "in (0, 1]", "Use 1.0 for the whole batch."
+        )
+        require(
+            0 <= number("langevin_temperature") < math.inf,
+            "langevin_temperature",
+            "finite and >= 0",
+            "Use 0 for no noise.",
+        )
+        require(
+            whole("sync_steps") and self.sync_steps >= 1,
+            "sync_steps",
+            "an integer >= 1",
+            "Use 1 to exchange after every step.",
+        )
+        require(
+            0 <= number("coupling_strength") <= self.sync_steps,
+            "coupling_strength",
+            f"between 0 and sync_steps ({self.sync_steps})",
+            "Beyond, one step would pull a worker past the anchor. The paper uses 0.1 and 0.9.",
+        )
+        require(
+            self.coupling in ("decoupled", "score"),
+            "coupling",
+            "'decoupled' or 'score'",
+            "Use 'decoupled' unless the optimizer is plain SGD.",
+        )
+        require(
+            self.num_workers is None or (whole("num_workers") and self.num_workers >= 1),
+            "num_workers",
+            "an integer >= 1 or None",
+            "Leave it out to take as many as the launcher starts.",
+        )
+        require(
+            self.data_distribution in ("sharded", "independent"),
+            "data_distribution",
+            "'sharded' or 'independent'",
+            "'sharded' is what DDP does.",
+        )
+        require(
+            0 < number("anchor_lr") < math.inf,
+            "anchor_lr",
+            "finite and > 0",
+            "1.0 moves the anchor to the mean of the samples.",
+        )
+        require(
+            0 <= number("anchor_momentum_correction") < math.inf,
+            "anchor_momentum_correction",
+            "finite and >= 0",
+            "Use 0 for none.",
+        )
+        require(
+            self.anchor_optimizer in OPTIMIZERS, "anchor_optimizer", f"one of {OPTIMIZERS}", "'sgd' is the paper's."
+        )
+        require(0 <= number("anchor_momentum") < 1, "anchor_momentum", "in [0, 1)", "The default is 0.9.")
+        require(
+            whole("batchnorm_batches") and self.batchnorm_batches >= 0,
+            "batchnorm_batches",
+            "an integer >= 0",
+            "Use 0 to keep the worker's statistics.",
+        )
+        require(
+            os.path.isdir(self.shared_memory_dir) and os.access(self.shared_memory_dir, os.W_OK),
+            "shared_memory_dir",
+            "a folder this process may write to",
+            "Use a folder on a local disk where there is no /dev/shm.",
+        )
+
+    def _validate_stability(self):
+        if self.anchor_optimizer == "adam":
+            return  # its step does not scale with the distance, so distances cannot feed on themselves
+        momentum = self.anchor_momentum if self.anchor_optimizer == "nesterov" else 0.0
+        bound = anchor_lr_bound(self.coupling_strength, self.sync_steps, self.anchor_momentum_correction, momentum)
+        if self.anchor_lr >= bound:
+            raise ValueError(
+                f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, sync_steps={self.sync_steps}, "
+                f"anchor_momentum_correction={self.anchor_momentum_correction} and anchor_optimizer="
+                f"{self.anchor_optimizer!r} is outside the stability region (anchor_lr < {bound:.4g}): the distance "
+                "between workers and anchor would grow from period to period until it is NaN. Use "
+                f"anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller anchor_momentum_correction."
+            )
+
+    def _refuse_sharding(self):
+        asked = [
+            name for variable, name in _SHARDING_VARIABLES.items() if os.environ.get(variable, "").lower() == "true"
+        ]
+        asked += [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(self, name, None)]
+        if asked:
+            raise ValueError(
+                f"LSAM cannot be combined with {asked[0]} yet: a worker must hold whole parameters, or its norm, its "
+                "perturbation and its differences would be those of a shard. Launch without it (`--multi_gpu`); to save "
+                "memory train a LoRA adapter, or use gradient checkpointing and gradient accumulation."
+            )
+
+    def _refuse_incompatible(self):
+        if "layerwise" in self.optim.value or "lomo" in self.optim.value:
+            raise ValueError(
+                f"optim={self.optim.value!r} steps inside the backward pass, where SAM's first gradient is not yet known: "
+                "pass 1 would already change the weights. Use an optimizer that steps after the backward pass, for "
+                "example optim='adamw_torch'."
+            )
+        if self.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type.value!r} follows evaluation results, which only worker 0 "
+                "has: the workers' learning rates would drift apart. Use a schedule of the step, for example 'linear' "
+                "or 'cosine'."
+            )
+        if self.auto_find_batch_size and self.identity.num_workers > 1:
+            raise ValueError(
+                "auto_find_batch_size starts training over in the worker that ran out of memory, while the others go on: "
+                "the run would lose it. Set per_device_train_batch_size to a size that fits."
+            )
+
+
+@dataclass
+class LSAMConfig(LSAMArguments, TrainingArguments):
+    """Every field of `TrainingArguments`, and LSAM's own (see `LSAMArguments`)."""

@@ -1,0 +1,75 @@
+"""BatchNorm's running statistics under SAM and at the anchor.
+
+Pass 2 sees the perturbed weights; its batch statistics must not enter the running ones. And the anchor is a model that
+no batch ever went through: the running statistics a worker has collected belong to its own x. They are re-estimated at
+y from training batches before the anchor is evaluated or saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def tracking_layers(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers of `model` that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+    ]
+
+
+@contextmanager
+def frozen_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Layers normalise by the batch as in training and leave their running statistics alone.
+
+    Momentum 0 would not do: the layer would still count the batch in `num_batches_tracked`.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], object]) -> int:
+    """Replaces the running statistics by the average over `batches` at the current weights.
+
+    Everything but the BatchNorm layers is in evaluation mode meanwhile, so dropout does not blur the statistics.
+
+    Args:
+        model: with its anchor in place.
+        batches: training batches, any form that `forward` takes.
+        forward: runs the model on one batch; its result is dropped.
+
+    Returns:
+        the number of batches seen.
+    """
+    layers = tracking_layers(model)
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+    seen = 0
+    try:
+        for batch in batches:
+            forward(batch)
+            seen += 1
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    return seen

@@ -1,0 +1,111 @@
+"""Where the worker meets Trainer's loop, and what it warns of."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from .trainer import LSAMTrainerMixin
+
+logger = logging.getLogger(__name__)
+
+
+class FailureSignatures:
+    """Recognises runs that go wrong from what they log; each signature is reported once, with its remedy.
+
+    Args:
+        num_workers: n.
+    """
+
+    DRIFT_WINDOW = 6  # log points over which drift must have grown at each one
+    DRIFT_GROWTH = 2.0  # and by this factor in all
+    STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
+
+    def __init__(self, num_workers: int):
+        self._num_workers = num_workers
+        self._drift: list[float] = []
+        self._reported: set[str] = set()
+
+    def observe(self, drift: float, staleness: float) -> list[str]:
+        """The warnings that one log point gives rise to.
+
+        Args:
+            drift: ||x - y|| / ||y||.
+            staleness: mean anchor versions between reading y and handing in differences to it.
+        """
+        self._drift = [*self._drift, drift][-self.DRIFT_WINDOW :]
+        growing = len(self._drift) == self.DRIFT_WINDOW and all(
+            later > earlier for earlier, later in zip(self._drift, self._drift[1:], strict=False)
+        )
+        warnings = []
+        if not math.isfinite(drift) or (growing and drift > self.DRIFT_GROWTH * self._drift[0]):
+            warnings.append(
+                self._once(
+                    "drift",
+                    f"the distance to the anchor keeps growing (lsam/drift {drift:.3g}): the workers are falling apart. "
+                    "Raise coupling_strength, or lower sync_steps or the learning rate.",
+                )
+            )
+        if staleness > self.STALENESS_FACTOR * self._num_workers:
+            warnings.append(
+                self._once(
+                    "staleness",
+                    f"this worker's pushes are {staleness:.1f} anchor versions old on average, with {self._num_workers} "
+                    "workers: it is far slower than the others, and what it hands in pulls the anchor back. Give it a "
+                    "smaller batch, or raise sync_steps.",
+                )
+            )
+        return [warning for warning in warnings if warning]
+
+    def batchnorm_not_reestimated(self) -> str | None:
+        return self._once(
+            "batchnorm",
+            "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights (batchnorm_batches=0): "
+            "its accuracy will look worse than it is. Set batchnorm_batches to 32 or more.",
+        )
+
+    def _once(self, signature: str, warning: str) -> str | None:
+        if signature in self._reported:
+            return None
+        self._reported.add(signature)
+        return warning
+
+
+class LSAMCallback(TrainerCallback):
+    """Hands Trainer's events to the worker. Added by `LSAMTrainerMixin`, after all other callbacks."""
+
+    def __init__(self, trainer: LSAMTrainerMixin):
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.worker.before_optimizer_step(self._trainer.learning_rates())
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # A step that the gradient scaler has skipped is no step: x has not moved.
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._trainer.worker.after_optimizer_step(self._trainer.learning_rates())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._leave_evaluation_to_worker_0(control)
+        self._note_early_stop(state, control)
+        if self._trainer.worker.link.stop_requested:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._note_early_stop(state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._leave_evaluation_to_worker_0(control)
+
+    def _leave_evaluation_to_worker_0(self, control):
+        if self._trainer.args.identity.rank != 0:
+            control.should_evaluate = False
+
+    def _note_early_stop(self, state, control):
+        """A stop before the last step is somebody's decision and holds for all; running out of data is not."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            self._trainer.stop_all_workers = True

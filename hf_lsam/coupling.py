@@ -1,0 +1,151 @@
+"""What holds a worker near the anchor: the pull, the injected noise, and the bound within which both are stable.
+
+After the optimizer's step has taken x to x', with c = lambda0 / tau,
+
+    x = x' - c (x' - y)                     pull (decoupled, as weight decay is in AdamW)
+    D = D + (x - y)                         the worker's running sum of differences
+
+For SGD without momentum the pull equals eta * lambda * (x - y), lambda = lambda0 / (eta tau): the Gaussian kernel of
+LSAM (arXiv 2509.03110, Theorem 1 and Algorithm 2). `coupling="score"` puts the same term inside the gradient instead.
+
+Stability. With zero loss the offset e = x - y shrinks by (1 - c) a step. Over one period of tau steps, with
+
+    a = (1 - c)^tau        b = (1/tau) sum_{k=1..tau} (1 - c)^k
+
+and a server that steps with eta' along g = g' + beta (g' - g'_prev), g' = -b e,
+
+    e <- a e - eta' [ b e + beta (b e - b e_prev) ]
+
+contracts iff  eta' beta b < 1  and  eta' (1 + 2 beta) b < 1 + a.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# 2^17 float32 values: x, y, D and the difference of a block share a 2 MB L2 cache. Six passes over main memory become
+# three (measured on 22.7 M parameters, 2 cores: 15 ms instead of 85).
+CPU_BLOCK = 1 << 17
+
+
+def blocks(*tensor_lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Cuts aligned tensor lists into groups that fit in a CPU cache; on an accelerator all is one group.
+
+    Args:
+        tensor_lists: lists of contiguous tensors, the i-th of each with the same number of elements.
+
+    Yields:
+        one list of flat views a tensor list, together about `CPU_BLOCK` elements each.
+    """
+    if tensor_lists[0][0].device.type != "cpu":
+        yield tuple(list(tensors) for tensors in tensor_lists)
+        return
+    group: list[tuple[Tensor, ...]] = []
+    held = 0
+    for aligned in zip(*tensor_lists, strict=True):
+        for pieces in zip(*(tensor.view(-1).split(CPU_BLOCK) for tensor in aligned), strict=True):
+            group.append(pieces)
+            held += pieces[0].numel()
+            if held >= CPU_BLOCK:
+                yield tuple(map(list, zip(*group, strict=True)))
+                group, held = [], 0
+    if group:
+        yield tuple(map(list, zip(*group, strict=True)))
+
+
+@torch.no_grad()
+def pull_and_accumulate(
+    parameters: Sequence[Tensor], anchor: Sequence[Tensor], total: Sequence[Tensor], pull: float
+) -> None:
+    """x <- x - pull (x - y) and D <- D + (x - y), in place, in one sweep through memory.
+
+    Args:
+        parameters: x after the optimizer's step, a list of contiguous tensors.
+        anchor: y, float32, same shapes.
+        total: D, the running sum of differences, float32, same shapes.
+        pull: c = lambda0 / tau, a number in [0, 1]; 0 leaves x untouched, bit for bit.
+    """
+    for x, y, sums in blocks([p.detach() for p in parameters], anchor, total):
+        difference = torch._foreach_sub(x, y)
+        if pull:
+            torch._foreach_add_(x, difference, alpha=-pull)
+        torch._foreach_add_(sums, difference, alpha=1.0 - pull)
+
+
+@torch.no_grad()
+def add_pull_to_gradient(parameters: Sequence[Tensor], anchor: Sequence[Tensor], strength: float) -> None:
+    """grad <- grad + lambda (x - y): the coupling inside the score, for SGD.
+
+    Args:
+        parameters: x, with `.grad` set or None (then skipped).
+        anchor: y, same shapes.
+        strength: lambda = lambda0 / (eta tau).
+    """
+    for parameter, y in zip(parameters, anchor, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - y, alpha=strength)
+
+
+@torch.no_grad()
+def add_langevin_noise(
+    parameters: Iterable[Tensor], learning_rate: float, temperature: float, generator: torch.Generator | None = None
+) -> None:
+    """x <- x + sqrt(2 eta T) N(0, I): stochastic gradient Langevin dynamics at temperature T (1 = exact).
+
+    Args:
+        parameters: x, changed in place.
+        learning_rate: eta of this step.
+        temperature: T >= 0.
+        generator: source of the noise; the default generator of the device if None.
+    """
+    deviation = math.sqrt(2.0 * learning_rate * temperature)
+    for parameter in parameters:
+        noise = torch.empty_like(parameter).normal_(generator=generator)
+        parameter.detach().add_(noise, alpha=deviation)
+
+
+def period_factors(coupling_strength: float, sync_steps: int) -> tuple[float, float]:
+    """(a, b): what one period leaves of an offset, and its mean over the period's steps."""
+    keep = 1.0 - coupling_strength / sync_steps
+    return keep**sync_steps, sum(keep**k for k in range(1, sync_steps + 1)) / sync_steps
+
+
+def anchor_lr_bound(
+    coupling_strength: float, sync_steps: int, momentum_correction: float, momentum: float = 0.0
+) -> float:
+    """The anchor step size below which the offset between workers and anchor contracts.
+
+    Without server momentum the closed form at the head of this module; with Nesterov momentum m the same recurrence
+    has one state more, v <- m v + g, y <- y - eta' (g + m v), and its spectral radius is bisected.
+
+    Args:
+        coupling_strength: lambda0.
+        sync_steps: tau.
+        momentum_correction: beta.
+        momentum: m in [0, 1).
+    """
+    a, b = period_factors(coupling_strength, sync_steps)
+    beta = momentum_correction
+    closed_form = (1.0 + a) / (b * (1.0 + 2.0 * beta))
+    if beta > 0:
+        closed_form = min(closed_form, 1.0 / (beta * b))
+    if momentum == 0.0:
+        return closed_form
+
+    def radius(lr: float) -> float:
+        # State (e, e_prev, v). The mean gradient is g = (1 + beta) h - beta h_prev with h = -b e, the direction
+        # v' = m v + g, the anchor moves by -lr (g + m v'), and e' = a e + lr (g + m v').
+        g = [-(1 + beta) * b, beta * b, 0.0]
+        v = [g[0], g[1], momentum]
+        e = [a + lr * (g[0] + momentum * v[0]), lr * (g[1] + momentum * v[1]), lr * momentum * v[2]]
+        return torch.linalg.eigvals(torch.tensor([e, [1.0, 0.0, 0.0], v], dtype=torch.float64)).abs().max().item()
+
+    low, high = 0.0, closed_form
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if radius(middle) < 1.0 else (low, middle)
+    return low

@@ -1,0 +1,187 @@
+"""Who am I: rank, device and run, from the launcher's environment, without a process group.
+
+Under `accelerate launch` with n processes, Accelerate would make one distributed job of them, and Trainer would
+all-reduce, gather and wait at a dozen places. LSAM's workers are n single-device jobs instead: Accelerate is told
+`DistributedType.NO` and one process, while process index and device stay those of the launcher. Every collective
+becomes a no-op; logging, saving and progress bars still belong to process 0.
+
+The only thing workers share before they share an anchor is the launcher's key-value store, for a few short strings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+_RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """This process among the workers of a run.
+
+    Args:
+        rank: number of this worker in the run.
+        local_rank: number of this worker on its machine.
+        num_workers: workers the launcher started.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    num_workers: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Identity:
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE as torchrun and `accelerate launch` set them.
+
+        Raises:
+            ValueError: if the workers are spread over several machines, or if the launcher was asked for more
+                processes than it started.
+        """
+        identity = cls(
+            int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        )
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", identity.num_workers))
+        if on_this_machine < identity.num_workers:
+            raise ValueError(
+                f"{identity.num_workers} workers were started, {on_this_machine} of them on this machine. Workers on "
+                "several machines are not supported yet: they would find no server. Start all on one machine "
+                "(--num_machines 1)."
+            )
+        asked = _processes_asked_of_launcher()
+        if asked is not None and asked > identity.num_workers:
+            raise ValueError(
+                f"`accelerate launch` was asked for {asked} processes and started {identity.num_workers}: without "
+                "--multi_gpu it starts one process on a machine without GPUs, whatever --num_processes says. Add "
+                "--multi_gpu, and on CPU also `use_cpu=True` in the training arguments."
+            )
+        return identity
+
+
+def _processes_asked_of_launcher() -> int | None:
+    """--num_processes on the command line of the `accelerate launch` that is this process's parent, if it is one."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            value = value or following
+            return int(value) if value.isdigit() else None
+    return None
+
+
+def pin(identity: Identity, use_cpu: bool) -> torch.device:
+    """Makes Accelerate's state of this process that of one worker among many.
+
+    A default process group that the user's script has opened (`Accelerator()` before the training arguments) is
+    closed: every collective it would take part in is one that another worker may not reach.
+
+    Args:
+        identity: this process.
+        use_cpu: train on CPU even where there is a GPU.
+
+    Returns:
+        the device this worker trains on.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    hidden = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
+    try:
+        state = PartialState(cpu=use_cpu)
+    finally:
+        os.environ.update(hidden)
+    assert state.distributed_type == DistributedType.NO
+    state.process_index = identity.rank
+    state.local_process_index = identity.local_rank
+    if state.device.type == "cuda":
+        # More workers than GPUs share them in turn.
+        state.device = torch.device("cuda", identity.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(state.device)
+    return state.device
+
+
+def is_pinned(identity: Identity) -> bool:
+    """Whether Accelerate's state is still what `pin` made it; a second TrainingArguments resets it."""
+    state = PartialState._shared_state
+    return (
+        state.get("distributed_type") == DistributedType.NO
+        and state.get("num_processes") == 1
+        and state.get("process_index") == identity.rank
+    )
+
+
+@contextmanager
+def data_sharding(num_workers: int) -> Iterator[None]:
+    """Inside, Accelerate prepares data loaders for one of `num_workers` processes: its own sharding, not ours."""
+    PartialState._shared_state["num_processes"] = num_workers
+    try:
+        yield
+    finally:
+        PartialState._shared_state["num_processes"] = 1
+
+
+class LaunchStore:
+    """Short strings shared by the workers of one launch, through the launcher's own TCPStore.
+
+    Args:
+        identity: this process.
+        timeout: seconds that `get` waits for a key.
+
+    Blocking: `get` until another worker has set the key. Process: any; never in a training step.
+    """
+
+    def __init__(self, identity: Identity, timeout: float = 600.0):
+        agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
+        store = torch.distributed.TCPStore(
+            os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            int(os.environ.get("MASTER_PORT", 29500)),
+            is_master=identity.rank == 0 and not agent_hosts,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout),
+        )
+        # A restarted launch (--max_restarts) keeps its store; the keys of the attempt before must not be found.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = torch.distributed.PrefixStore(f"hf_lsam/{attempt}", store)
+        self._identity = identity
+
+    def set(self, key: str, value: Any) -> None:
+        """Sets `key` to a JSON value."""
+        self._store.set(key, json.dumps(value))
+
+    def get(self, key: str) -> Any:
+        """The JSON value of `key`.
+
+        Raises:
+            RuntimeError: if no worker has set it in time.
+        """
+        return json.loads(self._store.get(key))
+
+    def gather(self, key: str, value: Any) -> list[Any] | None:
+        """Collects one JSON value a worker, in the order of ranks, at worker 0; None at the others."""
+        self.set(f"{key}/{self._identity.rank}", value)
+        if self._identity.rank != 0:
+            return None
+        return [self.get(f"{key}/{rank}") for rank in range(self._identity.num_workers)]

@@ -1,0 +1,92 @@
+"""The trainable parameters of a model, seen as one flat float32 vector.
+
+Workers and server speak of x and y as vectors in R^d; a model holds them as a list of tensors. `ParameterLayout`
+is the fixed map between the two: the order of `model.named_parameters()`, frozen parameters left out, tied
+parameters counted once. A LoRA model therefore exchanges its adapter alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The named parameters with `requires_grad`, each shared tensor once, in the model's own order.
+
+    Raises:
+        ValueError: if there is none, or if one is stored in half precision (a SAM perturbation of size 1e-5 moves
+            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding), sparse or
+            sharded.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError(
+            "The model has no trainable parameter (none has requires_grad=True), so there is nothing to perturb, "
+            "couple or exchange. Unfreeze some parameters, or add an adapter with peft.get_peft_model."
+        )
+    for name, parameter in named:
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(
+                f"The parameter `{name}` is sharded (DTensor: tensor parallelism or FSDP). A worker holds whole "
+                "parameters, so its norm and its differences would be wrong. Load the model without a device mesh."
+            )
+        if parameter.dtype in HALF_PRECISION:
+            raise ValueError(
+                f"The trainable parameter `{name}` is stored in {parameter.dtype}. A SAM perturbation is smaller than "
+                "its rounding step, so the ascent would be lost. Load the model with dtype=torch.float32 and train "
+                "with bf16=True or fp16=True (autocast), or keep the base in half precision and train a float32 "
+                "LoRA adapter."
+            )
+    return named
+
+
+class ParameterLayout:
+    """The order, shapes and offsets by which a list of parameters becomes one flat vector.
+
+    Args:
+        named: (name, tensor) pairs; only names, shapes and dtypes are kept.
+
+    Attributes:
+        numel: length d of the flat vector.
+        manifest: one (name, shape, dtype) triple a parameter, in order: what two workers must agree on.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]):
+        self.manifest = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in named]
+        self._shapes = [torch.Size(shape) for _, shape, _ in self.manifest]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.numel = sum(self._sizes)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 over names, shapes and dtypes (32 bytes): workers whose fingerprints differ cannot share an anchor."""
+        return hashlib.sha256(repr(self.manifest).encode()).digest()
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of `flat` [d], one a parameter, in the parameters' shapes."""
+        return [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+
+    @torch.no_grad()
+    def read(self, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
+        """Copies the parameters into `out` [d] and returns it."""
+        torch._foreach_copy_(self.views(out), [tensor.detach() for tensor in tensors])
+        return out
+
+    @torch.no_grad()
+    def write(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Copies `flat` [d] into the parameters, in place."""
+        torch._foreach_copy_([tensor.detach() for tensor in tensors], self.views(flat))
+
+
+def first_difference(ours: Sequence, theirs: Sequence) -> str:
+    """Names the first entry in which two manifests differ, for the error a refused worker prints."""
+    for mine, other in zip(ours, theirs, strict=False):
+        if list(mine) != list(other):
+            return f"`{mine[0]}` {mine[1]} {mine[2]} here, `{other[0]}` {other[1]} {other[2]} there"
+    return f"{len(ours)} trainable parameters here, {len(theirs)} there"

@@ -1,0 +1,1 @@
+"""The server that owns the anchor: `core` (arithmetic), `process` (sockets, lifetime), `local` (no process at all)."""

@@ -1,0 +1,511 @@
+"""`LSAMTrainer`: transformers' Trainer whose gradient is SAM's and whose parameters are coupled to an anchor.
+
+Wiring only. A worker is an ordinary single-device Trainer run; this module takes the seams at which LSAM acts:
+
+    training_step           two passes instead of one (sam.py)
+    callbacks               the worker acts after each optimizer step (callbacks.py, worker.py)
+    get_train_dataloader    each worker its share of the data, sharded by Accelerate
+    evaluate, save, ...     the model holds the anchor meanwhile
+    _finalize_training      the last push, and the final anchor into the model of every worker
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from . import sam
+from .arguments import LSAMArguments
+from .batchnorm import frozen_statistics, reestimate, tracking_layers
+from .callbacks import FailureSignatures, LSAMCallback
+from .checkpoint import load_tensors, save_tensors
+from .identity import LaunchStore, data_sharding, is_pinned
+from .parameters import ParameterLayout, trainable_parameters
+from .server.core import ServerCore
+from .server.local import LocalLink
+from .server.process import start_server
+from .transport.link import MailboxLink
+from .transport.mailbox import RunFolder
+from .worker import Worker
+
+logger = transformers_logging.get_logger(__name__)
+
+WORKER_STATE = "lsam_worker.safetensors"
+SERVER_STATE = "lsam_server.safetensors"
+_TRL_COUNTERS = ("_metrics", "_total_train_tokens")
+_NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
+
+# Not part of transformers' public interface; tried on the versions that pyproject.toml admits.
+_SEAMS = {
+    Trainer: (
+        "_finalize_training",
+        "_get_output_dir",
+        "_inner_training_loop",
+        "_load_from_checkpoint",
+        "_load_rng_state",
+        "_prepare_for_training",
+        "_save_checkpoint",
+        "_save_optimizer_and_scheduler",
+    ),
+    TrainingArguments: ("_setup_devices",),
+}
+for _owner, _names in _SEAMS.items():
+    for _name in _names:
+        if not hasattr(_owner, _name):
+            raise ImportError(
+                f"This transformers has no {_owner.__name__}.{_name}, which hf_lsam builds on. Install a version in "
+                "the range that hf_lsam requires: pip install -U 'hf-lsam'."
+            )
+
+
+class LSAMTrainerMixin:
+    """Makes a worker of any Trainer: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
+
+    Its `args` must be an `LSAMConfig`, or a config of that Trainer with `LSAMArguments` mixed in. Started with plain
+    `python`, the worker is alone and its server is an object in the same process (LSAM, Algorithm 1). Under `accelerate
+    launch` with n processes, worker 0 starts a server process, and each worker trains by itself.
+
+    While training, the model holds the worker's own parameters x; `evaluate`, `predict`, `save_model` and checkpoints
+    see the anchor y. After training, the model of every worker holds the final anchor (or the best one, with
+    `load_best_model_at_end`), and `local()` gives x back for a while.
+
+    Raises:
+        TypeError: if `args` is no `LSAMArguments`.
+        ValueError: for a Trainer or model that LSAM cannot train (see each message for the reason and the remedy).
+    """
+
+    def __init__(self, *positional, **keywords):
+        args = keywords.get("args", positional[1] if len(positional) > 1 else None)
+        if not isinstance(args, LSAMArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs the LSAM fields in `args`, got {type(args).__name__}. Pass an LSAMConfig, or "
+                "mix them into your config: `@dataclass class Config(LSAMArguments, YourArguments): pass`."
+            )
+        unsupported = next((c.__name__ for c in type(self).__mro__ if c.__name__ in _NOT_SUPPORTED), None)
+        if unsupported:
+            raise ValueError(
+                f"LSAM cannot train with {unsupported} yet: it generates inside the step and keeps state between passes, "
+                "so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, such as "
+                "SFTTrainer or DPOTrainer."
+            )
+        if not is_pinned(args.identity):
+            # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
+            args.pin_process(args.device.type == "cpu")
+        if args.identity.rank != 0:
+            args.eval_on_start = False
+        self.worker: Worker | None = None
+        self.stop_all_workers = False
+        self._store: LaunchStore | None = None
+        self._server = None
+        self._run_folder: RunFolder | None = None
+        self._runs = 0
+        self._own: Tensor | None = None  # x after training, when the model holds the anchor
+        self._showing_local = False
+        super().__init__(*positional, **keywords)
+        trainable_parameters(self.model)  # refuses what cannot be trained, before any time is spent
+        if self.is_model_parallel:
+            raise ValueError(
+                "The model is spread over several devices (device_map). A worker has one device; with LSAM each would "
+                "spread over all. Load the model without device_map."
+            )
+        self._batchnorm = tracking_layers(self.model)
+        self._signatures = FailureSignatures(args.identity.num_workers)
+        self.add_callback(LSAMCallback(self))
+
+    # --- what users call ---
+
+    @contextmanager
+    def anchor(self) -> Iterator[None]:
+        """The model holds the anchor inside, and what it held before after. May be nested; no-op when it already does.
+
+        BatchNorm statistics are re-estimated there, and the worker's own put back.
+        """
+        if self._showing_local or self.worker is None or self._own is not None or self.worker.shows_anchor:
+            yield
+            return
+        buffers = [copy.deepcopy(layer._buffers) for layer in self._batchnorm]
+        with self.worker.showing_anchor():
+            self._reestimate_batchnorm()
+            try:
+                yield
+            finally:
+                for layer, kept in zip(self._batchnorm, buffers, strict=True):
+                    layer._buffers.update(kept)
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """After training, the model holds this worker's last own parameters x inside: `with trainer.local():
+        trainer.evaluate()` measures a worker instead of the anchor."""
+        if self._own is None:
+            raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
+        worker = self.worker
+        shown = worker.own_parameters
+        worker.layout.write(self._own, worker.parameters)
+        self._showing_local = True
+        try:
+            yield
+        finally:
+            self._showing_local = False
+            worker.layout.write(shown, worker.parameters)
+
+    def gather_from_workers(self, key: str, value: Any) -> list[Any] | None:
+        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.
+
+        Worker 0 waits for the slowest. Use each key once.
+        """
+        if self.args.identity.num_workers == 1:
+            return [value]
+        return self._launch_store().gather(f"user/{key}", value)
+
+    def worker_summary(self) -> dict[str, Any]:
+        """This worker's figures of the last `train()`: steps, pushes, bytes, staleness, anchor version."""
+        return self._summary
+
+    # --- the SAM step ---
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        args = self.args
+        if args.sam_rho == 0 or self.state.global_step % args.sam_interval:
+            return super().training_step(model, inputs, num_items_in_batch)
+        parameters = self.worker.parameters
+        # What earlier micro-batches have accumulated waits aside: pass 1 is about this one alone.
+        accumulated = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        part, share = _first_part(inputs, args.sam_ascent_fraction)
+        items = None if num_items_in_batch is None else num_items_in_batch * share
+        # Both passes draw the same dropout masks, and a step draws as many random numbers as a plain one.
+        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+            with self._uncounted(share < 1):
+                first_loss = super().training_step(model, part, items)
+        scaler = self.accelerator.scaler
+        loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=args.device))
+        moved = sam.perturb(parameters, args.sam_rho, args.sam_eps, args.sam_adaptive, loss_scale)
+        for parameter, gradient in zip(parameters, accumulated, strict=True):
+            parameter.grad = gradient
+        if torch.is_autocast_enabled(args.device.type):
+            torch.clear_autocast_cache()  # an autocast that the user opened around train() keeps cast weights
+        try:
+            with frozen_statistics(self._batchnorm), self._uncounted(share == 1):
+                second_loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            sam.restore(moved)
+        self._sharpness += second_loss - first_loss
+        self._perturbed_steps.add(self.state.global_step)
+        return first_loss if share == 1 else second_loss
+
+    @contextmanager
+    def _uncounted(self, active: bool) -> Iterator[None]:
+        """trl counts tokens and averages metrics inside the loss; one pass of the two is to count."""
+        kept = {}
+        if active:
+            kept = {name: copy.deepcopy(vars(self)[name]) for name in _TRL_COUNTERS if name in vars(self)}
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each trainable parameter now."""
+        return [float(group["lr"]) if group is not None else 0.0 for group in self._groups]
+
+    # --- each worker its data ---
+
+    def get_train_dataloader(self):
+        sharded = self.args.data_distribution == "sharded"
+        with data_sharding(self.args.identity.num_workers if sharded else 1):
+            return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            # It would draw from the process's own generator, and the workers' shards would overlap.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed)
+        return sampler
+
+    # --- what is evaluated and saved is the anchor ---
+
+    def evaluate(self, *positional, **keywords):
+        with self.anchor():
+            return super().evaluate(*positional, **keywords)
+
+    def predict(self, *positional, **keywords):
+        with self.anchor():
+            return super().predict(*positional, **keywords)
+
+    def push_to_hub(self, *positional, **keywords):
+        with self.anchor():
+            return super().push_to_hub(*positional, **keywords)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if _internal_call and self.args.identity.rank != 0:
+            # The checkpoint of a worker beside worker 0 holds its own state only.
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            return
+        with self.anchor():
+            super().save_model(output_dir, _internal_call)
+
+    def _reestimate_batchnorm(self):
+        """Running statistics at the weights the model holds, from training batches; draws no random number."""
+        if not self._batchnorm:
+            return
+        if self.args.batchnorm_batches == 0:
+            self._warn(self._signatures.batchnorm_not_reestimated())
+            return
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            batches = itertools.islice(self.get_train_dataloader(), self.args.batchnorm_batches)
+            reestimate(self.model, batches, lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)))
+
+    # --- logging ---
+
+    def log(self, logs, start_time=None):
+        if self.is_in_train and "loss" in logs and self.worker is not None:
+            logs.update(self._figures())
+            for warning in self._signatures.observe(logs["lsam/drift"], logs["lsam/staleness"]):
+                self._warn(warning)
+        super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        """LSAM's own figures since the last log point; the only place where they are read back from the device."""
+        worker, link = self.worker, self.worker.link
+        staleness, link.staleness = link.staleness, []
+        self._staleness += staleness
+        figures = {
+            "lsam/drift": worker.drift(),
+            "lsam/staleness": sum(staleness) / len(staleness) if staleness else 0.0,
+            "lsam/anchor_version": worker.version,
+            "lsam/skipped_pushes": worker.skipped_pushes,
+            "lsam/refused_pushes": link.refused,
+            "lsam/bytes_pushed": link.bytes_pushed,
+            "lsam/bytes_pulled": link.bytes_pulled,
+        }
+        if self._perturbed_steps:
+            figures["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
+            self._sharpness.zero_()
+            self._perturbed_steps.clear()
+        return figures
+
+    def _warn(self, warning: str | None):
+        if warning:
+            logger.warning(f"LSAM, worker {self.args.identity.rank}: {warning}")
+
+    # --- a run: join, train, finish ---
+
+    def train(self, resume_from_checkpoint=None, *positional, **keywords):
+        self._common_checkpoint = None
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is not True:
+                self._common_checkpoint = Path(resume_from_checkpoint)
+                resume_from_checkpoint = str(self._own_checkpoint(self._common_checkpoint))
+        return super().train(resume_from_checkpoint, *positional, **keywords)
+
+    def _inner_training_loop(self, *positional, **keywords):
+        try:
+            return super()._inner_training_loop(*positional, **keywords)
+        finally:
+            self._leave()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        named = trainable_parameters(self.model)
+        group_of = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
+        self._groups = [group_of.get(id(parameter)) for _, parameter in named]
+        self._refuse_optimizer()
+        self._sharpness = torch.zeros((), device=self.args.device)
+        self._perturbed_steps: set[int] = set()
+        self._staleness: list[int] = []
+        self._own = None
+        self.stop_all_workers = False
+        self.worker = Worker(named, self._join(named), self.args.worker_settings())
+        self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        return model, train_dataloader
+
+    def _refuse_optimizer(self):
+        groups = self.optimizer.param_groups
+        plain_sgd = "nesterov" in groups[0] and not any(group.get("momentum") for group in groups)
+        if self.args.coupling == "score" and self.args.coupling_strength and not plain_sgd:
+            raise ValueError(
+                f"coupling='score' puts the pull inside the gradient, and {type(self.optimizer.optimizer).__name__} would "
+                "rescale or average it: the kernel would no longer be Gaussian. Use coupling='decoupled', or plain SGD "
+                "(optim='sgd')."
+            )
+
+    def _join(self, named) -> LocalLink | MailboxLink:
+        """This worker's end of the exchange; worker 0 starts the server first."""
+        args, layout = self.args, ParameterLayout(named)
+        parameters = [parameter for _, parameter in named]
+        state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
+        if state is not None and not state.exists():
+            logger.warning(
+                f"{self._common_checkpoint} holds no anchor: the run goes on from its model, as a new anchor."
+            )
+            state = None
+        if args.identity.num_workers == 1:
+            initial = layout.read(parameters, torch.empty(layout.numel, device=args.device))
+            core = ServerCore(initial, args.server_settings())
+            if state is not None:
+                core.load_state_tensors(load_tensors(state))
+            return LocalLink(core)
+        store, self._runs = self._launch_store(), self._runs + 1
+        if args.identity.rank == 0:
+            initial = layout.read([p.detach().cpu() for p in parameters], torch.empty(layout.numel))
+            run = {"fingerprint": layout.fingerprint.hex(), "settings": args.server_settings().as_dict()}
+            path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=args.shared_memory_dir))
+            self._run_folder = RunFolder.create(path, initial, args.identity.num_workers, layout.manifest, run)
+            self._server = start_server(path, Path(args.output_dir) / "server.log", state)
+            store.set(f"run_dir/{self._runs}", str(path))
+        else:
+            self._run_folder = RunFolder(Path(store.get(f"run_dir/{self._runs}")))
+        alive = (lambda: True) if self._server is None else (lambda: self._server.poll() is None)
+        return MailboxLink(self._run_folder, args.identity.rank, layout, args.device, alive)
+
+    def _launch_store(self) -> LaunchStore:
+        if self._store is None:
+            self._store = LaunchStore(self.args.identity)
+        return self._store
+
+    def _leave(self):
+        """Closes this worker's end of the exchange, also after an error; worker 0 sees the server off."""
+        if self.worker is not None:
+            self.worker.link.close()
+        if self._server is not None:
+            try:
+                self._server.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # another worker still trains, while this one ends with an error
+                self._server.terminate()
+                self._server.wait()
+            self._server = None
+        if self._run_folder is not None and self.args.identity.rank == 0:
+            self._run_folder.remove()
+        self._run_folder = None
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        worker, state = self.worker, self.state
+        best = -1 if state.best_global_step is None else state.best_global_step
+        drift = worker.drift()
+        best = worker.finish(self.stop_all_workers, best)
+        self._staleness += worker.link.staleness
+        self._summary = {
+            "steps": state.global_step,
+            "pushes": worker.link.accepted,
+            "refused_pushes": worker.link.refused,
+            "skipped_pushes": worker.skipped_pushes,
+            "bytes_pushed": worker.link.bytes_pushed,
+            "bytes_pulled": worker.link.bytes_pulled,
+            "anchor_version": worker.version,
+            "drift": drift,
+            "staleness_mean": sum(self._staleness) / max(1, len(self._staleness)),
+            "staleness_max": max(self._staleness, default=0),
+            "trainable_parameters": worker.layout.numel,
+        }
+        self._own = worker.own_parameters
+        worker.adopt_anchor()
+        self._reestimate_batchnorm()
+        if best >= 0 and self.args.identity.rank != 0:
+            # Worker 0 has evaluated and saved; all load the same best checkpoint.
+            folder = Path(self.args.output_dir) / f"checkpoint-{best}"
+            state.best_global_step, state.best_model_checkpoint = best, str(folder) if folder.is_dir() else None
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    # --- checkpoints: the model is the anchor; beside it the server's state, and each worker's own ---
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        rank = self.args.identity.rank
+        return folder if rank == 0 else str(Path(folder) / "workers" / str(rank))
+
+    def _save_checkpoint(self, model, trial):
+        with self.args.saving_own_state():
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.identity.rank == 0:
+            self.worker.link.snapshot(Path(output_dir) / SERVER_STATE)
+        save_tensors(Path(output_dir) / WORKER_STATE, self.worker.state_tensors())
+
+    def _own_checkpoint(self, common: Path) -> Path:
+        """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if it has none."""
+        rank = self.args.identity.rank
+        if rank == 0:
+            return common
+        step = int(common.name.rpartition("-")[2])
+        candidates = [
+            (int(path.name.rpartition("-")[2]), path)
+            for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
+            if (path / WORKER_STATE).exists() and (path / "trainer_state.json").exists()
+        ]
+        reached = [(at, path) for at, path in candidates if at <= step]
+        return max(reached)[1] if reached else common
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # The weights lie with worker 0's checkpoint; x comes after, from the worker's own state.
+        super()._load_from_checkpoint(str(self._common_checkpoint or resume_from_checkpoint), model)
+
+    def _load_rng_state(self, checkpoint):
+        if self.args.identity.rank == 0 or checkpoint is None or Path(checkpoint) != self._common_checkpoint:
+            super()._load_rng_state(checkpoint)
+
+    def _restore_worker(self, checkpoint: Path | None):
+        """x from the worker's own checkpoint, or else from the anchor."""
+        rank = self.args.identity.rank
+        own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
+        if own and (checkpoint / WORKER_STATE).exists():
+            self.worker.load_state_tensors(load_tensors(checkpoint / WORKER_STATE))
+            return
+        self.worker.adopt_anchor()
+        if checkpoint is not None:
+            logger.warning(
+                f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with the "
+                "optimizer state of worker 0."
+            )
+        if rank != 0:
+            # Same seed everywhere until here, for the same initial model and the same shards; from here on each
+            # worker draws its own dropout masks and noise.
+            set_seed(self.args.seed + rank)
+
+
+class LSAMTrainer(LSAMTrainerMixin, Trainer):
+    """transformers' Trainer with LSAM; takes the same arguments, with `args` an `LSAMConfig`.
+
+    ```python
+    args = LSAMConfig(output_dir="out", sam_rho=0.05, sync_steps=16, coupling_strength=0.1)
+    trainer = LSAMTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)
+    trainer.train()
+    trainer.save_model()    # the anchor
+    ```
+    """
+
+
+def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:
+    """The first `fraction` of a batch, at least one row, and the share of the rows that it is.
+
+    Every tensor whose first dimension is the batch is cut; a batch of one row, or without tensors, stays whole.
+    """
+    rows = next((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
+    kept = math.ceil(rows * fraction)
+    if kept >= rows:
+        return inputs, 1.0
+    part = {
+        name: value[:kept] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+        for name, value in inputs.items()
+    }
+    return part, kept / rows

@@ -1,0 +1,1 @@
+"""How vectors and messages cross between the processes of one machine."""
