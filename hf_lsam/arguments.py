@@ -128,10 +128,10 @@ class LSAMArguments:
         identity = Identity.from_environment()
         if self.num_workers is not None and identity.num_workers != self.num_workers:
             raise ValueError(
-                f"num_workers={self.num_workers}, but {identity.num_workers} were started: the run would not be the one "
-                f"that was configured. Launch with `accelerate launch --multi_gpu --num_processes {self.num_workers}` "
-                "(on CPU too, with use_cpu=True: without --multi_gpu only one process starts there), or set num_workers "
-                "to what you want."
+                f"num_workers={self.num_workers}, but {identity.num_workers} were started: the run would not be the "
+                f"one that was configured. Launch with `accelerate launch --multi_gpu --num_processes "
+                f"{self.num_workers}` (on CPU too, with use_cpu=True: without --multi_gpu only one process starts "
+                "there), or set num_workers to what you want."
             )
         return identity
 
@@ -274,11 +274,12 @@ class LSAMArguments:
         bound = anchor_lr_bound(self.coupling_strength, self.sync_steps, self.anchor_momentum_correction, momentum)
         if self.anchor_lr >= bound:
             raise ValueError(
-                f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, sync_steps={self.sync_steps}, "
-                f"anchor_momentum_correction={self.anchor_momentum_correction} and anchor_optimizer="
-                f"{self.anchor_optimizer!r} is outside the stability region (anchor_lr < {bound:.4g}): the distance "
-                "between workers and anchor would grow from period to period until it is NaN. Use "
-                f"anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller anchor_momentum_correction."
+                f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, "
+                f"sync_steps={self.sync_steps}, anchor_momentum_correction={self.anchor_momentum_correction} and "
+                f"anchor_optimizer={self.anchor_optimizer!r} is outside the stability region (anchor_lr < "
+                f"{bound:.4g}): the distance between workers and anchor would grow from period to period until it is "
+                f"NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "
+                "anchor_momentum_correction."
             )
 
     def _refuse_sharding(self):
@@ -289,16 +290,16 @@ class LSAMArguments:
         if asked:
             raise ValueError(
                 f"LSAM cannot be combined with {asked[0]} yet: a worker must hold whole parameters, or its norm, its "
-                "perturbation and its differences would be those of a shard. Launch without it (`--multi_gpu`); to save "
-                "memory train a LoRA adapter, or use gradient checkpointing and gradient accumulation."
+                "perturbation and its differences would be those of a shard. Launch without it (`--multi_gpu`); to "
+                "save memory train a LoRA adapter, or use gradient checkpointing and gradient accumulation."
             )
 
     def _refuse_incompatible(self):
         if "layerwise" in self.optim.value or "lomo" in self.optim.value:
             raise ValueError(
-                f"optim={self.optim.value!r} steps inside the backward pass, where SAM's first gradient is not yet known: "
-                "pass 1 would already change the weights. Use an optimizer that steps after the backward pass, for "
-                "example optim='adamw_torch'."
+                f"optim={self.optim.value!r} steps inside the backward pass, where SAM's first gradient is not yet "
+                "known: pass 1 would already change the weights. Use an optimizer that steps after the backward pass, "
+                "for example optim='adamw_torch'."
             )
         if self.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
@@ -308,8 +309,8 @@ class LSAMArguments:
             )
         if self.auto_find_batch_size and self.identity.num_workers > 1:
             raise ValueError(
-                "auto_find_batch_size starts training over in the worker that ran out of memory, while the others go on: "
-                "the run would lose it. Set per_device_train_batch_size to a size that fits."
+                "auto_find_batch_size starts training over in the worker that ran out of memory, while the others go "
+                "on: the run would lose it. Set per_device_train_batch_size to a size that fits."
             )
 
 

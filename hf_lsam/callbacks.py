@@ -46,17 +46,17 @@ class FailureSignatures:
             warnings.append(
                 self._once(
                     "drift",
-                    f"the distance to the anchor keeps growing (lsam/drift {drift:.3g}): the workers are falling apart. "
-                    "Raise coupling_strength, or lower sync_steps or the learning rate.",
+                    f"the distance to the anchor keeps growing (lsam/drift {drift:.3g}): the workers are falling "
+                    "apart. Raise coupling_strength, or lower sync_steps or the learning rate.",
                 )
             )
         if staleness > self.STALENESS_FACTOR * self._num_workers:
             warnings.append(
                 self._once(
                     "staleness",
-                    f"this worker's pushes are {staleness:.1f} anchor versions old on average, with {self._num_workers} "
-                    "workers: it is far slower than the others, and what it hands in pulls the anchor back. Give it a "
-                    "smaller batch, or raise sync_steps.",
+                    f"this worker's pushes are {staleness:.1f} anchor versions old on average, with "
+                    f"{self._num_workers} workers: it is far slower than the others, and what it hands in pulls the "
+                    "anchor back. Give it a smaller batch, or raise sync_steps.",
                 )
             )
         return [warning for warning in warnings if warning]
@@ -64,8 +64,8 @@ class FailureSignatures:
     def batchnorm_not_reestimated(self) -> str | None:
         return self._once(
             "batchnorm",
-            "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights (batchnorm_batches=0): "
-            "its accuracy will look worse than it is. Set batchnorm_batches to 32 or more.",
+            "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights "
+            "(batchnorm_batches=0): its accuracy will look worse than it is. Set batchnorm_batches to 32 or more.",
         )
 
     def _once(self, signature: str, warning: str) -> str | None:

@@ -65,7 +65,7 @@ class ParameterLayout:
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 over names, shapes and dtypes (32 bytes): workers whose fingerprints differ cannot share an anchor."""
+        """SHA-256 over names, shapes and dtypes, 32 bytes; workers whose fingerprints differ cannot share an anchor."""
         return hashlib.sha256(repr(self.manifest).encode()).digest()
 
     def views(self, flat: Tensor) -> list[Tensor]:

@@ -92,15 +92,16 @@ class LSAMTrainerMixin:
         args = keywords.get("args", positional[1] if len(positional) > 1 else None)
         if not isinstance(args, LSAMArguments):
             raise TypeError(
-                f"{type(self).__name__} needs the LSAM fields in `args`, got {type(args).__name__}. Pass an LSAMConfig, or "
-                "mix them into your config: `@dataclass class Config(LSAMArguments, YourArguments): pass`."
+                f"{type(self).__name__} needs the LSAM fields in `args`, got {type(args).__name__}. Pass an "
+                "LSAMConfig, or mix them into your config: `@dataclass class Config(LSAMArguments, YourArguments): "
+                "pass`."
             )
         unsupported = next((c.__name__ for c in type(self).__mro__ if c.__name__ in _NOT_SUPPORTED), None)
         if unsupported:
             raise ValueError(
-                f"LSAM cannot train with {unsupported} yet: it generates inside the step and keeps state between passes, "
-                "so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, such as "
-                "SFTTrainer or DPOTrainer."
+                f"LSAM cannot train with {unsupported} yet: it generates inside the step and keeps state between "
+                "passes, so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, "
+                "such as SFTTrainer or DPOTrainer."
             )
         if not is_pinned(args.identity):
             # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
@@ -343,9 +344,9 @@ class LSAMTrainerMixin:
         plain_sgd = "nesterov" in groups[0] and not any(group.get("momentum") for group in groups)
         if self.args.coupling == "score" and self.args.coupling_strength and not plain_sgd:
             raise ValueError(
-                f"coupling='score' puts the pull inside the gradient, and {type(self.optimizer.optimizer).__name__} would "
-                "rescale or average it: the kernel would no longer be Gaussian. Use coupling='decoupled', or plain SGD "
-                "(optim='sgd')."
+                f"coupling='score' puts the pull inside the gradient, and {type(self.optimizer.optimizer).__name__} "
+                "would rescale or average it: the kernel would no longer be Gaussian. Use coupling='decoupled', or "
+                "plain SGD (optim='sgd')."
             )
 
     def _join(self, named) -> LocalLink | MailboxLink:
@@ -474,8 +475,8 @@ class LSAMTrainerMixin:
         self.worker.adopt_anchor()
         if checkpoint is not None:
             logger.warning(
-                f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with the "
-                "optimizer state of worker 0."
+                f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with "
+                "the optimizer state of worker 0."
             )
         if rank != 0:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each

@@ -236,8 +236,8 @@ class MailboxLink:
             )
         return (
             f"Worker {self._worker}'s trainable parameters are not worker 0's: "
-            f"{first_difference(self._layout.manifest, self._folder.manifest)}. Their sums cannot share an anchor. Build "
-            "the same model with the same frozen parameters in every process."
+            f"{first_difference(self._layout.manifest, self._folder.manifest)}. Their sums cannot share an anchor. "
+            "Build the same model with the same frozen parameters in every process."
         )
 
     def _gone(self) -> ServerGone:
