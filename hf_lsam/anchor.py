@@ -38,15 +38,15 @@ class Anchor:
         optimizer: str = "sgd",
         momentum: float = 0.9,
     ):
-        self.vector = vector
+        self.vector = vector.detach()
         self.version = 0
         self._beta = momentum_correction
         self._previous: Tensor | None = None
         if optimizer == "adam":
-            self._optimizer = torch.optim.Adam([vector], lr=lr, betas=(momentum, 0.999))
+            self._optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(momentum, 0.999))
         elif optimizer in OPTIMIZERS:
             nesterov = optimizer == "nesterov"
-            self._optimizer = torch.optim.SGD([vector], lr=lr, momentum=momentum * nesterov, nesterov=nesterov)
+            self._optimizer = torch.optim.SGD([self.vector], lr=lr, momentum=momentum * nesterov, nesterov=nesterov)
         else:
             raise ValueError(f"`anchor_optimizer` must be one of {OPTIMIZERS}, got {optimizer!r}.")
 

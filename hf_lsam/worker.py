@@ -100,7 +100,7 @@ class Worker:
         self.version = -1
         self.skipped_pushes = 0
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
-            self._pull_newest()
+            self.pull_newest()
 
     def adopt_anchor(self) -> None:
         """x <- y: how a worker begins, so that all begin at one point."""
@@ -138,7 +138,7 @@ class Worker:
                 self._push()
             else:
                 self.skipped_pushes += 1
-        self._pull_newest()
+        self.pull_newest()
 
     def finish(self, stop_all: bool = False, best_step: int = -1) -> int:
         """Hands over what is left, waits until all workers have finished, and takes the final anchor.
@@ -222,7 +222,8 @@ class Worker:
         self._total.zero_()
         self.steps_in_total = 0
 
-    def _pull_newest(self) -> None:
+    def pull_newest(self) -> None:
+        """Replies from the server, and y <- newest anchor if it is there; never waits."""
         version = self.link.poll(self.version, self._incoming)
         if version is not None:
             self.version = version

@@ -1,0 +1,444 @@
+"""The server's arithmetic, its process, and the mailboxes in between."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lsam.checkpoint import load_tensors, save_tensors
+from hf_lsam.parameters import ParameterLayout
+from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.local import LocalLink
+from hf_lsam.server.process import start_server
+from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
+from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
+from hf_lsam.worker import Worker, WorkerSettings
+
+CPU = torch.device("cpu")
+SETTINGS = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0)
+
+
+def live_core(workers: int, numel: int = 3, settings: ServerSettings = SETTINGS) -> ServerCore:
+    core = ServerCore(torch.zeros(numel), settings)
+    for worker in range(workers):
+        core.join(worker)
+    return core
+
+
+# --- core.py ---
+
+
+def test_the_anchor_moves_once_n_tau_steps_are_in_from_whichever_workers():
+    core = live_core(2)
+    assert core.push(torch.ones(3) * 4, 4)
+    assert core.anchor.version == 0
+    assert core.push(torch.ones(3) * 12, 4)  # the same worker again would do as well
+    assert core.anchor.version == 1
+    assert core.anchor.vector.tolist() == [2.0, 2.0, 2.0]  # 16 / 8 steps
+    assert core.pending_steps == 0
+
+
+def test_n_shrinks_with_a_worker_that_leaves_and_a_waiting_period_ends():
+    core = live_core(3)
+    core.push(torch.ones(3) * 4, 4)
+    core.push(torch.ones(3) * 4, 4)
+    assert core.anchor.version == 0
+    assert core.leave(2)
+    assert core.anchor.version == 1
+    assert core.anchor.vector.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 131_072, -1])
+def test_a_push_that_is_not_finite_is_refused_and_leaves_no_trace(bad, where):
+    numel = 300_000
+    core, untouched = live_core(2, numel), live_core(2, numel)
+    good = torch.randn(numel)
+    broken = torch.randn(numel)
+    broken[where] = bad
+    for server in (core, untouched):
+        assert server.push(good, 4)
+    assert not core.push(broken, 4)
+    assert (core.refused_pushes, core.accepted_pushes, core.pending_steps) == (1, 1, 4)
+    for server in (core, untouched):
+        assert server.push(good * 3, 4)
+    assert torch.equal(core.anchor.vector, untouched.anchor.vector)
+    assert core.anchor.vector.isfinite().all()
+
+
+def test_infinities_of_both_signs_do_not_cancel():
+    core = live_core(1)
+    assert not core.push(torch.tensor([math.inf, -math.inf, 0.0]), 4)
+
+
+def test_the_rest_of_a_run_moves_the_anchor_by_its_fraction_of_a_period():
+    core = live_core(1)
+    core.push(torch.tensor([2.0, 2.0, 2.0]), 1)  # one step of four
+    core.leave(0)
+    assert core.anchor.version == 0
+    core.flush()
+    assert core.anchor.vector.tolist() == [0.5, 0.5, 0.5]
+    core.flush()
+    assert core.anchor.version == 1
+
+
+def test_a_core_goes_on_from_its_state():
+    core = live_core(2, settings=ServerSettings(4, 0.7, 0.3))
+    pushes = [torch.randn(3) for _ in range(7)]
+    for push in pushes[:3]:
+        core.push(push, 4)
+    copy = live_core(2, settings=ServerSettings(4, 0.7, 0.3))
+    copy.load_state_tensors({name: tensor.clone() for name, tensor in core.state_tensors().items()})
+    for push in pushes[3:]:
+        core.push(push, 4)
+        copy.push(push, 4)
+    assert torch.equal(core.anchor.vector, copy.anchor.vector)
+    assert core.anchor.version == copy.anchor.version == 3
+
+
+# --- worker.py with a server that is busy ---
+
+
+class BusyLink(LocalLink):
+    """A server that has not yet taken the last push."""
+
+    can_push = False
+
+
+def test_a_push_that_finds_the_mailbox_full_is_skipped_and_its_sum_goes_out_with_the_next():
+    x = nn.Parameter(torch.full((2,), 3.0))
+    core = ServerCore(torch.zeros(2), SETTINGS)
+    link = BusyLink(core)
+    worker = Worker([("x", x)], link, WorkerSettings(4, coupling_strength=0.0))
+    for _ in range(6):
+        worker.after_optimizer_step([0.1])
+    assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 0, 6)
+    link.can_push = True
+    for _ in range(2):
+        worker.after_optimizer_step([0.1])
+    assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 1, 0)
+    assert worker.anchor.tolist() == [3.0, 3.0]  # the mean of eight steps
+
+
+# --- mailbox.py ---
+
+
+def make_folder(tmp_path, numel=5, workers=2, settings=SETTINGS) -> tuple[RunFolder, ParameterLayout]:
+    layout = ParameterLayout([("w", torch.zeros(numel))])
+    path = tmp_path / "run"
+    path.mkdir()
+    run = {"fingerprint": layout.fingerprint.hex(), "settings": settings.as_dict()}
+    return RunFolder.create(path, torch.arange(float(numel)), workers, layout.manifest, run), layout
+
+
+def test_a_run_folder_is_private_and_shared_by_those_who_open_it(tmp_path):
+    folder, _ = make_folder(tmp_path)
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    assert all(file.stat().st_mode & 0o077 == 0 for file in folder.path.glob("mailbox_*"))
+    other = RunFolder(folder.path)
+    assert other.slot(0).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    folder.mailbox(1).fill_(7.0)
+    assert other.mailbox(1).tolist() == [7.0] * 5
+    folder.publish(torch.full((5,), 9.0), 1)
+    assert other.version == 1
+    assert other.slot(1).tolist() == [9.0] * 5
+    assert other.is_whole(1)
+    assert other.is_whole(0)
+    folder.publish(torch.full((5,), 10.0), 2)
+    assert not other.is_whole(0)
+
+
+def test_a_copy_that_counts_as_whole_is_never_a_mixture(tmp_path):
+    """A process publishes as fast as it can; every copy that `is_whole` accepts is of one version."""
+    numel = 400_000
+    folder, _ = make_folder(tmp_path, numel)
+    folder.slot(0).zero_()
+    publisher = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, torch; from hf_lsam.transport.mailbox import RunFolder; torch.set_num_threads(1)\n"
+            f"folder = RunFolder({str(folder.path)!r}); vector = torch.zeros({numel})\n"
+            "for version in range(1, 3000): folder.publish(vector.fill_(version), version)",
+        ]
+    )
+    whole = torn = 0
+    out = torch.empty(numel)
+    while publisher.poll() is None:
+        version = folder.version
+        out.copy_(folder.slot(version))
+        if folder.is_whole(version):
+            whole += 1
+            assert (out == version).all()
+        else:
+            torn += 1
+    assert publisher.returncode == 0
+    assert whole > 0
+    assert torn > 0, "the publisher never overtook the reader, so the check was not tried"
+
+
+def test_no_room_in_shared_memory_is_an_error_that_names_the_bytes_and_leaves_nothing(tmp_path):
+    """A file system that is really full: /dev/shm stands in by a size limit that the kernel enforces."""
+    script = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from hf_lsam.transport.mailbox import RunFolder\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "path = Path(sys.argv[1]); path.mkdir()\n"
+        "try: RunFolder.create(path, torch.zeros(262_144), 2, [], {})\n"
+        "except OSError as error: print(error.errno, path.exists(), error)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True, check=True)
+    code, exists, message = run.stdout.split(" ", 2)
+    assert int(code) == errno.EFBIG
+    assert exists == "False"
+    assert "2 workers: 4 vectors of 1.0 MiB are needed" in message
+    assert "shared_memory_dir" in message
+
+
+def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
+    near, far = socket.socketpair()
+    channel = Channel(near)
+    frame = struct.pack("<IHHqq32s", 0x4C53414D, Kind.PUSH, 3, 16, -1, bytes(range(32)))
+    assert channel.receive() is None
+    far.sendall(frame[:11])
+    assert channel.receive() is None
+    far.sendall(frame[11:] + frame[:5])
+    assert channel.receive() == Message(Kind.PUSH, 3, 16, -1, bytes(range(32)))
+    assert channel.receive() is None
+    far.sendall(b"GET / HTTP/1.1\r\n" * 8)
+    with pytest.raises(ValueError, match="not a frame"):
+        while True:
+            channel.receive()
+    far.close()
+    channel.close()
+
+
+# --- process.py and link.py: a real server process ---
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A run folder with its server process; the server must have ended by itself when the test is over."""
+    folder, layout = make_folder(tmp_path)
+    server = start_server(folder.path, tmp_path / "server.log")
+    yield folder, layout, server
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+        raise
+    assert not folder.path.exists()
+
+
+def join_all(folder, layout, workers=(0, 1)) -> list[MailboxLink]:
+    """Joins several workers at once: each is welcomed only when all are there."""
+    links: dict[int, MailboxLink] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: links.__setitem__(n, MailboxLink(folder, n, layout, CPU)), name=f"join-{n}")
+        for n in workers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [links[n] for n in workers]
+
+
+def finish_all(links) -> None:
+    """FINISH from all, then all closed: each waits for the others."""
+    out = torch.empty(5)
+    threads = [threading.Thread(target=link.finish, args=(False, -1, out.clone())) for link in links]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for link in links:
+        link.close()
+
+
+def test_pushes_move_the_anchor_of_a_server_process(served):
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    start = torch.arange(5.0)
+    out = torch.empty(5)
+    assert first.poll(-1, out) == 0
+    assert torch.equal(out, start)
+    first.push(torch.full((5,), 4.0), 4, 0)
+    first.settle()
+    assert folder.version == 0
+    second.push(torch.full((5,), 12.0), 4, 0)
+    second.settle()
+    assert first.poll(0, out) == 1
+    assert torch.equal(out, start + 2.0)
+    assert (first.accepted, first.staleness, first.bytes_pushed) == (1, [0], 20)
+    first.push(torch.full((5,), 0.0), 4, 0)  # still around version 0
+    first.settle()
+    assert first.staleness == [0, 1]
+    finish_all([first, second])
+
+
+def test_a_server_process_refuses_what_is_not_finite_and_says_so(served):
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    first.push(torch.tensor([0.0, math.nan, 0.0, 0.0, 0.0]), 4, 0)
+    first.settle()
+    assert (first.refused, first.accepted) == (1, 0)
+    for link in (first, second):
+        link.push(torch.ones(5) * 4, 4, 0)
+        link.settle()
+    out = torch.empty(5)
+    assert second.poll(0, out) == 1
+    assert torch.equal(out, torch.arange(5.0) + 1)
+    finish_all([first, second])
+
+
+def test_a_worker_that_does_not_match_is_refused_with_the_first_difference(served):
+    folder, layout, _ = served
+    other = ParameterLayout([("v", torch.zeros(5))])
+    with pytest.raises(RefusedError, match=r"Worker 1's.*`v` \[5\] torch.float32 here, `w` \[5\]"):
+        MailboxLink(folder, 1, other, CPU)
+    finish_all(join_all(folder, layout))
+
+
+def test_a_second_worker_with_the_same_number_is_refused(served):
+    folder, layout, _ = served
+    links = join_all(folder, layout)
+    with pytest.raises(RefusedError, match="already takes part as worker 1"):
+        MailboxLink(folder, 1, layout, CPU)
+    finish_all(links)
+
+
+def test_a_worker_that_dies_is_dropped_and_the_others_go_on(served):
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    first.push(torch.ones(5) * 4, 4, 0)
+    first.settle()
+    assert folder.version == 0
+    second.close()  # as the kernel does when a process is killed
+    deadline = time.monotonic() + 10
+    while folder.version == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert folder.version == 1, "with one worker left, the four steps that are in complete a period"
+    finish_all([first])
+
+
+def test_garbage_on_the_socket_changes_nothing(served):
+    folder, layout, _ = served
+    links = join_all(folder, layout)
+    for garbage in (
+        b"GET / HTTP/1.0\r\n\r\n" * 10,
+        os.urandom(1000),
+        struct.pack("<IHHqq32s", 0x4C53414D, 99, 0, 0, 0, b""),
+    ):
+        channel = folder.connect(lambda: True, 5)
+        channel._socket.sendall(garbage)
+        assert channel._socket.recv(100) == b""  # the server hangs up
+        channel.close()
+    links[0].push(torch.ones(5) * 8, 8, 0)
+    links[0].settle()
+    assert torch.equal(folder.slot(1), torch.arange(5.0) + 1)
+    finish_all(links)
+
+
+def test_an_early_stop_and_the_best_step_reach_the_others(served):
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    results = {}
+    stopper = threading.Thread(target=lambda: results.update(first=first.finish(True, 40, torch.empty(5))))
+    stopper.start()
+    deadline = time.monotonic() + 10
+    while not second.stop_requested and time.monotonic() < deadline:
+        second.poll(0, torch.empty(5))
+    assert second.stop_requested
+    results["second"] = second.finish(False, -1, torch.empty(5))
+    stopper.join(10)
+    assert results["first"][1] == results["second"][1] == 40
+    first.close()
+    second.close()
+
+
+def test_a_snapshot_holds_the_servers_state(served, tmp_path):
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    first.push(torch.ones(5) * 3, 3, 0)
+    first.settle()
+    first.snapshot(tmp_path / "saved" / "server.safetensors")
+    state = load_tensors(tmp_path / "saved" / "server.safetensors")
+    assert torch.equal(state["pending"], torch.ones(5) * 3)
+    assert state["pending_steps"].item() == 3
+    assert torch.equal(state["anchor"], torch.arange(5.0))
+    finish_all([first, second])
+
+
+def test_a_server_that_is_killed_is_an_error_that_says_where_to_look(tmp_path):
+    folder, layout = make_folder(tmp_path)
+    server = start_server(folder.path, tmp_path / "server.log")
+    first, second = join_all(folder, layout)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    with pytest.raises(ServerGone, match=r"server\.log.*resume from the last checkpoint"):
+        while True:
+            first.poll(0, torch.empty(5))
+    first.close()
+    second.close()
+    folder.remove()
+
+
+def test_sigterm_ends_a_server_and_its_folder(tmp_path):
+    folder, layout = make_folder(tmp_path)
+    server = start_server(folder.path, tmp_path / "server.log")
+    links = join_all(folder, layout)
+    server.terminate()
+    assert server.wait(10) == 143
+    assert not folder.path.exists()
+    for link in links:
+        link.close()
+
+
+def test_a_worker_whose_server_never_comes_is_told(tmp_path):
+    folder, layout = make_folder(tmp_path)
+    with pytest.raises(ServerGone, match="found no server"):
+        MailboxLink(folder, 0, layout, CPU, server_alive=lambda: False)
+
+
+# --- checkpoint.py ---
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {"x": torch.ones(3)})
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors(path, {"x": torch.zeros(3)})
+    assert torch.equal(load_tensors(path)["x"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_damaged_or_malicious_file_is_no_checkpoint(tmp_path):
+    whole = tmp_path / "whole.safetensors"
+    save_tensors(whole, {"x": torch.ones(300)})
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_tensors(cut)
+    pickled = tmp_path / "pickled.safetensors"
+    torch.save({"x": torch.ones(3)}, pickled)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_tensors(pickled)
