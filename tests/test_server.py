@@ -214,13 +214,12 @@ def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     assert channel.receive() is None
     far.sendall(frame[:11])
     assert channel.receive() is None
-    far.sendall(frame[11:] + frame[:5])
+    far.sendall(frame[11:])
     assert channel.receive() == Message(Kind.PUSH, 3, 16, -1, bytes(range(32)))
     assert channel.receive() is None
     far.sendall(b"GET / HTTP/1.1\r\n" * 8)
     with pytest.raises(ValueError, match="not a frame"):
-        while True:
-            channel.receive()
+        channel.receive()
     far.close()
     channel.close()
 
@@ -338,11 +337,8 @@ def test_a_worker_that_dies_is_dropped_and_the_others_go_on(served):
 def test_garbage_on_the_socket_changes_nothing(served):
     folder, layout, _ = served
     links = join_all(folder, layout)
-    for garbage in (
-        b"GET / HTTP/1.0\r\n\r\n" * 10,
-        os.urandom(1000),
-        struct.pack("<IHHqq32s", 0x4C53414D, 99, 0, 0, 0, b""),
-    ):
+    unknown_kind = struct.pack("<IHHqq32s", 0x4C53414D, 99, 0, 0, 0, b"")
+    for garbage in (b"GET / HTTP/1.0\r\n\r\n" * 10, os.urandom(1000), unknown_kind):
         channel = folder.connect(lambda: True, 5)
         channel._socket.sendall(garbage)
         assert channel._socket.recv(100) == b""  # the server hangs up
@@ -390,8 +386,7 @@ def test_a_server_that_is_killed_is_an_error_that_says_where_to_look(tmp_path):
     server.send_signal(signal.SIGKILL)
     server.wait()
     with pytest.raises(ServerGone, match=r"server\.log.*resume from the last checkpoint"):
-        while True:
-            first.poll(0, torch.empty(5))
+        first.poll(0, torch.empty(5))
     first.close()
     second.close()
     folder.remove()

@@ -1,0 +1,46 @@
+# Everything a fresh machine needs goes into .venv; nothing else is touched.
+PYTHON ?= python3
+# Without an installed torch, pip would take the newest build with all its CUDA packages. Override to use your own:
+#   make test TORCH="torch==2.11.0"
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test style quality clean
+
+help:  ## Lists the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (about QUICKSTART_MINUTES minutes)
+	$(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		scripts/train_text_classification.py --config recipes/text_classification/quickstart.yaml
+
+test: .venv/.test  ## Runs the tests
+	$(BIN)/python -m pytest
+
+style: .venv/.quality  ## Formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: .venv/.quality  ## Checks format and style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## Removes .venv
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.quality: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet "$$(sed -n 's/^ *"\(ruff==[0-9.]*\)".*/\1/p' pyproject.toml)"
+	touch $@
+
+.venv/.recipes: pyproject.toml | .venv/bin/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable '.[recipes]'
+	touch $@
+
+.venv/.test: .venv/.recipes
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,120 @@
+"""Tiny models and data sets that tests train on in a fraction of a second; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+FEATURES, HIDDEN, CLASSES = 8, 16, 3
+VOCABULARY = 40
+
+
+class Rows(Dataset):
+    """A list of rows, each a dict of tensors."""
+
+    def __init__(self, rows: list[dict[str, Tensor]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.rows[index]
+
+
+class Stream(IterableDataset):
+    """The same rows without a length."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows.rows)
+
+
+def blobs(rows: int = 64, seed: int = 0) -> Rows:
+    """Points of three overlapping clusters in R^8, with their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(CLASSES, (rows,), generator=generator)
+    points = centres[labels] + torch.randn(rows, FEATURES, generator=generator)
+    return Rows([{"x": x, "labels": label} for x, label in zip(points, labels, strict=True)])
+
+
+def sentences(rows: int = 32, length: int = 12, seed: int = 0) -> Rows:
+    """Random tokens whose label is the parity of the first; the lengths differ by padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    mask = (torch.arange(length) < torch.randint(4, length + 1, (rows, 1), generator=generator)).long()
+    return Rows([{"input_ids": i * m, "attention_mask": m, "labels": i[0] % 2} for i, m in zip(ids, mask, strict=True)])
+
+
+class Net(nn.Module):
+    """Two linear layers, with BatchNorm and dropout between them where asked for."""
+
+    def __init__(self, batchnorm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.first = nn.Linear(FEATURES, HIDDEN)
+        self.norm = nn.BatchNorm1d(HIDDEN) if batchnorm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.last(self.dropout(torch.tanh(self.norm(self.first(x)))))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
+
+
+def net(seed: int = 0, batchnorm: bool = False, dropout: float = 0.0) -> Net:
+    """A `Net` with the weights that `seed` gives."""
+    torch.manual_seed(seed)
+    return Net(batchnorm, dropout)
+
+
+def tiny_bert(seed: int = 0, dropout: float = 0.0):
+    """A BERT classifier of two layers, 16 wide."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def arguments(kind: type, output_dir: Path, **fields: Any):
+    """A config of class `kind` for a short quiet CPU run whose batches come in the order of the rows."""
+    defaults = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+        "seed": 7,
+    }
+    return kind(output_dir=str(output_dir), **{**defaults, **fields})
+
+
+def vector(model: nn.Module) -> Tensor:
+    """A copy of the trainable parameters as one flat vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])

@@ -1,0 +1,167 @@
+"""LSAMArguments: every field out of range, configurations that cannot be stable, and what LSAM refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_lsam import LSAMArguments, LSAMConfig
+from hf_lsam.coupling import anchor_lr_bound
+from hf_lsam.identity import Identity
+
+
+def config(tmp_path, **fields):
+    return LSAMConfig(output_dir=tmp_path, use_cpu=True, report_to=[], **fields)
+
+
+OUT_OF_RANGE = {
+    "sam_rho": [-0.1, math.nan, math.inf, "0.1"],
+    "sam_eps": [-1e-9, math.nan],
+    "sam_interval": [0, -1, 1.5],
+    "sam_ascent_fraction": [0.0, 1.1, -0.5, math.nan],
+    "langevin_temperature": [-1.0, math.inf],
+    "sync_steps": [0, -4, 2.5, True],
+    "coupling_strength": [-0.1, 16.5, math.nan],
+    "coupling": ["hard", None],
+    "num_workers": [0, -1, 1.5],
+    "shared_memory_dir": ["/no/such/folder"],
+    "data_distribution": ["replicated"],
+    "anchor_lr": [0.0, -1.0, math.nan, math.inf],
+    "anchor_momentum_correction": [-0.1, math.nan],
+    "anchor_optimizer": ["lion"],
+    "anchor_momentum": [1.0, -0.1],
+    "batchnorm_batches": [-1, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_every_field_out_of_range_is_an_error_that_names_field_value_and_remedy(tmp_path, name, value):
+    if name == "anchor_momentum":
+        fields = {"anchor_optimizer": "nesterov", name: value}
+    else:
+        fields = {name: value}
+    with pytest.raises(ValueError, match=rf"(?s)^`{name}` must be .*, got .*\. \S+") as error:
+        config(tmp_path, **fields)
+    assert repr(value) in str(error.value)
+
+
+def test_every_field_has_a_value_out_of_range_in_this_test():
+    own = {field.name for field in dataclasses.fields(LSAMArguments)} - {"sam_adaptive"}  # any truth value will do
+    assert own == set(OUT_OF_RANGE)
+
+
+def test_the_defaults_are_those_of_the_documentation(tmp_path):
+    args = config(tmp_path)
+    for field in dataclasses.fields(LSAMArguments):
+        documented = f"{field.name} (`"
+        assert documented in LSAMArguments.__doc__, field.name
+        if field.default is not None:
+            line = LSAMArguments.__doc__.split(documented)[1].split("):")[0]
+            assert repr(field.default).replace("'", '"') in line, field.name
+    assert args.server_settings().anchor_lr < anchor_lr_bound(
+        args.coupling_strength, args.sync_steps, args.anchor_momentum_correction
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"coupling_strength": 0.1, "anchor_momentum_correction": 0.9, "anchor_lr": 1.0},
+        {"coupling_strength": 0.9, "anchor_momentum_correction": 0.9, "anchor_lr": 1.0},
+        {"anchor_lr": 2.0},
+        {"anchor_optimizer": "nesterov", "anchor_momentum": 0.9, "anchor_lr": 1.0},
+    ],
+)
+def test_a_configuration_outside_the_stability_region_names_the_bound_and_a_value_inside(tmp_path, fields):
+    with pytest.raises(ValueError, match="outside the stability region") as error:
+        config(tmp_path, **fields)
+    suggested = float(str(error.value).split("Use anchor_lr=")[1].split(",")[0])
+    bound = float(str(error.value).split("anchor_lr < ")[1].split(")")[0])
+    assert suggested < bound < fields["anchor_lr"]
+    config(tmp_path, **{**fields, "anchor_lr": suggested})
+
+
+def test_the_configuration_that_a_prototype_trained_with_is_inside(tmp_path):
+    config(tmp_path, coupling_strength=0.1, anchor_momentum_correction=0.9, anchor_lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fsdp": "full_shard"}, r"fsdp.*whole parameters.*LoRA"),
+        ({"deepspeed": "zero.json"}, r"deepspeed.*whole parameters"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear"}, r"backward pass.*adamw_torch"),
+        ({"optim": "lomo"}, r"backward pass.*adamw_torch"),
+        ({"optim": "adalomo"}, r"backward pass.*adamw_torch"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, r"only worker 0.*'linear'"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_cause_and_remedy(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        config(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+def test_sharding_asked_of_the_launcher_is_refused(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match="cannot be combined with"):
+        config(tmp_path)
+
+
+def test_auto_find_batch_size_is_refused_among_several_workers(tmp_path, monkeypatch):
+    config(tmp_path, auto_find_batch_size=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        config(tmp_path, auto_find_batch_size=True)
+
+
+def test_fewer_workers_than_meant_is_an_error_that_names_the_launch(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"num_workers=4, but 1 were started.*--multi_gpu --num_processes 4"):
+        config(tmp_path, num_workers=4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert config(tmp_path, num_workers=4).identity == Identity(0, 0, 4)
+
+
+def test_several_machines_are_refused_until_they_are_supported(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several machines are not supported yet"):
+        config(tmp_path)
+
+
+def test_a_worker_is_a_job_of_its_own_to_accelerate_and_keeps_its_rank(tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    args = config(tmp_path)
+    assert (args.world_size, args.process_index, args.local_process_index) == (1, 1, 1)
+    assert args.device.type == "cpu"
+    assert args.parallel_mode.value == "not_parallel"
+    assert not args.should_save
+    with args.saving_own_state():
+        assert args.should_save
+    assert not args.should_save
+    assert os.environ["RANK"] == "1"
+
+
+def test_every_training_argument_is_there_and_unknown_ones_are_errors(tmp_path):
+    ours = {field.name for field in dataclasses.fields(LSAMConfig)}
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} <= ours
+    with pytest.raises(TypeError, match="sam_roh"):
+        config(tmp_path, sam_roh=0.1)
+    with pytest.raises(ValueError, match="sam_roh"):
+        HfArgumentParser(LSAMConfig).parse_dict({"output_dir": str(tmp_path), "sam_roh": 0.1})
+
+
+def test_arguments_survive_the_command_line_and_json(tmp_path):
+    (args,) = HfArgumentParser(LSAMConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--sam_rho", "0.2", "--sync_steps", "8", "--num_workers", "1"]
+    )
+    assert (args.sam_rho, args.sync_steps, args.num_workers) == (0.2, 8, 1)
+    assert args.to_dict()["coupling_strength"] == 0.1
+    assert '"sync_steps": 8' in args.to_json_string()

@@ -1,0 +1,128 @@
+"""The house is kept: imports run one way, the README tells the truth, nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_lsam"
+
+# Top to bottom; each room imports only from rooms below it.
+ROOMS = [
+    "trainer",
+    "arguments",
+    "callbacks",
+    "identity",
+    "worker",
+    "server",
+    "transport",
+    "checkpoint",
+    "anchor",
+    "coupling",
+    "sam",
+    "batchnorm",
+    "parameters",
+]
+# Arithmetic: torch and the standard library alone.
+ARITHMETIC = ["anchor", "coupling", "sam", "batchnorm", "parameters"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, inside the package) for every import that is made when the module runs."""
+    tree = ast.parse(path.read_text())
+    only_types = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
+        for node in ast.walk(branch)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in only_types:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.append((node.module, False))
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parent if node.level == 1 else path.parents[node.level - 1]
+            parts = [*folder.relative_to(PACKAGE).parts, *(node.module or "").split(".")]
+            names = [".".join(filter(None, parts))] if node.module else [alias.name for alias in node.names]
+            found += [(name, True) for name in names]
+    return found
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [m for m in MODULES if m.parent != PACKAGE or m.stem != "__init__"], ids=str)
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    for module, inside in imports(path):
+        if inside and module.split(".")[0] != room:
+            below = ROOMS.index(module.split(".")[0])
+            assert below > ROOMS.index(room), f"{room} imports {module}, which lies above it"
+        if room in ARITHMETIC and not inside:
+            assert module.split(".")[0] in {*sys.stdlib_module_names, "torch"}, f"{room} imports {module}"
+
+
+def test_every_room_is_listed():
+    rooms = {room_of(path) for path in MODULES} - {"__init__"}
+    assert rooms == set(ROOMS)
+
+
+def test_the_package_needs_neither_datasets_nor_evaluate_and_the_server_no_transformers():
+    script = (
+        "import sys\n"
+        "for name in ('datasets', 'evaluate', 'matplotlib', 'yaml_blocked'): sys.modules[name] = None\n"
+        "import hf_lsam.server.process\n"
+        "assert 'transformers' not in sys.modules and 'accelerate' not in sys.modules\n"
+        "from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+def test_nothing_is_unpickled():
+    for path in MODULES:
+        source = path.read_text()
+        assert not re.search(
+            r"\bpickle\b|torch\.load\(|\bmarshal\b|(?<!\.)\beval\(|(?<!\.)\bexec\(|recv_object", source
+        ), path
+
+
+def test_the_readme_tree_is_the_folder():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("<!-- tree -->")[1]
+    listed, folders = set(), []
+    for line in tree.splitlines():
+        match = re.match(r"^( *)([\w.\-]+/?)(\s{2,}.*)?$", line)
+        if not match or not match.group(2).strip():
+            continue
+        depth = len(match.group(1)) // 2
+        folders[depth:] = [match.group(2)]
+        listed.add("".join(folders).rstrip("/"))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked}
+    package = {path for path in tracked if path.startswith("hf_lsam/") and not path.endswith("__init__.py")}
+    scripts = {path for path in tracked if path.startswith("scripts/")}
+    package_folders = {str(Path(path).parent) for path in package}
+    assert listed == top | package | package_folders | scripts | {"scripts"}
+
+
+def test_the_readme_names_no_path_that_is_not_there():
+    for page in [ROOT / "README.md", *ROOT.glob("recipes/*/README.md")]:
+        text = page.read_text()
+        for path in re.findall(r"`((?:hf_lsam|scripts|recipes|tests|benchmarks|model_cards)/[\w./\-]+)`", text):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+        for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (page.parent / path).exists(), f"{page.name} links to {path}"
