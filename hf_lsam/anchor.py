@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .coupling import blocks
+
 OPTIMIZERS = ("sgd", "nesterov", "adam")
 
 
@@ -55,17 +57,20 @@ class Anchor:
         """Moves y by the differences x - y of `steps` worker steps.
 
         Args:
-            total: their sum, float32 [d]; consumed (its storage becomes g').
+            total: their sum, float32 [d]; consumed (its storage becomes g).
             steps: how many worker steps the sum covers, at least 1.
         """
-        gradient = total.mul_(-1.0 / steps)  # g'
-        self.vector.grad = gradient
-        if self._beta:
-            if self._previous is not None:
-                self.vector.grad = torch.lerp(self._previous, gradient, 1.0 + self._beta)
-                self._previous.copy_(gradient)
-            else:
-                self._previous = gradient.clone()
+        if not self._beta:
+            total.mul_(-1.0 / steps)
+        elif self._previous is None:
+            self._previous = total.mul_(-1.0 / steps).clone()
+        else:
+            for g, previous in blocks([total], [self._previous]):
+                torch._foreach_mul_(g, -1.0 / steps)  # g'
+                change = torch._foreach_sub(g, previous)
+                torch._foreach_copy_(previous, g)
+                torch._foreach_add_(g, change, alpha=self._beta)
+        self.vector.grad = total
         self._optimizer.step()
         self.vector.grad = None
         self.version += 1

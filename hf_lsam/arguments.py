@@ -110,10 +110,6 @@ class LSAMArguments:
         self._refuse_incompatible()
         # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
         self.accelerator_config.dispatch_batches = False
-        if self.data_distribution == "independent" and self.identity.rank > 0:
-            # Far apart: epoch e of the seedable sampler uses seed + e.
-            base = self.seed if self.data_seed is None else self.data_seed
-            self.data_seed = base + 1_000_003 * self.identity.rank
 
     # --- who this process is; TrainingArguments asks for it at construction ---
 

@@ -40,6 +40,17 @@ def frozen_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+@contextmanager
+def kept_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Running statistics may change inside; after, they are what they were before."""
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], object]) -> int:
     """Replaces the running statistics by the average over `batches` at the current weights.

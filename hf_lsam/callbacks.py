@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
@@ -21,28 +22,35 @@ class FailureSignatures:
         num_workers: n.
     """
 
-    DRIFT_WINDOW = 6  # log points over which drift must have grown at each one
+    DRIFT_WINDOW = 6  # log points, each at a newer anchor, over which drift must have grown at each one
     DRIFT_GROWTH = 2.0  # and by this factor in all
     STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
 
     def __init__(self, num_workers: int):
         self._num_workers = num_workers
-        self._drift: list[float] = []
+        self._seen: list[tuple[float, float]] = []  # (drift, drift per learning rate) at different anchors
+        self._seen_version = 0
         self._reported: set[str] = set()
 
-    def observe(self, drift: float, staleness: float) -> list[str]:
+    def observe(self, drift: float, staleness: float, anchor_version: int, learning_rate: float) -> list[str]:
         """The warnings that one log point gives rise to.
 
         Args:
             drift: ||x - y|| / ||y||.
             staleness: mean anchor versions between reading y and handing in differences to it.
+            anchor_version: of the anchor that the drift is measured from. Around one anchor a worker moves away from it
+                as it should, so only log points at different anchors are compared.
+            learning_rate: drift that grows as the learning rate does (warm-up) is no signature.
         """
-        self._drift = [*self._drift, drift][-self.DRIFT_WINDOW :]
-        growing = len(self._drift) == self.DRIFT_WINDOW and all(
-            later > earlier for earlier, later in zip(self._drift, self._drift[1:], strict=False)
+        if anchor_version > self._seen_version:
+            self._seen_version = anchor_version
+            self._seen = [*self._seen, (drift, drift / max(learning_rate, 1e-30))][-self.DRIFT_WINDOW :]
+        growing = len(self._seen) == self.DRIFT_WINDOW and all(
+            all(later > earlier for earlier, later in pairwise(series)) and series[-1] > self.DRIFT_GROWTH * series[0]
+            for series in zip(*self._seen, strict=True)
         )
         warnings = []
-        if not math.isfinite(drift) or (growing and drift > self.DRIFT_GROWTH * self._drift[0]):
+        if not math.isfinite(drift) or growing:
             warnings.append(
                 self._once(
                     "drift",

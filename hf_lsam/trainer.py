@@ -14,8 +14,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,16 +28,12 @@ from transformers.utils import logging as transformers_logging
 
 from . import sam
 from .arguments import LSAMArguments
-from .batchnorm import frozen_statistics, reestimate, tracking_layers
+from .batchnorm import frozen_statistics, kept_statistics, reestimate, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
 from .checkpoint import load_tensors, save_tensors
-from .identity import LaunchStore, data_sharding, is_pinned
-from .parameters import ParameterLayout, trainable_parameters
-from .server.core import ServerCore
-from .server.local import LocalLink
-from .server.process import start_server
-from .transport.link import MailboxLink
-from .transport.mailbox import RunFolder
+from .identity import data_sharding, is_pinned
+from .parameters import trainable_parameters
+from .run import Run
 from .worker import Worker
 
 logger = transformers_logging.get_logger(__name__)
@@ -110,10 +104,7 @@ class LSAMTrainerMixin:
             args.eval_on_start = False
         self.worker: Worker | None = None
         self.stop_all_workers = False
-        self._store: LaunchStore | None = None
-        self._server = None
-        self._run_folder: RunFolder | None = None
-        self._runs = 0
+        self._run = Run(args.identity, Path(args.shared_memory_dir), Path(args.output_dir) / "server.log")
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
         super().__init__(*positional, **keywords)
@@ -138,14 +129,9 @@ class LSAMTrainerMixin:
         if self._showing_local or self.worker is None or self._own is not None or self.worker.shows_anchor:
             yield
             return
-        buffers = [copy.deepcopy(layer._buffers) for layer in self._batchnorm]
-        with self.worker.showing_anchor():
+        with self.worker.showing_anchor(), kept_statistics(self._batchnorm):
             self._reestimate_batchnorm()
-            try:
-                yield
-            finally:
-                for layer, kept in zip(self._batchnorm, buffers, strict=True):
-                    layer._buffers.update(kept)
+            yield
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -155,22 +141,26 @@ class LSAMTrainerMixin:
             raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
         worker = self.worker
         shown = worker.own_parameters
-        worker.layout.write(self._own, worker.parameters)
         self._showing_local = True
         try:
-            yield
+            with kept_statistics(self._batchnorm):
+                worker.layout.write(self._own, worker.parameters)
+                for buffer, own in zip(self._batchnorm_buffers(), self._own_statistics, strict=True):
+                    buffer.copy_(own)
+                yield
         finally:
             self._showing_local = False
             worker.layout.write(shown, worker.parameters)
+
+    def _batchnorm_buffers(self) -> list[Tensor]:
+        return [buffer for layer in self._batchnorm for buffer in layer.buffers()]
 
     def gather_from_workers(self, key: str, value: Any) -> list[Any] | None:
         """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.
 
         Worker 0 waits for the slowest. Use each key once.
         """
-        if self.args.identity.num_workers == 1:
-            return [value]
-        return self._launch_store().gather(f"user/{key}", value)
+        return self._run.gather(key, value)
 
     def worker_summary(self) -> dict[str, Any]:
         """This worker's figures of the last `train()`: steps, pushes, bytes, staleness, anchor version."""
@@ -205,7 +195,10 @@ class LSAMTrainerMixin:
                 second_loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             sam.restore(moved)
-        self._sharpness += second_loss - first_loss
+        sharpness = second_loss - first_loss
+        if scaler is not None:  # a step that overflows is skipped; it is not to spoil the mean of the others
+            sharpness = torch.nan_to_num(sharpness, nan=0.0, posinf=0.0, neginf=0.0)
+        self._sharpness += sharpness
         self._perturbed_steps.add(self.state.global_step)
         return first_loss if share == 1 else second_loss
 
@@ -227,16 +220,33 @@ class LSAMTrainerMixin:
     # --- each worker its data ---
 
     def get_train_dataloader(self):
-        sharded = self.args.data_distribution == "sharded"
-        with data_sharding(self.args.identity.num_workers if sharded else 1):
+        identity = self.args.identity
+        if identity.num_workers == 1:
             return super().get_train_dataloader()
+        if self.args.data_distribution == "sharded":
+            return self._train_dataloader(identity.num_workers, self._data_seed)
+        # Far apart: epoch e of the seedable sampler uses its seed + e.
+        return self._train_dataloader(1, self._data_seed + 1_000_003 * identity.rank)
+
+    @property
+    def _data_seed(self) -> int:
+        """The same in every worker, whatever the state of its generators."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _train_dataloader(self, num_shards: int, seed: int):
+        config = self.accelerator.dataloader_config
+        before, config.data_seed = config.data_seed, seed
+        try:
+            with data_sharding(num_shards):
+                return super().get_train_dataloader()
+        finally:
+            config.data_seed = before
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+        if isinstance(sampler, LengthGroupedSampler) and self.args.identity.num_workers > 1:
             # It would draw from the process's own generator, and the workers' shards would overlap.
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler.generator = torch.Generator().manual_seed(seed)
+            sampler.generator = torch.Generator().manual_seed(self.accelerator.dataloader_config.data_seed)
         return sampler
 
     # --- what is evaluated and saved is the anchor ---
@@ -262,7 +272,7 @@ class LSAMTrainerMixin:
             super().save_model(output_dir, _internal_call)
 
     def _reestimate_batchnorm(self):
-        """Running statistics at the weights the model holds, from training batches; draws no random number."""
+        """Running statistics at the weights the model holds, from the same training batches in every worker."""
         if not self._batchnorm:
             return
         if self.args.batchnorm_batches == 0:
@@ -270,7 +280,7 @@ class LSAMTrainerMixin:
             return
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            batches = itertools.islice(self.get_train_dataloader(), self.args.batchnorm_batches)
+            batches = itertools.islice(self._train_dataloader(1, self._data_seed), self.args.batchnorm_batches)
             reestimate(self.model, batches, lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)))
 
     # --- logging ---
@@ -278,7 +288,9 @@ class LSAMTrainerMixin:
     def log(self, logs, start_time=None):
         if self.is_in_train and "loss" in logs and self.worker is not None:
             logs.update(self._figures())
-            for warning in self._signatures.observe(logs["lsam/drift"], logs["lsam/staleness"]):
+            for warning in self._signatures.observe(
+                logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
+            ):
                 self._warn(warning)
         super().log(logs, start_time)
 
@@ -322,7 +334,7 @@ class LSAMTrainerMixin:
         try:
             return super()._inner_training_loop(*positional, **keywords)
         finally:
-            self._leave()
+            self._run.leave()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -335,7 +347,11 @@ class LSAMTrainerMixin:
         self._staleness: list[int] = []
         self._own = None
         self.stop_all_workers = False
-        self.worker = Worker(named, self._join(named), self.args.worker_settings())
+        server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
+        if server_state is not None and not server_state.exists():
+            logger.warning(f"{self._common_checkpoint} holds no anchor: its model becomes the first one.")
+            server_state = None
+        self.worker = self._run.join(named, self.args.worker_settings(), self.args.server_settings(), server_state)
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         return model, train_dataloader
 
@@ -348,55 +364,6 @@ class LSAMTrainerMixin:
                 "would rescale or average it: the kernel would no longer be Gaussian. Use coupling='decoupled', or "
                 "plain SGD (optim='sgd')."
             )
-
-    def _join(self, named) -> LocalLink | MailboxLink:
-        """This worker's end of the exchange; worker 0 starts the server first."""
-        args, layout = self.args, ParameterLayout(named)
-        parameters = [parameter for _, parameter in named]
-        state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
-        if state is not None and not state.exists():
-            logger.warning(
-                f"{self._common_checkpoint} holds no anchor: the run goes on from its model, as a new anchor."
-            )
-            state = None
-        if args.identity.num_workers == 1:
-            initial = layout.read(parameters, torch.empty(layout.numel, device=args.device))
-            core = ServerCore(initial, args.server_settings())
-            if state is not None:
-                core.load_state_tensors(load_tensors(state))
-            return LocalLink(core)
-        store, self._runs = self._launch_store(), self._runs + 1
-        if args.identity.rank == 0:
-            initial = layout.read([p.detach().cpu() for p in parameters], torch.empty(layout.numel))
-            run = {"fingerprint": layout.fingerprint.hex(), "settings": args.server_settings().as_dict()}
-            path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=args.shared_memory_dir))
-            self._run_folder = RunFolder.create(path, initial, args.identity.num_workers, layout.manifest, run)
-            self._server = start_server(path, Path(args.output_dir) / "server.log", state)
-            store.set(f"run_dir/{self._runs}", str(path))
-        else:
-            self._run_folder = RunFolder(Path(store.get(f"run_dir/{self._runs}")))
-        alive = (lambda: True) if self._server is None else (lambda: self._server.poll() is None)
-        return MailboxLink(self._run_folder, args.identity.rank, layout, args.device, alive)
-
-    def _launch_store(self) -> LaunchStore:
-        if self._store is None:
-            self._store = LaunchStore(self.args.identity)
-        return self._store
-
-    def _leave(self):
-        """Closes this worker's end of the exchange, also after an error; worker 0 sees the server off."""
-        if self.worker is not None:
-            self.worker.link.close()
-        if self._server is not None:
-            try:
-                self._server.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # another worker still trains, while this one ends with an error
-                self._server.terminate()
-                self._server.wait()
-            self._server = None
-        if self._run_folder is not None and self.args.identity.rank == 0:
-            self._run_folder.remove()
-        self._run_folder = None
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state
@@ -418,6 +385,7 @@ class LSAMTrainerMixin:
             "trainable_parameters": worker.layout.numel,
         }
         self._own = worker.own_parameters
+        self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
         worker.adopt_anchor()
         self._reestimate_batchnorm()
         if best >= 0 and self.args.identity.rank != 0:

@@ -88,9 +88,10 @@ class Worker:
             return torch.zeros(self.layout.numel, dtype=torch.float32, device=device)
 
         self.anchor = vector()  # y, [d]
-        self._incoming = vector()  # the next y while it is copied, [d]
         self._total = vector()  # D, [d]
-        # While a sum is copied to the server beside the training stream, the next one needs a place of its own.
+        # On an accelerator vectors are copied beside the training stream: the next y while it comes and the last D
+        # while it goes need places of their own.
+        self._incoming = self.anchor if device.type == "cpu" else vector()
         self._total_in_flight = self._total if device.type == "cpu" else vector()
         self._anchor_views = self.layout.views(self.anchor)
         self._total_views = self.layout.views(self._total)

@@ -38,14 +38,14 @@ OUT_OF_RANGE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
-)
+CASES = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
 def test_every_field_out_of_range_is_an_error_that_names_field_value_and_remedy(tmp_path, name, value):
+    fields = {name: value}
     if name == "anchor_momentum":
-        fields = {"anchor_optimizer": "nesterov", name: value}
-    else:
-        fields = {name: value}
+        fields["anchor_optimizer"] = "nesterov"
     with pytest.raises(ValueError, match=rf"(?s)^`{name}` must be .*, got .*\. \S+") as error:
         config(tmp_path, **fields)
     assert repr(value) in str(error.value)

@@ -18,6 +18,7 @@ ROOMS = [
     "trainer",
     "arguments",
     "callbacks",
+    "run",
     "identity",
     "worker",
     "server",

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import datasets
+import peft
 import pytest
 import torch
+import trl
 from models import Net, Rows, Stream, arguments, blobs, net, sentences, tiny_bert, vector
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
+from hf_lsam.callbacks import FailureSignatures
+from hf_lsam.parameters import trainable_parameters
 
 # LSAM with every part of it at work.
 LSAM = {
@@ -341,7 +347,11 @@ def test_fp16_overflow_skips_the_step_and_leaves_everything_as_it_was(tmp_path):
 def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
     fields = {"rows": sentences(), "max_steps": 6, "optim": "adamw_torch", "learning_rate": 5e-3}
     plain = train(tmp_path, tiny_bert(dropout=0.1), **fields)
-    name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing"
+        if hasattr(TrainingArguments, "activation_checkpointing")
+        else "gradient_checkpointing"
+    )
     switched_on = {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}
     checkpointed = train(tmp_path, tiny_bert(dropout=0.1), **switched_on, **fields)
     modules = checkpointed.model.modules()
@@ -363,9 +373,7 @@ def test_torch_compile(tmp_path, monkeypatch):
     for ours, theirs in zip(compiled.recorder.x, eager.recorder.x, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vector(compiled.model), vector(eager.model), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        compiled.model.norm.running_var, eager.model.norm.running_var, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(compiled.model.norm.running_var, eager.model.norm.running_var, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
 
 
@@ -440,7 +448,9 @@ def test_compute_loss_func_is_normalised_over_the_accumulated_batch(tmp_path):
 
     def total(outputs, labels, num_items_in_batch=None):
         logits = outputs["logits"]
-        return 3.0 * nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / num_items_in_batch
+        return (
+            3.0 * nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / num_items_in_batch
+        )
 
     def summed(model, batch):
         logits = model(batch["x"])["logits"]
@@ -535,3 +545,598 @@ def test_coupling_in_the_score_is_the_decoupled_one_at_the_learning_rate_the_pul
 def test_coupling_in_the_score_is_refused_with_other_optimizers(tmp_path, fields):
     with pytest.raises(ValueError, match=r"coupling='score'.*rescale or average.*coupling='decoupled'.*plain SGD"):
         train(tmp_path, net(), max_steps=2, coupling="score", **fields)
+
+
+# --- BatchNorm ---
+
+
+def cumulative_statistics(model: Net, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean over the batches of each batch's mean and unbiased variance before the BatchNorm layer."""
+    with torch.no_grad():
+        hidden = [model.first(batch["x"]) for batch in batches]
+    return torch.stack([h.mean(0) for h in hidden]).mean(0), torch.stack([h.var(0) for h in hidden]).mean(0)
+
+
+def eval_loss(model: Net, parameters: Tensor, mean: Tensor, variance: Tensor, rows: Rows) -> float:
+    """Cross entropy over the rows at given parameters and BatchNorm statistics, in evaluation mode."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(parameters, model.parameters())
+        model.norm.running_mean.copy_(mean)
+        model.norm.running_var.copy_(variance)
+        return mean_loss(model, batches_of(rows, len(rows))[0]).item()
+
+
+def test_pass_2_leaves_batchnorm_statistics_alone(tmp_path):
+    class Statistics(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            self.seen.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+
+    runs = []
+    for config, kind in ((LSAMConfig, LSAMTrainer), (TrainingArguments, Trainer)):
+        statistics = Statistics()
+        fields = {"learning_rate": 0.0, **({} if kind is Trainer else LSAM)}
+        args = arguments(config, tmp_path, max_steps=3, gradient_accumulation_steps=2, **fields)
+        kind(model=net(batchnorm=True), args=args, train_dataset=blobs(), callbacks=[statistics]).train()
+        runs.append(statistics.seen)
+    for ours, plain in zip(*runs, strict=True):
+        for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+            assert torch.equal(ours[name], plain[name]), name
+    assert [seen["norm.num_batches_tracked"].item() for seen in runs[0]] == [2, 4, 6]
+
+
+def test_batchnorm_model_as_in_the_reference(tmp_path):
+    trainer = train(tmp_path, net(batchnorm=True), max_steps=8)
+    assert_same_run(trainer, reference(net(batchnorm=True), [[b] for b in batches_of(blobs())], sgd()))
+
+
+def test_batchnorm_statistics_are_re_estimated_at_the_anchor(tmp_path):
+    class Around(TrainerCallback):
+        """The worker's buffers before and after an evaluation."""
+
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            if state.global_step == 6:
+                self.before = copy.deepcopy(dict(model.named_buffers()))
+
+        def on_evaluate(self, args, state, control, model=None, metrics=None, **keywords):
+            if state.global_step == 6:
+                self.metrics, self.shown = metrics, vector(model)
+
+        def on_step_begin(self, args, state, control, model=None, **keywords):
+            if state.global_step == 6:
+                self.after = copy.deepcopy(dict(model.named_buffers()))
+
+    around, held_out = Around(), blobs(24, seed=5)
+    trainer = train(
+        tmp_path,
+        net(batchnorm=True, dropout=0.3),
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=6,
+        eval_dataset=held_out,
+        batchnorm_batches=5,
+        callbacks=[around],
+    )
+    template = net(batchnorm=True)
+    y = trainer.recorder.y[5]
+    assert torch.equal(around.shown, y)
+    nn.utils.vector_to_parameters(y, template.parameters())
+    mean, variance = cumulative_statistics(template, batches_of(blobs())[:5])
+    assert around.metrics["eval_loss"] == pytest.approx(eval_loss(template, y, mean, variance, held_out), rel=1e-5)
+    own = eval_loss(template, y, around.before["norm.running_mean"], around.before["norm.running_var"], held_out)
+    assert abs(around.metrics["eval_loss"] - own) > 1e-3  # the worker's own statistics give another loss
+    for name, buffer in around.before.items():
+        assert torch.equal(buffer, around.after[name]), name
+    assert around.after["norm.num_batches_tracked"] == 6
+
+    # After training the model holds the last anchor with statistics to match, and that is what is saved.
+    trainer.save_model(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    nn.utils.vector_to_parameters(vector(trainer.model), template.parameters())
+    mean, variance = cumulative_statistics(template, batches_of(blobs())[:5])
+    torch.testing.assert_close(saved["norm.running_mean"], mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(saved["norm.running_var"], variance, rtol=1e-5, atol=1e-6)
+    assert torch.equal(saved["first.weight"], trainer.model.first.weight)
+
+
+def test_local_evaluates_a_batchnorm_model_with_the_workers_own_statistics(tmp_path):
+    class Last(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            self.buffers = copy.deepcopy(dict(model.named_buffers()))
+
+    last, held_out = Last(), blobs(24, seed=5)
+    trainer = train(tmp_path, net(batchnorm=True), max_steps=8, eval_dataset=held_out, callbacks=[last])
+    at_anchor = copy.deepcopy(dict(trainer.model.named_buffers()))
+    with trainer.local():
+        for name, buffer in trainer.model.named_buffers():
+            assert torch.equal(buffer, last.buffers[name]), name
+        metrics = trainer.evaluate()
+    for name, buffer in trainer.model.named_buffers():
+        assert torch.equal(buffer, at_anchor[name]), name
+    mean, variance = last.buffers["norm.running_mean"], last.buffers["norm.running_var"]
+    expected = eval_loss(net(batchnorm=True), trainer.recorder.x[-1], mean, variance, held_out)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_batchnorm_that_is_never_re_estimated_is_warned_of_once(tmp_path, caplog):
+    train(
+        tmp_path,
+        net(batchnorm=True),
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_dataset=blobs(8),
+        batchnorm_batches=0,
+    )
+    warnings = [record.getMessage() for record in caplog.records if "batchnorm_batches" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "Set batchnorm_batches to 32 or more" in warnings[0]
+
+
+# --- data ---
+
+
+@pytest.mark.parametrize("library", ["torch", "datasets"])
+def test_iterable_datasets_give_the_steps_of_a_map_style_one(tmp_path, library):
+    rows = blobs()
+    stream = Stream(rows)
+    if library == "datasets":
+        columns = {"x": [row["x"].tolist() for row in rows.rows], "labels": [int(row["labels"]) for row in rows.rows]}
+        stream = datasets.Dataset.from_dict(columns).to_iterable_dataset()
+    mapped = train(tmp_path, net(), rows, max_steps=12)
+    streamed = train(tmp_path, net(), stream, max_steps=12)
+    assert len(streamed.recorder.x) == 12  # beyond one epoch of 8
+    for ours, theirs in zip(streamed.recorder.x, mapped.recorder.x, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(vector(streamed.model), vector(mapped.model))
+
+
+# --- evaluation, callbacks, stopping, the best model ---
+
+
+class Shown(TrainerCallback):
+    """The parameters that callbacks find in the model."""
+
+    def __init__(self):
+        self.at_step_end, self.at_evaluation, self.at_save = {}, {}, {}
+
+    def on_step_end(self, args, state, control, model=None, **keywords):
+        self.at_step_end[state.global_step] = vector(model)
+
+    def on_evaluate(self, args, state, control, model=None, **keywords):
+        self.at_evaluation[state.global_step] = vector(model)
+
+    def on_save(self, args, state, control, model=None, **keywords):
+        self.at_save[state.global_step] = vector(model)
+
+
+def scripted(scores: list[float]) -> Callable:
+    """compute_metrics that gives one score after the other."""
+    left = iter(scores)
+    return lambda prediction: {"score": next(left)}
+
+
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "score", "greater_is_better": True}
+
+
+def test_callbacks_find_the_anchor_in_evaluations_and_x_in_steps(tmp_path):
+    shown, held_out = Shown(), blobs(24, seed=5)
+    trainer = train(
+        tmp_path,
+        net(),
+        max_steps=10,
+        eval_dataset=held_out,
+        callbacks=[shown],
+        **{**EVALUATION, "eval_steps": 5, "metric_for_best_model": None},
+    )
+    expected = reference(net(), [[b] for b in (batches_of(blobs()) * 2)[:10]], sgd())
+    for step, x in shown.at_step_end.items():
+        torch.testing.assert_close(x, expected.x[step - 1], rtol=1e-5, atol=2e-6)
+    losses = logged(trainer, "eval_loss")
+    assert list(shown.at_evaluation) == [5, 10]
+    for step, loss in zip((5, 10), losses, strict=True):
+        y = expected.y[step - 1]
+        torch.testing.assert_close(shown.at_evaluation[step], y, rtol=1e-5, atol=2e-6)
+        model = net()
+        nn.utils.vector_to_parameters(y, model.parameters())
+        with torch.no_grad():
+            assert loss == pytest.approx(mean_loss(model, batches_of(held_out, 24)[0]).item(), rel=1e-4)
+    assert (shown.at_evaluation[5] - shown.at_step_end[5]).abs().max() > 1e-3
+
+
+def test_predict_after_training_is_the_anchors(tmp_path):
+    trainer = train(tmp_path, net(), max_steps=10)
+    held_out = blobs(16, seed=3)
+    expected = reference(net(), [[b] for b in (batches_of(blobs()) * 2)[:10]], sgd())
+    model = net()
+    nn.utils.vector_to_parameters(expected.final_anchor, model.parameters())
+    with torch.no_grad():
+        logits = model(batches_of(held_out, 16)[0]["x"])["logits"]
+    torch.testing.assert_close(torch.tensor(trainer.predict(held_out).predictions), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_early_stopping(tmp_path):
+    trainer = train(
+        tmp_path,
+        net(),
+        max_steps=40,
+        eval_dataset=blobs(8),
+        compute_metrics=scripted([0.5, 0.6, 0.6, 0.4, 0.9]),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=2,
+        **EVALUATION,
+    )
+    assert trainer.state.global_step == 8  # the best at 4, then two that are not better
+    assert trainer.worker.local_steps == 8
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert torch.equal(trainer.model.first.weight, best["first.weight"])
+    assert torch.equal(vector(trainer.model), trainer.recorder.y[3])
+
+
+def test_load_best_model_at_end_loads_the_best_anchor(tmp_path):
+    trainer = train(
+        tmp_path,
+        net(),
+        max_steps=10,
+        eval_dataset=blobs(8),
+        compute_metrics=scripted([0.1, 0.2, 0.9, 0.3, 0.4, 0.5]),
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=2,
+        **EVALUATION,
+    )
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    best = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, best[name]), name
+    assert torch.equal(vector(trainer.model), trainer.recorder.y[5])
+    assert not torch.equal(vector(trainer.model), trainer.recorder.y[-1])
+    with trainer.local():
+        assert torch.equal(vector(trainer.model), trainer.recorder.x[-1])
+    assert torch.equal(vector(trainer.model), trainer.recorder.y[5])
+
+
+# --- the anchor in the model and out of it ---
+
+
+def test_anchor_puts_y_in_and_x_back_bit_for_bit(tmp_path):
+    class Swap(TrainerCallback):
+        def __init__(self):
+            self.trainer, self.checked = None, 0
+
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            x, y = vector(model), self.trainer.worker.anchor.clone()
+            with self.trainer.anchor():
+                assert torch.equal(vector(model), y)
+                with self.trainer.anchor():
+                    assert torch.equal(vector(model), y)
+                assert torch.equal(vector(model), y)
+            assert torch.equal(vector(model), x)
+            with pytest.raises(KeyError), self.trainer.anchor():
+                raise KeyError("an error inside")
+            assert torch.equal(vector(model), x)
+            assert not torch.equal(x, y)
+            self.checked += 1
+
+    swap = Swap()
+    args = arguments(LSAMConfig, tmp_path, max_steps=9, **LSAM)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[swap])
+    swap.trainer = trainer
+    with pytest.raises(RuntimeError, match="before `train"), trainer.local():
+        pass
+    trainer.train()
+    assert swap.checked == 9
+    expected = reference(net(), [[b] for b in (batches_of(blobs()) * 2)[:9]], sgd())
+    with trainer.anchor():  # the model holds it already
+        torch.testing.assert_close(vector(trainer.model), expected.final_anchor, rtol=1e-5, atol=2e-6)
+    with trainer.local():
+        torch.testing.assert_close(vector(trainer.model), expected.x[-1], rtol=1e-5, atol=2e-6)
+        local = trainer.evaluate(blobs(24, seed=5))["eval_loss"]
+        with trainer.anchor():
+            torch.testing.assert_close(vector(trainer.model), expected.x[-1], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(vector(trainer.model), expected.final_anchor, rtol=1e-5, atol=2e-6)
+    model = net()
+    nn.utils.vector_to_parameters(expected.x[-1], model.parameters())
+    with torch.no_grad():
+        assert local == pytest.approx(mean_loss(model, batches_of(blobs(24, seed=5), 24)[0]).item(), rel=1e-4)
+
+
+def test_a_second_train_goes_on_from_the_anchor(tmp_path):
+    args = arguments(LSAMConfig, tmp_path, max_steps=6, **LSAM)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs())
+    trainer.train()
+    recorder = Recorder()
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    trainer.recorder = recorder
+    trainer.optimizer = None
+    middle = copy.deepcopy(trainer.model)
+    trainer.train()
+    assert_same_run(trainer, reference(middle, [[b] for b in batches_of(blobs())[:6]], sgd()))
+
+
+# --- logging ---
+
+
+def test_log_history_has_lsams_own_figures(tmp_path):
+    trainer = train(tmp_path, net(), max_steps=11, logging_steps=3)
+    expected = reference(net(), [[b] for b in (batches_of(blobs()) * 2)[:11]], sgd())
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [3, 6, 9]
+    for entry in entries:
+        step = entry["step"]
+        window = slice(step - 3, step)
+        assert entry["loss"] == pytest.approx(sum(expected.loss[window]) / 3, rel=1e-4)
+        assert entry["lsam/sharpness"] == pytest.approx(sum(expected.sharpness[window]) / 3, rel=1e-3)
+        assert entry["lsam/drift"] == pytest.approx(expected.drift[step - 1], rel=1e-3)
+        assert entry["lsam/anchor_version"] == step // 4
+        # One worker hands its sums over within its process, at once.
+        for name in ("staleness", "skipped_pushes", "refused_pushes", "bytes_pushed", "bytes_pulled"):
+            assert entry[f"lsam/{name}"] == 0, name
+    assert trainer.worker_summary() == pytest.approx(
+        {
+            "steps": 11,
+            "pushes": 3,
+            "refused_pushes": 0,
+            "skipped_pushes": 0,
+            "bytes_pushed": 0,
+            "bytes_pulled": 0,
+            "anchor_version": 3,
+            "drift": expected.drift[-1],
+            "staleness_mean": 0,
+            "staleness_max": 0,
+            "trainable_parameters": vector(net()).numel(),
+        },
+        rel=1e-3,
+    )
+
+
+def test_trackers_get_lsams_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = train(tmp_path, net(), max_steps=6, report_to="tensorboard", logging_steps=2)
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in ("drift", "staleness", "anchor_version", "sharpness", "skipped_pushes", "bytes_pushed", "bytes_pulled"):
+        scalars = events.Scalars(f"train/lsam/{name}")
+        assert [scalar.step for scalar in scalars] == [2, 4, 6]
+        assert [scalar.value for scalar in scalars] == pytest.approx(logged(trainer, f"lsam/{name}"))
+    assert events.Scalars("train/lsam/drift")[0].value > 0
+
+
+# --- failure signatures ---
+
+
+def test_growing_drift_is_reported_once():
+    signatures = FailureSignatures(num_workers=2)
+    warnings = [signatures.observe(0.01 * 1.3**k, 0.0, k, 0.1) for k in range(12)]
+    assert [len(w) for w in warnings] == [0] * 6 + [1] + [0] * 5  # six log points after the first anchor has moved
+    assert "Raise coupling_strength" in warnings[6][0]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(0.01 * (1 - 0.5**k), k, 0.1) for k in range(1, 30)],  # rises to its level and stays
+        [(0.01 + 0.002 * (k % 2), k, 0.1) for k in range(30)],
+        [(0.01 * k, 0, 0.1) for k in range(30)],  # the first anchor, before any update
+        [(0.01 * (1 + k % 16), k // 16, 0.1) for k in range(99)],  # from one anchor's arrival to the next one's
+        [(0.01 * k, k, 0.001 * k) for k in range(1, 30)],  # warm-up
+        [(0.01 * 0.9**k, k, 0.1 * 0.5**k) for k in range(30)],  # decay
+        [(0.01 * 1.01**k, k, 0.1) for k in range(30)],  # with the weights
+    ],
+)
+def test_healthy_drift_is_not_reported(points):
+    signatures = FailureSignatures(num_workers=2)
+    assert [signatures.observe(drift, 2.0, version, rate) for drift, version, rate in points] == [[]] * len(points)
+
+
+def test_drift_that_is_not_finite_is_reported_at_once():
+    assert len(FailureSignatures(num_workers=1).observe(float("nan"), 0.0, 0, 0.1)) == 1
+
+
+def test_staleness_far_above_the_number_of_workers_is_reported_once():
+    signatures = FailureSignatures(num_workers=4)
+    assert signatures.observe(0.01, 16.0, 1, 0.1) == []
+    (warning,) = signatures.observe(0.01, 16.5, 2, 0.1)
+    assert "16.5 anchor versions" in warning
+    assert "raise sync_steps" in warning
+    assert signatures.observe(0.01, 40.0, 3, 0.1) == []
+
+
+def test_a_run_that_falls_apart_is_warned_of_once(tmp_path, caplog):
+    fields = {"learning_rate": 0.5, "sync_steps": 1, "coupling_strength": 0.0, "anchor_lr": 0.02}
+    train(tmp_path, net(), max_steps=20, **fields)
+    warnings = [record.getMessage() for record in caplog.records if "distance to the anchor" in record.getMessage()]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("LSAM, worker 0: ")
+
+
+def test_a_healthy_run_warns_of_nothing(tmp_path, caplog):
+    train(tmp_path, net(), max_steps=96, sync_steps=16, lr_scheduler_type="cosine", warmup_steps=40)
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("hf_lsam")] == []
+
+
+# --- adapters ---
+
+
+# peft asks the model by the old name of the property.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_trains_exchanges_and_saves_the_adapter_alone(tmp_path):
+    def adapted():
+        model = tiny_bert()
+        torch.manual_seed(1)
+        return peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["query", "value"], task_type=peft.TaskType.SEQ_CLS)
+        )
+
+    model = adapted()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trainable)
+    trainer = train(tmp_path, model, sentences(), max_steps=10, learning_rate=0.3)
+
+    def loss(model, batch):
+        return model(**batch).loss
+
+    steps = [[b] for b in (batches_of(sentences()) * 3)[:10]]
+    expected = reference(adapted(), steps, sgd(0.3), loss_of=loss)
+    assert_same_run(trainer, expected, rtol=1e-4, atol=1e-5)
+    assert trainer.worker.anchor.numel() == sum(p.numel() for n, p in model.named_parameters() if n in trainable)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, frozen[name]), name
+
+    trainer.save_model(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shown = peft.get_peft_model_state_dict(model)
+    assert saved.keys() == shown.keys()
+    assert len(saved) == len(trainable)
+    for name in saved:
+        assert torch.equal(saved[name], shown[name]), name
+    assert (vector(model) - vector(adapted())).norm() > 0.05
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize(
+    ("stop", "fields"),
+    [
+        (6, {}),
+        (8, {"gradient_accumulation_steps": 2}),  # an epoch of 4 steps: at its end
+        (5, {"anchor_optimizer": "nesterov", "anchor_lr": 0.2, "anchor_momentum": 0.6}),
+        (7, {"anchor_optimizer": "adam", "anchor_lr": 0.01, "anchor_momentum_correction": 0.9}),
+        (9, {"langevin_temperature": 1e-4, "sam_interval": 2}),
+    ],
+)
+def test_resume_continues_bit_for_bit(tmp_path, stop, fields):
+    fields = {
+        "max_steps": 14,
+        "train_sampling_strategy": "random",
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": stop,
+        **fields,
+    }
+    model = {"batchnorm": True, "dropout": 0.2}
+    through = train(tmp_path, net(**model), **fields)
+    checkpoint = tmp_path / f"checkpoint-{stop}"
+    resumed = train(tmp_path, net(seed=99, **model), resume=str(checkpoint), **fields)
+    assert len(resumed.recorder.x) == 14 - stop
+    for ours, theirs in zip(resumed.recorder.x, through.recorder.x[stop:], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(resumed.recorder.y, through.recorder.y[stop:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(vector(resumed.model), vector(through.model))
+    assert resumed.worker.version == through.worker.version > stop // 4
+    entries = [[e for e in t.state.log_history if "loss" in e] for t in (resumed, through)]
+    assert entries[0] == entries[1]
+    # What the checkpoint shows as the model is the anchor of that step.
+    saved = load_file(checkpoint / "model.safetensors")
+    y = torch.cat([saved[name].flatten() for name, _ in through.model.named_parameters()])
+    assert torch.equal(y, through.recorder.y[stop - 1])
+
+
+def test_resume_from_the_last_checkpoint(tmp_path):
+    fields = {"max_steps": 10, "save_strategy": "steps", "save_steps": 3}
+    through = train(tmp_path, net(), **fields)
+    shutil.rmtree(tmp_path / "checkpoint-10")  # Trainer saves at the end as well
+    resumed = train(tmp_path, net(seed=99), resume=True, **fields)
+    assert len(resumed.recorder.x) == 1
+    assert torch.equal(vector(resumed.model), vector(through.model))
+
+
+def test_resume_from_a_plain_trainers_checkpoint_starts_a_new_anchor_there(tmp_path, caplog):
+    train_plain(tmp_path, net(), max_steps=4, save_strategy="steps", save_steps=4)
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    trainer = train(tmp_path, net(seed=99), max_steps=8, resume=str(tmp_path / "checkpoint-4"))
+    assert any("holds no anchor" in record.getMessage() for record in caplog.records)
+    model = net()
+    model.load_state_dict(saved)
+    assert_same_run(trainer, reference(model, [[b] for b in batches_of(blobs())[4:]], sgd()))
+
+
+# --- what is refused at construction ---
+
+
+def refuse(tmp_path, match: str, model=None, kind=LSAMTrainer, error=ValueError, **fields):
+    with pytest.raises(error, match=match):
+        kind(model=model or net(), args=arguments(LSAMConfig, tmp_path, **LSAM, **fields), train_dataset=blobs())
+
+
+def test_fsdp_is_refused(tmp_path, monkeypatch):
+    refuse(tmp_path, r"cannot be combined with fsdp.*whole parameters.*Launch without it", fsdp="full_shard")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refuse(tmp_path, r"cannot be combined with FSDP.*whole parameters.*LoRA adapter")
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    refuse(tmp_path, r"cannot be combined with deepspeed.*whole parameters.*Launch without it", deepspeed={"a": 1})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refuse(tmp_path, r"cannot be combined with DeepSpeed.*whole parameters.*LoRA adapter")
+
+
+def test_tensor_parallel_parameters_are_refused(tmp_path):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = net()
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.first.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.first.weight = nn.Parameter(weight)
+        with pytest.raises(ValueError, match=r"`first.weight` is sharded \(DTensor.*without a device mesh"):
+            trainable_parameters(model)
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path, optim):
+    refuse(tmp_path, rf"optim='{optim}' steps inside the backward pass.*optim='adamw_torch'", optim=optim)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_follow_evaluations_are_refused(tmp_path, schedule):
+    fields = {"lr_scheduler_type": schedule, "eval_strategy": "steps"}
+    refuse(tmp_path, rf"{schedule}.*only worker 0.*'linear'", **fields)
+
+
+def test_half_precision_weights_are_refused(tmp_path):
+    refuse(tmp_path, r"`first.weight` is stored in torch.bfloat16.*lost.*dtype=torch.float32", model=net().bfloat16())
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+    refuse(tmp_path, r"no trainable parameter.*nothing to perturb.*Unfreeze", model=net().requires_grad_(False))
+
+
+def test_a_model_spread_over_devices_is_refused(tmp_path):
+    model = net()
+    model.hf_device_map = {"first": 0, "last": 1}
+    refuse(tmp_path, r"spread over several devices.*one device.*without device_map", model=model)
+
+
+@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
+def test_trainers_that_generate_inside_the_step_are_refused(tmp_path, name):
+    base = getattr(trl, name)
+    kind = type("Mixed", (LSAMTrainerMixin, base), {})
+    refuse(tmp_path, rf"cannot train with {name} yet.*generates inside the step.*SFTTrainer", kind=kind)
+
+
+def test_plain_training_arguments_are_refused(tmp_path):
+    args = arguments(TrainingArguments, tmp_path)
+    with pytest.raises(TypeError, match=r"needs the LSAM fields.*got TrainingArguments.*Pass an LSAMConfig"):
+        LSAMTrainer(model=net(), args=args, train_dataset=blobs())
+    with pytest.raises(TypeError, match="got NoneType"):
+        LSAMTrainer(model=net(), train_dataset=blobs())

@@ -111,7 +111,8 @@ class MailboxLink:
 
         Args:
             held: the anchor version the worker holds.
-            incoming: float32 [d] on the worker's device, free to be written: a newer anchor is copied into it.
+            incoming: float32 [d] on the worker's device: a newer anchor is copied into it. Half-written between two
+                polls on an accelerator, never on CPU.
 
         Returns:
             the version now whole in `incoming`, or None if there is none yet.
@@ -125,14 +126,12 @@ class MailboxLink:
         while (message := self._receive(0.0)) is not None:
             self._handle(message)
         if self._pulling is None and self.version != held:
-            self._pulling = self.version
-            self._incoming.start(incoming, self._folder.slot(self._pulling))
-        if self._pulling is not None and self._incoming.finished():
-            version, self._pulling = self._pulling, None
-            self.bytes_pulled += incoming.nbytes
-            if self._folder.is_whole(version):
+            self._start_pull(incoming)
+        while self._pulling is not None and self._incoming.finished():
+            if self._folder.is_whole(self._pulling):
+                version, self._pulling = self._pulling, None
                 return version
-            logger.debug("anchor %d was written over while it was copied; the next poll copies a newer one", version)
+            self._start_pull(incoming)  # the server has begun to write over that slot; a newer version is there
         return None
 
     def settle(self) -> None:
@@ -157,11 +156,9 @@ class MailboxLink:
         """
         self._send(Message(Kind.FINISH, self._worker, a=int(stop_all), b=best_step))
         final = self._wait_for(Kind.FINISHED, None)
-        version = self.version
-        self._incoming.start(incoming, self._folder.slot(version))
+        self._start_pull(incoming)  # nothing is published after the final anchor, so the copy is whole
         self._incoming.wait()
-        self._pulling = None
-        self.bytes_pulled += incoming.nbytes
+        version, self._pulling = self._pulling, None
         return version, final.b
 
     def snapshot(self, path: Path) -> None:
@@ -184,6 +181,11 @@ class MailboxLink:
         self._incoming.close()
         if hasattr(self, "_channel"):
             self._channel.close()
+
+    def _start_pull(self, incoming: Tensor) -> None:
+        self._pulling = self.version
+        self._incoming.start(incoming, self._folder.slot(self._pulling))
+        self.bytes_pulled += incoming.nbytes
 
     def _send(self, message: Message) -> None:
         try:
