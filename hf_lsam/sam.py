@@ -16,12 +16,61 @@ exact, which x + eps - eps is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .batchnorm import frozen_statistics
 
 ASAM_OFFSET = 0.01  # eta in the ASAM paper: keeps weights near zero from having no radius at all
+
+
+def gradient(
+    parameters: Sequence[nn.Parameter],
+    first_pass: Callable[[], Tensor],
+    second_pass: Callable[[], Tensor],
+    rho: float,
+    eps: float = 1e-12,
+    adaptive: bool = False,
+    batchnorm: Sequence[_BatchNorm] = (),
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Adds the gradient at x + eps to the parameters' `.grad`, as one backward pass adds the gradient at x.
+
+    Both passes draw the same dropout masks, and together as many random numbers as the second alone. What earlier
+    micro-batches have accumulated waits aside during pass 1, which is about this batch alone.
+
+    Args:
+        parameters: the trainable parameters, all on one device.
+        first_pass: forward and backward on the batch, or on part of it; returns the detached loss.
+        second_pass: forward and backward on the whole batch; returns the detached loss.
+        rho, eps, adaptive: see `perturb`.
+        batchnorm: layers whose running statistics pass 2 must leave alone.
+        scaler: what the loss of both passes is scaled by (fp16).
+
+    Returns:
+        the losses of pass 1 and pass 2, 0-d tensors on the device.
+    """
+    device = parameters[0].device
+    accumulated = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        first_loss = first_pass()
+    loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+    moved = perturb(parameters, rho, eps, adaptive, loss_scale)
+    for parameter, kept in zip(parameters, accumulated, strict=True):
+        parameter.grad = kept
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()  # an autocast that the caller has opened keeps the weights it cast in pass 1
+    try:
+        with frozen_statistics(batchnorm):
+            second_loss = second_pass()
+    finally:
+        restore(moved)
+    return first_loss, second_loss
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import sam
 from .arguments import LSAMArguments
-from .batchnorm import frozen_statistics, kept_statistics, reestimate, tracking_layers
+from .batchnorm import kept_statistics, reestimate, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
 from .checkpoint import load_tensors, save_tensors
 from .identity import data_sharding, is_pinned
@@ -172,29 +172,28 @@ class LSAMTrainerMixin:
         args = self.args
         if args.sam_rho == 0 or self.state.global_step % args.sam_interval:
             return super().training_step(model, inputs, num_items_in_batch)
-        parameters = self.worker.parameters
-        # What earlier micro-batches have accumulated waits aside: pass 1 is about this one alone.
-        accumulated = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
         part, share = _first_part(inputs, args.sam_ascent_fraction)
         items = None if num_items_in_batch is None else num_items_in_batch * share
-        # Both passes draw the same dropout masks, and a step draws as many random numbers as a plain one.
-        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+        step, scaler = super().training_step, self.accelerator.scaler
+
+        def first_pass():
             with self._uncounted(share < 1):
-                first_loss = super().training_step(model, part, items)
-        scaler = self.accelerator.scaler
-        loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=args.device))
-        moved = sam.perturb(parameters, args.sam_rho, args.sam_eps, args.sam_adaptive, loss_scale)
-        for parameter, gradient in zip(parameters, accumulated, strict=True):
-            parameter.grad = gradient
-        if torch.is_autocast_enabled(args.device.type):
-            torch.clear_autocast_cache()  # an autocast that the user opened around train() keeps cast weights
-        try:
-            with frozen_statistics(self._batchnorm), self._uncounted(share == 1):
-                second_loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            sam.restore(moved)
+                return step(model, part, items)
+
+        def second_pass():
+            with self._uncounted(share == 1):
+                return step(model, inputs, num_items_in_batch)
+
+        first_loss, second_loss = sam.gradient(
+            self.worker.parameters,
+            first_pass,
+            second_pass,
+            args.sam_rho,
+            args.sam_eps,
+            args.sam_adaptive,
+            self._batchnorm,
+            scaler,
+        )
         sharpness = second_loss - first_loss
         if scaler is not None:  # a step that overflows is skipped; it is not to spoil the mean of the others
             sharpness = torch.nan_to_num(sharpness, nan=0.0, posinf=0.0, neginf=0.0)
