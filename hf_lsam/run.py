@@ -5,6 +5,7 @@ The same for `LSAMTrainer` and for any other training loop.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from .transport.link import MailboxLink
 from .transport.mailbox import RunFolder
 from .worker import Worker, WorkerSettings
 
+# Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
+_runs_joined = itertools.count()
+
 
 class Run:
     """Joins and leaves; may be joined again after it was left.
@@ -42,7 +46,6 @@ class Run:
         self._shared_memory_dir = shared_memory_dir
         self._server_log = server_log
         self._store: LaunchStore | None = None
-        self._joined = 0
         self._link: LocalLink | MailboxLink | None = None
         self._folder: RunFolder | None = None
         self._server: subprocess.Popen | None = None
@@ -73,8 +76,7 @@ class Run:
                 core.load_state_tensors(load_tensors(server_state))
             self._link = LocalLink(core)
         else:
-            self._joined += 1
-            key = f"run_dir/{self._joined}"
+            key = f"run_dir/{next(_runs_joined)}"
             if self._identity.rank == 0:
                 path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=self._shared_memory_dir))
                 initial = layout.read([tensor.cpu() for tensor in tensors], _vector(layout.numel, torch.device("cpu")))

@@ -31,6 +31,7 @@ from .arguments import LSAMArguments
 from .batchnorm import kept_statistics, reestimate, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
 from .checkpoint import load_tensors, save_tensors
+from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
 from .run import Run
@@ -194,11 +195,7 @@ class LSAMTrainerMixin:
             self._batchnorm,
             scaler,
         )
-        sharpness = second_loss - first_loss
-        if scaler is not None:  # a step that overflows is skipped; it is not to spoil the mean of the others
-            sharpness = torch.nan_to_num(sharpness, nan=0.0, posinf=0.0, neginf=0.0)
-        self._sharpness += sharpness
-        self._perturbed_steps.add(self.state.global_step)
+        self.figures.note_losses(first_loss, second_loss, skip_overflow=scaler is not None)
         return first_loss if share == 1 else second_loss
 
     @contextmanager
@@ -286,32 +283,12 @@ class LSAMTrainerMixin:
 
     def log(self, logs, start_time=None):
         if self.is_in_train and "loss" in logs and self.worker is not None:
-            logs.update(self._figures())
+            logs.update(self.figures.since_last_log())
             for warning in self._signatures.observe(
                 logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
             ):
                 self._warn(warning)
         super().log(logs, start_time)
-
-    def _figures(self) -> dict[str, float]:
-        """LSAM's own figures since the last log point; the only place where they are read back from the device."""
-        worker, link = self.worker, self.worker.link
-        staleness, link.staleness = link.staleness, []
-        self._staleness += staleness
-        figures = {
-            "lsam/drift": worker.drift(),
-            "lsam/staleness": sum(staleness) / len(staleness) if staleness else 0.0,
-            "lsam/anchor_version": worker.version,
-            "lsam/skipped_pushes": worker.skipped_pushes,
-            "lsam/refused_pushes": link.refused,
-            "lsam/bytes_pushed": link.bytes_pushed,
-            "lsam/bytes_pulled": link.bytes_pulled,
-        }
-        if self._perturbed_steps:
-            figures["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
-            self._sharpness.zero_()
-            self._perturbed_steps.clear()
-        return figures
 
     def _warn(self, warning: str | None):
         if warning:
@@ -341,9 +318,6 @@ class LSAMTrainerMixin:
         group_of = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         self._groups = [group_of.get(id(parameter)) for _, parameter in named]
         self._refuse_optimizer()
-        self._sharpness = torch.zeros((), device=self.args.device)
-        self._perturbed_steps: set[int] = set()
-        self._staleness: list[int] = []
         self._own = None
         self.stop_all_workers = False
         server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
@@ -351,6 +325,7 @@ class LSAMTrainerMixin:
             logger.warning(f"{self._common_checkpoint} holds no anchor: its model becomes the first one.")
             server_state = None
         self.worker = self._run.join(named, self.args.worker_settings(), self.args.server_settings(), server_state)
+        self.figures = Figures(self.worker)
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         return model, train_dataloader
 
@@ -369,20 +344,7 @@ class LSAMTrainerMixin:
         best = -1 if state.best_global_step is None else state.best_global_step
         drift = worker.drift()
         best = worker.finish(self.stop_all_workers, best)
-        self._staleness += worker.link.staleness
-        self._summary = {
-            "steps": state.global_step,
-            "pushes": worker.link.accepted,
-            "refused_pushes": worker.link.refused,
-            "skipped_pushes": worker.skipped_pushes,
-            "bytes_pushed": worker.link.bytes_pushed,
-            "bytes_pulled": worker.link.bytes_pulled,
-            "anchor_version": worker.version,
-            "drift": drift,
-            "staleness_mean": sum(self._staleness) / max(1, len(self._staleness)),
-            "staleness_max": max(self._staleness, default=0),
-            "trainable_parameters": worker.layout.numel,
-        }
+        self._summary = {**self.figures.of_run(), "drift": drift}
         self._own = worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
         worker.adopt_anchor()

@@ -20,6 +20,7 @@ ROOMS = [
     "callbacks",
     "run",
     "identity",
+    "figures",
     "worker",
     "server",
     "transport",
