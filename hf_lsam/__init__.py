@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .arguments import LSAMArguments, LSAMConfig
+    from .loop import LSAM
     from .trainer import LSAMTrainer, LSAMTrainerMixin
 
 __version__ = "0.1.0"
-__all__ = ["LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin"]
+__all__ = ["LSAM", "LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin"]
 
 _HOME = {
+    "LSAM": "loop",
     "LSAMArguments": "arguments",
     "LSAMConfig": "arguments",
     "LSAMTrainer": "trainer",

@@ -103,9 +103,7 @@ class LSAMArguments:
 
     def __post_init__(self):
         self._saving_own_state = False
-        self._validate_ranges()
-        self._validate_stability()
-        self._refuse_sharding()
+        self.validate()
         super().__post_init__()
         self._refuse_incompatible()
         # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
@@ -174,6 +172,23 @@ class LSAMArguments:
         return WorkerSettings(self.sync_steps, self.coupling_strength, self.coupling, self.langevin_temperature)
 
     # --- validation ---
+
+    def validate(self):
+        """Checks LSAM's own fields, alone and together."""
+        self._validate_ranges()
+        self._validate_stability()
+        self._refuse_sharding()
+
+    def refuse_optimizer(self, optimizer: torch.optim.Optimizer):
+        """Raises ValueError where coupling="score" would not be a Gaussian kernel with this optimizer."""
+        groups = optimizer.param_groups
+        plain_sgd = "nesterov" in groups[0] and not any(group.get("momentum") for group in groups)
+        if self.coupling == "score" and self.coupling_strength and not plain_sgd:
+            raise ValueError(
+                f"coupling='score' puts the pull inside the gradient, and "
+                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} would rescale or average it: the kernel "
+                "would no longer be Gaussian. Use coupling='decoupled', or plain SGD (optim='sgd')."
+            )
 
     def _validate_ranges(self):
         def require(ok: bool, name: str, rule: str, remedy: str):

@@ -89,6 +89,9 @@ class LSAMCallback(TrainerCallback):
     def __init__(self, trainer: LSAMTrainerMixin):
         self._trainer = trainer
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._trainer.steps_before_epoch = state.global_step
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.worker.before_optimizer_step(self._trainer.learning_rates())
 
@@ -99,12 +102,8 @@ class LSAMCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._leave_evaluation_to_worker_0(control)
-        self._note_early_stop(state, control)
         if self._trainer.worker.link.stop_requested:
             control.should_training_stop = True
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._note_early_stop(state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._leave_evaluation_to_worker_0(control)
@@ -112,8 +111,3 @@ class LSAMCallback(TrainerCallback):
     def _leave_evaluation_to_worker_0(self, control):
         if self._trainer.args.identity.rank != 0:
             control.should_evaluate = False
-
-    def _note_early_stop(self, state, control):
-        """A stop before the last step is somebody's decision and holds for all; running out of data is not."""
-        if control.should_training_stop and state.global_step < state.max_steps:
-            self._trainer.stop_all_workers = True

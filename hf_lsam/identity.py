@@ -82,7 +82,8 @@ def _processes_asked_of_launcher() -> int | None:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return None
-    if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+    program = words[:4]  # `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`
+    if not any("accelerate" in word for word in program) or not any("launch" in word for word in program):
         return None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
@@ -133,14 +134,29 @@ def is_pinned(identity: Identity) -> bool:
     )
 
 
+def detach(identity: Identity, device: torch.device) -> None:
+    """Does what `pin` does where an Accelerator may exist already: it keeps its device, precision and scaler."""
+    if not PartialState._shared_state:
+        pin(identity, use_cpu=device.type == "cpu")
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        if state:
+            state.update(distributed_type=DistributedType.NO, num_processes=1)
+
+
 @contextmanager
 def data_sharding(num_workers: int) -> Iterator[None]:
     """Inside, Accelerate prepares data loaders for one of `num_workers` processes: its own sharding, not ours."""
-    PartialState._shared_state["num_processes"] = num_workers
+    states = [PartialState._shared_state, AcceleratorState._shared_state]  # the second holds a copy of the first
+    for state in states:
+        state["num_processes"] = num_workers
     try:
         yield
     finally:
-        PartialState._shared_state["num_processes"] = 1
+        for state in states:
+            state["num_processes"] = 1
 
 
 class LaunchStore:

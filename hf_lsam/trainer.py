@@ -104,7 +104,7 @@ class LSAMTrainerMixin:
         if args.identity.rank != 0:
             args.eval_on_start = False
         self.worker: Worker | None = None
-        self.stop_all_workers = False
+        self.steps_before_epoch = 0
         self._run = Run(args.identity, Path(args.shared_memory_dir), Path(args.output_dir) / "server.log")
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
@@ -317,9 +317,8 @@ class LSAMTrainerMixin:
         named = trainable_parameters(self.model)
         group_of = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         self._groups = [group_of.get(id(parameter)) for _, parameter in named]
-        self._refuse_optimizer()
+        self.args.refuse_optimizer(self.optimizer)
         self._own = None
-        self.stop_all_workers = False
         server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
         if server_state is not None and not server_state.exists():
             logger.warning(f"{self._common_checkpoint} holds no anchor: its model becomes the first one.")
@@ -329,21 +328,13 @@ class LSAMTrainerMixin:
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         return model, train_dataloader
 
-    def _refuse_optimizer(self):
-        groups = self.optimizer.param_groups
-        plain_sgd = "nesterov" in groups[0] and not any(group.get("momentum") for group in groups)
-        if self.args.coupling == "score" and self.args.coupling_strength and not plain_sgd:
-            raise ValueError(
-                f"coupling='score' puts the pull inside the gradient, and {type(self.optimizer.optimizer).__name__} "
-                "would rescale or average it: the kernel would no longer be Gaussian. Use coupling='decoupled', or "
-                "plain SGD (optim='sgd')."
-            )
-
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state
         best = -1 if state.best_global_step is None else state.best_global_step
         drift = worker.drift()
-        best = worker.finish(self.stop_all_workers, best)
+        # A stop before the last step is somebody's decision and holds for all; running out of data is not.
+        stop_all = self.control.should_training_stop and self.steps_before_epoch < state.global_step < state.max_steps
+        best = worker.finish(stop_all, best)
         self._summary = {**self.figures.of_run(), "drift": drift}
         self._own = worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hf_lsam"
 # Top to bottom; each room imports only from rooms below it.
 ROOMS = [
     "trainer",
+    "loop",
     "arguments",
     "callbacks",
     "run",

@@ -49,6 +49,7 @@ class Server:
         self._workers: dict[int, Channel] = {}
         self._mailboxes: dict[int, torch.Tensor] = {}
         self._finished: set[int] = set()
+        self._joined = False  # whether any worker has; when the last one leaves, the server ends
         self._started = False
         self._ended = False
         self._best_step = -1
@@ -58,7 +59,7 @@ class Server:
         listener = self._folder.listen()
         self._selector.register(listener, selectors.EVENT_READ)
         try:
-            while not (self._workers or self._started) or self._workers:
+            while self._workers or not self._joined:
                 events = self._selector.select(timeout=None if self._started else 1.0)
                 for key, _ in events:
                     if key.fileobj is listener:
@@ -104,6 +105,7 @@ class Server:
             logger.error("refused worker %d: %s", message.worker, refusal.name)
             channel.send(Message(Kind.REFUSED, message.worker, a=refusal))
             raise ValueError("refused")
+        self._joined = True
         self._workers[message.worker] = channel
         self._mailboxes[message.worker] = self._folder.mailbox(message.worker)
         self._core.join(message.worker)

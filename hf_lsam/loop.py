@@ -1,0 +1,281 @@
+"""LSAM for a training loop of your own: the same worker, server and arithmetic as `LSAMTrainer`, without Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import sam
+from .arguments import LSAMArguments
+from .batchnorm import kept_statistics, reestimate, tracking_layers
+from .callbacks import FailureSignatures
+from .figures import Figures
+from .identity import detach
+from .parameters import trainable_parameters
+from .run import Run
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _LoopArguments(LSAMArguments):
+    """LSAM's fields and their validation, without TrainingArguments."""
+
+    def __post_init__(self):
+        self.validate()
+
+
+# What a closure decides for itself, or a Trainer's data loader.
+_NOT_HERE = ("sam_ascent_fraction", "data_distribution", "batchnorm_batches")
+
+
+class LSAM:
+    """Takes the place of forward, backward, clipping and `optimizer.step` in a hand-written loop.
+
+    ```python
+    lsam = LSAM(model, optimizer, sam_rho=0.1, sync_steps=16, coupling_strength=0.1)
+    with lsam:
+        for batch in lsam.shard(loader):
+            loss = lsam.step(lambda: loss_fn(model(batch["x"]), batch["y"]))
+    with lsam.anchor():
+        evaluate(model)
+    ```
+
+    Started with plain `python`, the worker is alone; under `accelerate launch` with n processes there are n workers and
+    a server process, the script unchanged. The model holds the worker's own parameters inside `with lsam`, and the
+    final anchor after it.
+
+    An `Accelerator` is optional. It may have been made before or after, and model and optimizer may have been prepared
+    by it or not: a DistributedDataParallel wrapper stays around the model and no longer synchronises, and the default
+    process group is closed. Without one, `step` runs the closure under whatever autocast the caller has opened.
+
+    Args:
+        model: the model, on its device.
+        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
+        accelerator: takes care of the backward pass and of fp16 scaling.
+        gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
+        max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
+        output_dir: folder for the log of the server process.
+        **lsam: the fields of `LSAMArguments`, except those that concern Trainer's data loader.
+
+    Raises:
+        TypeError: for an unknown field.
+        ValueError: for a value out of range, an unstable configuration, or a model that LSAM cannot train.
+
+    Process: the training thread. Blocking: entering `with lsam` until all workers have joined, and leaving it until all
+    have finished; `step` never.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | AcceleratedOptimizer,
+        *,
+        accelerator: Accelerator | None = None,
+        gradient_accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        output_dir: str | Path = ".",
+        **lsam: Any,
+    ):
+        known = {field.name for field in fields(LSAMArguments)}.difference(_NOT_HERE)
+        unknown = sorted(lsam.keys() - known)
+        if unknown:
+            raise TypeError(f"LSAM takes no field {unknown[0]!r}. It takes {', '.join(sorted(known))}.")
+        if gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` must be >= 1, got {gradient_accumulation_steps}. Use 1 to step after "
+                "every batch."
+            )
+        self.arguments = _LoopArguments(**lsam)
+        named = trainable_parameters(_unwrapped(model))
+        self.optimizer = optimizer
+        self.worker: Worker | None = None
+        self.figures: Figures | None = None
+        self._named = named
+        self._model = model
+        self._accelerator = accelerator
+        self._accumulation = gradient_accumulation_steps
+        if accelerator is not None and accelerator.gradient_accumulation_steps > 1:
+            if gradient_accumulation_steps not in (1, accelerator.gradient_accumulation_steps):
+                raise ValueError(
+                    f"gradient_accumulation_steps is {gradient_accumulation_steps} here and "
+                    f"{accelerator.gradient_accumulation_steps} in the Accelerator. Set it in one place."
+                )
+            self._accumulation = accelerator.gradient_accumulation_steps
+        self._max_grad_norm = max_grad_norm
+        self._batchnorm = tracking_layers(model)
+        self._micro_step = 0
+        self._finished = False
+        identity = self.arguments.identity
+        detach(identity, named[0][1].device)
+        self._run = Run(identity, Path(self.arguments.shared_memory_dir), Path(output_dir) / "server.log")
+        self._signatures = FailureSignatures(identity.num_workers)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._groups = [groups.get(id(parameter)) for _, parameter in named]
+        self.arguments.refuse_optimizer(optimizer)
+
+    # --- the run ---
+
+    def __enter__(self) -> LSAM:
+        self._finished = False
+        try:
+            self.worker = self._run.join(
+                self._named, self.arguments.worker_settings(), self.arguments.server_settings()
+            )
+        except BaseException:
+            self._run.leave()
+            raise
+        self.worker.adopt_anchor()
+        self.figures = Figures(self.worker)
+        rank = self.arguments.identity.rank
+        if rank:
+            torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if error is None:
+                self.worker.finish()
+                self.worker.adopt_anchor()
+                self._finished = True
+        finally:
+            self._run.leave()
+
+    def step(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+        """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
+
+        Args:
+            compute_loss: runs the model on the batch and returns the loss, 0-d; called twice where the step perturbs.
+
+        Returns:
+            the detached loss at the worker's own parameters (pass 1), 0-d, on the device.
+
+        Raises:
+            RuntimeError: outside `with lsam`.
+        """
+        if self.worker is None or self._finished:
+            raise RuntimeError("`LSAM.step` works inside `with lsam:`, where the worker takes part in a run.")
+        parameters = self.worker.parameters
+        arguments, scaler = self.arguments, self._scaler
+
+        def one_pass() -> Tensor:
+            loss = compute_loss()
+            self._backward(loss)
+            return loss.detach()
+
+        unsynchronised = self._model.no_sync if hasattr(self._model, "no_sync") else nullcontext
+        with unsynchronised():
+            if arguments.sam_rho == 0 or self.worker.local_steps % arguments.sam_interval:
+                loss = one_pass()
+            else:
+                loss, second = sam.gradient(
+                    parameters,
+                    one_pass,
+                    one_pass,
+                    arguments.sam_rho,
+                    arguments.sam_eps,
+                    arguments.sam_adaptive,
+                    self._batchnorm,
+                    scaler,
+                )
+                self.figures.note_losses(loss, second, skip_overflow=scaler is not None)
+        self._micro_step += 1
+        if self._micro_step % self._accumulation == 0:
+            self._optimizer_step()
+        return loss
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether another worker has asked all to stop."""
+        return self.worker is not None and self.worker.link.stop_requested
+
+    # --- data, evaluation, logging ---
+
+    def shard(self, loader: DataLoader) -> DataLoader:
+        """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
+
+        A loader that an Accelerator under the same launch has prepared before is sharded already.
+        """
+        identity = self.arguments.identity
+        return prepare_data_loader(
+            loader,
+            num_processes=identity.num_workers,
+            process_index=identity.rank,
+            dispatch_batches=False,
+            use_seedable_sampler=True,
+            data_seed=0,
+        )
+
+    @contextmanager
+    def anchor(self, batches: Iterable | None = None, forward: Callable[[Any], Any] | None = None) -> Iterator[None]:
+        """The model holds the anchor inside, and what it held before after. After `with lsam` it holds it already.
+
+        Args:
+            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor.
+            forward: runs the model on one of them; `model(batch)` if None.
+        """
+        with ExitStack() as stack:
+            if self.worker is not None and not self._finished:
+                stack.enter_context(self.worker.showing_anchor())
+                stack.enter_context(kept_statistics(self._batchnorm))
+            if self._batchnorm and batches is not None:
+                reestimate(self._model, batches, forward or self._model)
+            elif self._batchnorm and (warning := self._signatures.batchnorm_not_reestimated()):
+                logger.warning("LSAM: %s", warning)
+            yield
+
+    def log(self) -> dict[str, float]:
+        """LSAM's own figures since the last call; warns once of each way in which a run can be seen to go wrong."""
+        figures = self.figures.since_last_log()
+        learning_rate = max(self._learning_rates(), default=0.0)
+        for warning in self._signatures.observe(
+            figures["lsam/drift"], figures["lsam/staleness"], figures["lsam/anchor_version"], learning_rate
+        ):
+            logger.warning("LSAM, worker %d: %s", self.arguments.identity.rank, warning)
+        return figures
+
+    # --- inside a step ---
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return None if self._accelerator is None else self._accelerator.scaler
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._accelerator is None:
+            (loss / self._accumulation).backward()
+        else:  # which divides by its own number of accumulation steps
+            self._accelerator.backward(loss * (self._accelerator.gradient_accumulation_steps / self._accumulation))
+
+    def _optimizer_step(self) -> None:
+        parameters = self.worker.parameters
+        if self._accelerator is not None:
+            self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        rates = self._learning_rates()
+        self.worker.before_optimizer_step(rates)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not getattr(self.optimizer, "step_was_skipped", False):
+            self.worker.after_optimizer_step(rates)
+
+    def _learning_rates(self) -> list[float]:
+        return [0.0 if group is None else float(group["lr"]) for group in self._groups]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

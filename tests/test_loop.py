@@ -1,0 +1,303 @@
+"""The hand-written loop: the same trajectory as LSAMTrainer, and right with Accelerate in every order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launch import accelerate_launch, write_script
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
+
+LSAM_FIELDS = {"sam_rho": 0.1, "sync_steps": 4, "coupling_strength": 0.5}
+
+
+class Network(nn.Module):
+    def __init__(self, normalised: bool = False):
+        super().__init__()
+        norm = nn.BatchNorm1d(16) if normalised else nn.Identity()
+        self.layers = nn.Sequential(nn.Linear(6, 16), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+    def forward(self, x, labels=None):
+        logits = self.layers(x)
+        return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def network(normalised: bool = False) -> Network:
+    torch.manual_seed(0)
+    return Network(normalised)
+
+
+def data(size: int = 96) -> TensorDataset:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(size, 6, generator=generator)
+    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long())
+
+
+def batches(steps: int, size: int = 8):
+    x, labels = data().tensors
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (size,), generator=generator)
+        yield x[rows], labels[rows]
+
+
+def train(model, optimizer, steps=24, **options):
+    lsam = LSAM(model, optimizer, **{**LSAM_FIELDS, **options})
+    losses = []
+    torch.manual_seed(5)
+    with lsam:
+        for x, labels in batches(steps):
+            losses.append(lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels)))
+        own = lsam.worker.own_parameters
+    return lsam, own, torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    ("optim", "normalised", "accumulation", "clip"),
+    [("sgd", False, 1, 0.0), ("adamw_torch", False, 2, 0.5), ("sgd", True, 2, 0.1)],
+)
+def test_the_loop_and_the_trainer_take_the_same_trajectory(tmp_path, optim, normalised, accumulation, clip):
+    """Bit for bit: parameters, anchor and the running statistics of BatchNorm."""
+    seen = []
+    model = network(normalised)
+
+    class Recorder(LSAMTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if not seen:
+                torch.manual_seed(5)
+            seen.append((inputs["x"].clone(), inputs["labels"].clone()))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    args = LSAMConfig(
+        output_dir=tmp_path,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=8,
+        max_steps=10 // accumulation,  # within one epoch: a new one would draw a random number more
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        optim=optim,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=clip,
+        batchnorm_batches=0,
+        **LSAM_FIELDS,
+    )
+    x, labels = data().tensors
+    rows = [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
+    trainer = Recorder(model=model, args=args, train_dataset=rows)
+    if normalised:
+        trainer._signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
+    trainer.train()
+    with trainer.local():
+        expected = [tensor.clone() for tensor in model.state_dict().values()]
+    anchor = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    other = network(normalised)
+    kind = torch.optim.SGD if optim == "sgd" else torch.optim.AdamW
+    decay = {} if optim == "sgd" else {"weight_decay": 0.0}
+    optimizer = kind(other.parameters(), lr=0.05, **decay)
+    lsam = LSAM(other, optimizer, gradient_accumulation_steps=accumulation, max_grad_norm=clip or None, **LSAM_FIELDS)
+    torch.manual_seed(5)
+    with lsam:
+        for x, labels in seen:
+            lsam.step(lambda x=x, labels=labels: other(x, labels)["loss"])
+        ours = [tensor.clone() for tensor in other.state_dict().values()]
+    assert len(seen) == 10
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert torch.equal(torch.cat([p.detach().flatten() for p in other.parameters()]), anchor)
+
+
+def test_an_accelerator_made_before_or_after_or_not_at_all_makes_no_difference():
+    plain = network()
+    _, expected, losses = train(plain, torch.optim.SGD(plain.parameters(), lr=0.05))
+
+    before = network()
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(before, torch.optim.SGD(before.parameters(), lr=0.05))
+    _, own, prepared_losses = train(prepared, optimizer, accelerator=accelerator)
+    assert torch.equal(own, expected)
+    assert torch.equal(prepared_losses, losses)
+
+    after = network()
+    lsam = LSAM(after, torch.optim.SGD(after.parameters(), lr=0.05), **LSAM_FIELDS)
+    Accelerator(cpu=True)
+    torch.manual_seed(5)
+    with lsam:
+        for x, labels in batches(24):
+            lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(after(x), labels))
+        assert torch.equal(lsam.worker.own_parameters, expected)
+
+
+def test_bf16_autocast_of_a_prepared_model_reaches_both_passes():
+    """Same as an autocast that the caller opens, and not the same as float32."""
+    model = network()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    _, own, _ = train(prepared, optimizer, accelerator=accelerator)
+
+    class ByHand(Network):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = super().forward(x)
+            return logits.float()
+
+    by_hand = ByHand()
+    by_hand.load_state_dict(network().state_dict())
+    _, expected, _ = train(by_hand, torch.optim.SGD(by_hand.parameters(), lr=0.05))
+    full = network()
+    _, in_float32, _ = train(full, torch.optim.SGD(full.parameters(), lr=0.05))
+    assert torch.equal(own, expected)
+    assert (own - in_float32).abs().max() > 1e-4
+
+
+def test_a_gradient_scaler_changes_nothing_but_the_steps_it_skips():
+    """fp16's scaler on float32 losses: powers of two cancel exactly, and an overflow leaves x and y alone."""
+    plain = network()
+    _, expected, _ = train(plain, torch.optim.SGD(plain.parameters(), lr=0.05))
+
+    scaled = network()
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(scaled.parameters(), lr=0.05))
+    lsam = LSAM(scaled, optimizer, accelerator=accelerator, **LSAM_FIELDS)
+    torch.manual_seed(5)
+    with lsam:
+        for number, (x, labels) in enumerate(batches(24)):
+            if number == 7:
+                kept, steps = lsam.worker.own_parameters, lsam.worker.local_steps
+                state = torch.get_rng_state()
+                lsam.step(lambda x=x: (scaled(x) * torch.inf).sum())
+                torch.set_rng_state(state)
+                assert torch.equal(lsam.worker.own_parameters, kept)
+                assert lsam.worker.local_steps == steps
+            lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(scaled(x), labels))
+        torch.testing.assert_close(lsam.worker.own_parameters, expected, rtol=1e-5, atol=1e-6)
+    assert accelerator.scaler.get_scale() == 512.0
+
+
+def test_in_the_score_every_parameter_group_is_pulled_by_the_same_share_whatever_its_learning_rate():
+    model = network()
+    first, *_, last = model.layers
+    groups = [{"params": first.parameters(), "lr": 0.05}, {"params": last.parameters(), "lr": 0.2}]
+    lsam = LSAM(model, torch.optim.SGD(groups, lr=0.1), coupling="score", **{**LSAM_FIELDS, "sam_rho": 0.0})
+    with lsam:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1.0
+        lsam.step(lambda: sum((0.0 * parameter).sum() for parameter in model.parameters()))
+        distance = lsam.worker.own_parameters - lsam.worker.anchor
+        share = LSAM_FIELDS["coupling_strength"] / LSAM_FIELDS["sync_steps"]
+        torch.testing.assert_close(distance, torch.full_like(distance, 1.0 - share))
+    with pytest.raises(ValueError, match="AdamW would rescale"):
+        LSAM(model, torch.optim.AdamW(model.parameters()), coupling="score", **LSAM_FIELDS)
+
+
+def test_the_anchor_is_shown_with_statistics_of_its_own():
+    model = network(normalised=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    lsam = LSAM(model, optimizer, **LSAM_FIELDS)
+    estimation = [x for x, _ in batches(6)]
+    with lsam:
+        for x, labels in batches(10):
+            lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+        own = [tensor.clone() for tensor in model.state_dict().values()]
+        with lsam.anchor(estimation):
+            features = [model.layers[0](x).detach() for x in estimation]
+            mean = torch.stack([feature.mean(0) for feature in features]).mean(0)
+            torch.testing.assert_close(model.layers[1].running_mean, mean)
+            with lsam.anchor(estimation):
+                assert torch.equal(lsam.worker.own_parameters[:96].view(16, 6), own[0])
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own, strict=True))
+
+
+def test_figures_are_logged_and_misuse_is_named():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(TypeError, match="no field 'sam_roh'"):
+        LSAM(model, optimizer, sam_roh=0.1)
+    with pytest.raises(TypeError, match="no field 'data_distribution'"):
+        LSAM(model, optimizer, data_distribution="sharded")
+    with pytest.raises(ValueError, match="outside the stability region"):
+        LSAM(model, optimizer, anchor_lr=3.0)
+    lsam = LSAM(model, optimizer, **LSAM_FIELDS)
+    with pytest.raises(RuntimeError, match="inside `with lsam:`"):
+        lsam.step(lambda: None)
+    with lsam:
+        for x, labels in batches(8):
+            lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+        figures = lsam.log()
+    assert figures["lsam/anchor_version"] == 2
+    assert figures["lsam/sharpness"] > 0
+    assert 0 < figures["lsam/drift"] < 1
+
+
+SCRIPT = """
+    import json, sys
+    import torch
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    sys.path.insert(0, {folder!r})
+    from test_loop import LSAM_FIELDS, data, network
+    from hf_lsam import LSAM
+
+    order = sys.argv[1]
+    model = network(normalised=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loader = DataLoader(data(), batch_size=8, shuffle=True)
+    accelerator = None
+    if order == "before":
+        accelerator = Accelerator(cpu=True)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    lsam = LSAM(model, optimizer, accelerator=accelerator, output_dir={output!r}, num_workers=2, **LSAM_FIELDS)
+    if order == "after":
+        accelerator = Accelerator(cpu=True)
+        loader = lsam.shard(loader)
+    rows, groups = [], []
+    with lsam:
+        for epoch in range(2):
+            for x, labels in loader:
+                rows += x[:, 0].tolist()
+                lsam.step(lambda: torch.nn.functional.cross_entropy(model(x), labels))
+                groups.append(torch.distributed.is_initialized())
+        own = lsam.worker.own_parameters
+    final = torch.cat([p.detach().flatten() for p in model.parameters()])
+    report = dict(rank=lsam.arguments.identity.rank, wrapped=type(model).__name__, groups=any(groups),
+                  rows=sorted(rows), steps=lsam.worker.local_steps, version=lsam.worker.version,
+                  own=own.sum().item(), final=final.double().sum().item())
+    print("REPORT" + json.dumps(report), flush=True)
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
+    source = SCRIPT.format(folder=str(Path(__file__).parent), output=str(tmp_path))
+    run = accelerate_launch(write_script(tmp_path / "loop.py", source), order)
+    reports = [json.loads(line.split("REPORT")[1]) for line in run.stdout.splitlines() if "REPORT" in line]
+    first, second = sorted(reports, key=lambda report: report["rank"])
+    assert first["wrapped"] == ("DistributedDataParallel" if order == "before" else "Network")
+    assert not first["groups"]
+    assert not second["groups"]
+    assert first["steps"] == second["steps"] == 12  # two epochs of 96 rows, shared by two workers of batch 8
+    x = data().tensors[0][:, 0].tolist()
+    assert sorted(first["rows"] + second["rows"]) == sorted(x + x)
+    assert first["own"] != second["own"]
+    assert first["final"] == second["final"]
+    assert first["version"] == second["version"] >= 3
+
+
+def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
+    model = network()
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), **LSAM_FIELDS)
+    loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True))
+    seen = torch.cat([x for x, _ in loader])
+    assert sorted(seen[:, 0].tolist()) == sorted(data().tensors[0][:, 0].tolist())
