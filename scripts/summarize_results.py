@@ -93,9 +93,9 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
                 str(summary["num_workers"]),
                 ", ".join(str(run["seed"]) for run in runs),
                 f"{accuracy['mean']:.4f} ± {accuracy['std']:.4f}",
-                f"{statistics.fmean(at_workers):.4f}" if asynchronous else "–",
+                f"{statistics.fmean(at_workers):.4f}" if asynchronous else "-",
                 f"{seconds['mean']:.0f} s",
-                f"{statistics.fmean(run['staleness']['mean'] for run in runs):.2f}" if asynchronous else "–",
+                f"{statistics.fmean(run['staleness']['mean'] for run in runs):.2f}" if asynchronous else "-",
                 f"{summary['bytes_exchanged'] / 1e6:.0f} MB",
                 f"{data_parallel / 1e6:.0f} MB",
             )

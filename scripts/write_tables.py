@@ -1,0 +1,98 @@
+"""Writes the measured tables of README.md and benchmarks/README.md from the JSON files they come from.
+
+python scripts/write_tables.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from reporting import REPOSITORY, markdown_table
+from summarize_results import write_between
+
+BENCHMARKS = ("async", "step", "server")
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def origin(report: dict[str, Any]) -> str:
+    """One line: hardware, versions, commit and date."""
+    provenance = report["provenance"]
+    hardware, versions = provenance["hardware"], provenance["versions"]
+    machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"{machine}; {packages}; commit {provenance['commit'][:12]}, {provenance['date'][:10]}."
+
+
+def summary() -> str:
+    """The table of README.md: a line a claim."""
+    quickstart = load(REPOSITORY / "recipes/text_classification/results/quickstart.json")
+    lsam = next(row for row in quickstart if row["method"] == "lsam")
+    reports = {name: load(REPOSITORY / f"benchmarks/{name}.json") for name in BENCHMARKS}
+    slowed = {(row["method"], row["worker_1"]): row for row in reports["async"]["results"]}
+    steps = {row["variant"]: row for row in reports["step"]["results"]}
+    pushes = {(row["megabytes"], row["senders"], row["mode"]): row for row in reports["server"]["results"]}
+    accuracy, seeds = lsam["eval_accuracy"], [run["seed"] for run in lsam["runs"]]
+    moved = sum(run["bytes_data_parallel"] for run in lsam["runs"]) / len(lsam["runs"])
+    rows = [
+        (
+            f"MiniLM with LoRA, {lsam['num_workers']} workers of {lsam['runs'][0]['steps_per_worker'][0]} steps: "
+            f"held-out accuracy of the anchor on {lsam['eval_examples']:,} sentences",
+            f"{accuracy['mean']:.3f} ± {accuracy['std']:.3f}",
+            f"seeds {', '.join(map(str, seeds))}",
+        ),
+        (
+            "bytes it exchanged, of what data-parallel training would have for the same steps",
+            f"{lsam['bytes_exchanged'] / moved:.3f}",
+            f"sync_steps={lsam['configuration']['sync_steps']}",
+        ),
+    ]
+    for method, label in (
+        ("lsam", "a worker's step while the other pauses for 1.5 steps at each of its own: LSAM"),
+        ("ddp", "the same: DDP"),
+    ):
+        row = slowed[method, "busy"]
+        rows.append((label, f"{row['worker_0_ratio']:.2f} x its step without", f"n = {row['worker_0_n']}"))
+    for variant, label in (
+        ("lsam", "an LSAM step, of a plain Trainer step (MiniLM, all parameters, one worker, CPU)"),
+        ("lsam quarter", "the same with sam_ascent_fraction=0.25"),
+        ("pytorch_optimizer", "the same with pytorch_optimizer's SAM"),
+        ("davda54", "the same with a SAM of two optimizer steps, as in davda54/sam"),
+    ):
+        if variant in steps:
+            rows.append((label, f"{steps[variant]['ratio']:.2f} x", f"n = {steps[variant]['n']}"))
+    rows.append(
+        (
+            "time of the training thread that goes into the exchange, of a step (sync_steps=16)",
+            f"{steps['lsam server']['exchange_share']:.2%}",
+            f"n = {steps['lsam server']['exchange_n']}",
+        )
+    )
+    absorbed = [pushes[90.0, senders, "absorb"]["ratio"] for senders in (1, 4, 16)]
+    rows.append(
+        (
+            "pushes of 90 MB that a server absorbs from 1, 4, 16 workers, of a plain memory copy",
+            ", ".join(f"{ratio:.2f}" for ratio in absorbed),
+            f"n = {pushes[90.0, 1, 'absorb']['n']} each",
+        )
+    )
+    return markdown_table(("what", "measured", "n"), rows) + "\n\n" + f"On {origin(reports['step'])}"
+
+
+def main() -> None:
+    for name in BENCHMARKS:
+        report = load(REPOSITORY / f"benchmarks/{name}.json")
+        table = importlib.import_module(f"bench_{name}").table(report["results"])
+        parameters = ", ".join(f"{key} {value}" for key, value in report["parameters"].items())
+        text = f"{table}\n\n`{report['command']}`: {parameters}.\n\nOn {origin(report)}"
+        write_between(REPOSITORY / "benchmarks/README.md", name, text)
+    write_between(REPOSITORY / "README.md", "results", summary())
+
+
+if __name__ == "__main__":
+    main()

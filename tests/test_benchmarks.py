@@ -1,0 +1,109 @@
+"""The benchmark scripts run and report what they say, at sizes where their figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def report_of(script: str, output: Path, *arguments: str) -> dict:
+    done = run(script, *arguments, "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(output.read_text())
+    assert report["command"].startswith(f"python scripts/{script} {arguments[0]}")
+    assert report["provenance"].keys() >= {"commit", "versions", "hardware", "date"}
+    assert done.stdout.startswith("| ")
+    return report
+
+
+def test_bench_step(tmp_path):
+    variants = ["plain", "lsam", "lsam quarter", "lsam server", "davda54"]
+    size = ("--batch", "4", "--length", "8", "--rounds", "2", "--steps", "1", "--exchange_steps", "17", "--no_memory")
+    report = report_of("bench_step.py", tmp_path / "step.json", *size, "--variants", *variants)
+    assert report["parameters"]["batch"] == 4
+    assert report["parameters"]["length"] == 8
+    assert report["parameters"]["trainable_parameters"] == 22_713_986
+    rows = {row["variant"]: row for row in report["results"]}
+    assert list(rows) == variants
+    assert rows["plain"]["ratio"] == 1.0
+    for row in rows.values():
+        assert row["n"] == 2
+        assert len(row["ratios"]) == 2
+        assert row["median_step_s"] > 0
+    assert rows["lsam server"]["exchange_n"] == 17
+    assert 0 < rows["lsam server"]["exchange_share"] < 1
+
+
+def test_bench_step_measures_memory(tmp_path):
+    size = ("--batch", "2", "--length", "8", "--rounds", "1", "--steps", "1", "--exchange_steps", "0")
+    report = report_of("bench_step.py", tmp_path / "step.json", *size, "--variants", "plain", "lsam")
+    plain, lsam = report["results"]
+    vector = 4 * report["parameters"]["trainable_parameters"]
+    assert plain["peak_memory_ratio"] == 1.0
+    assert plain["peak_memory_bytes"] > 3 * vector  # a gradient and AdamW's two moments
+    assert lsam["peak_memory_bytes"] > plain["peak_memory_bytes"] + 2 * vector  # y and the running sum at least
+
+
+def test_bench_async(tmp_path):
+    size = ("--batch", "1", "--length", "4", "--warmup", "3", "--rounds", "1", "--block_seconds", "3")
+    report = report_of("bench_async.py", tmp_path / "async.json", *size, "--block_steps", "2")
+    assert [(row["method"], row["worker_1"]) for row in report["results"]] == [
+        (method, kind) for method in ("lsam", "ddp") for kind in ("free", "sleep", "busy")
+    ]
+    for row in report["results"]:
+        assert row["worker_0_n"] >= 1
+        assert row["worker_1_n"] >= 1
+        assert row["worker_0_median_step_s"] > 0
+        if row["worker_1"] == "free":
+            assert row["worker_0_ratio"] == row["worker_1_ratio"] == 1.0
+        if row["method"] == "ddp":
+            assert row["worker_0_n"] == row["worker_1_n"] == 2
+    assert [worker["trainable_parameters"] for worker in report["lsam_workers"]] == [22_713_986] * 2
+
+
+def test_bench_server(tmp_path):
+    size = ("--senders", "1", "2", "--megabytes", "0.1", "--rounds", "2", "--seconds", "0.8")
+    report = report_of("bench_server.py", tmp_path / "server.json", *size)
+    rows = report["results"]
+    assert [(row["senders"], row["mode"]) for row in rows] == [
+        (senders, mode) for senders in (1, 2) for mode in ("end to end", "absorb", "sum")
+    ]
+    for row in rows:
+        assert row["megabytes"] == 0.1
+        assert row["n"] == len(row["ratios"]) == 2
+        assert row["pushes"] >= 4
+        assert row["median_bytes_per_s"] > 0
+
+
+def test_bench_server_says_how_much_room_it_needs():
+    done = run("bench_server.py", "--senders", "3", "--megabytes", "1e9")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "3 senders of 1e+09 MB and two copies of the anchor need 5000000000 MB" in done.stderr
+
+
+def test_gpu_check_without_a_gpu():
+    script = SCRIPTS / "gpu_check.sh"
+    done = subprocess.run([str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "gpu_check: no CUDA device is available here, so nothing can be checked.\n"
+
+
+@pytest.mark.parametrize("script", ["bench_step.py", "bench_async.py"])
+def test_bad_arguments_are_refused(script):
+    bad = {"bench_step.py": ("--variants", "lsam"), "bench_async.py": ("--warmup", "2")}[script]
+    done = run(script, *bad)
+    assert done.returncode == 2
+    assert "error: --" in done.stderr
