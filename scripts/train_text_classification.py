@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer, sam
+from hf_lsam.batchnorm import tracking_layers
 from hf_lsam.identity import Identity
 
 METHODS = ("lsam", "sam", "sgd")
@@ -85,23 +86,17 @@ class SAMTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        accumulated = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        # Both passes draw the same dropout masks.
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.accelerator.no_sync(model):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        step, layers = super().training_step, tracking_layers(self.model)
+
+        def first_pass():
+            with self.accelerator.no_sync(model):
+                return step(model, inputs, num_items_in_batch)
+
+        def second_pass():
+            return step(model, inputs, num_items_in_batch)
+
         scaler = self.accelerator.scaler
-        loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
-        moved = sam.perturb(parameters, *self._perturbation, loss_scale)
-        for parameter, gradient in zip(parameters, accumulated, strict=True):
-            parameter.grad = gradient
-        try:
-            super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            sam.restore(moved)
-        return loss
+        return sam.gradient(parameters, first_pass, second_pass, *self._perturbation, layers, scaler)[0]
 
 
 class StepTimer(TrainerCallback):
