@@ -177,8 +177,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     model = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}
     )
-    # Their loss is a mean over examples, whatever `num_items_in_batch` says. Trainer takes it for a sum over that number
-    # where the model's forward accepts it, and would scale the gradient by processes and by accumulation steps.
+    # The loss is a mean over examples, whatever `num_items_in_batch` says. Trainer takes it for a sum over that number
+    # where the model's forward accepts it, and would scale the gradient by processes and accumulation steps.
     model.accepts_loss_kwargs = False
     if args.use_lora:
         targets = args.lora_target_modules
