@@ -62,6 +62,7 @@ def reference(
     loss_weight: Callable[[list], float] = lambda micro: 1 / len(micro),
     perturbs: Callable[[int], bool] = lambda step: True,
     ascent_rows: int | None = None,
+    ascent_weight: float = 1.0,
     adaptive: bool = False,
     context: Callable = contextlib.nullcontext,
     score: bool = False,
@@ -70,6 +71,7 @@ def reference(
 
     Args:
         steps: the micro-batches of each optimizer step.
+        loss_weight: what `loss_of` a micro-batch is multiplied with; in pass 1 also with `ascent_weight`.
 
     Returns:
         by step: loss, sharpness, gradient norm, drift, x and y; and the final anchor with its version.
@@ -102,7 +104,7 @@ def reference(
             if rho and perturbs(number):
                 part = batch if ascent_rows is None else {k: v[:ascent_rows] for k, v in batch.items()}
                 rng = torch.get_rng_state()
-                first, loss_1 = gradient(part, weight)
+                first, loss_1 = gradient(part, weight * ascent_weight)
                 torch.set_rng_state(rng)
                 units = [p.abs() + 0.01 if adaptive else torch.ones_like(p) for p in x]
                 scaled = [u * g for u, g in zip(units, first, strict=True)]
@@ -491,6 +493,21 @@ def test_sam_ascent_fraction_uses_the_first_rows_in_pass_1(tmp_path):
     assert logged(trainer, "loss") == pytest.approx(expected.loss, rel=1e-4)
 
 
+def test_sam_ascent_fraction_normalises_a_summed_loss_by_its_share_of_the_items(tmp_path):
+    def total(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    def summed(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"])["logits"], batch["labels"], reduction="sum")
+
+    trainer = train(tmp_path, net(), max_steps=8, sam_ascent_fraction=0.25, sam_eps=0.5, compute_loss_func=total)
+    steps = [[b] for b in batches_of(blobs())]
+    fields = {"loss_of": summed, "loss_weight": lambda micro: 1 / 8, "ascent_rows": 2, "ascent_weight": 4.0}
+    expected = reference(net(), steps, sgd(), eps=0.5, **fields)
+    assert_same_run(trainer, expected)
+    assert logged(trainer, "lsam/sharpness") == pytest.approx(expected.sharpness, rel=1e-3, abs=1e-6)
+
+
 def test_sam_adaptive_measures_the_radius_in_units_of_the_weights(tmp_path):
     trainer = train(tmp_path, net(), max_steps=8, sam_adaptive=True, sam_rho=2.0)
     expected = reference(net(), [[b] for b in batches_of(blobs())], sgd(), rho=2.0, adaptive=True)
@@ -747,15 +764,30 @@ def test_callbacks_find_the_anchor_in_evaluations_and_x_in_steps(tmp_path):
     assert (shown.at_evaluation[5] - shown.at_step_end[5]).abs().max() > 1e-3
 
 
-def test_predict_after_training_is_the_anchors(tmp_path):
-    trainer = train(tmp_path, net(), max_steps=10)
-    held_out = blobs(16, seed=3)
+def test_predict_is_the_anchors_while_training_and_after(tmp_path):
+    class Predict(TrainerCallback):
+        """Predicts after every step, from x as well."""
+
+        def __init__(self):
+            self.trainer, self.predictions = None, []
+
+        def on_step_end(self, args, state, control, **keywords):
+            x = vector(self.trainer.model)
+            self.predictions.append(torch.from_numpy(self.trainer.predict(held_out).predictions))
+            assert torch.equal(vector(self.trainer.model), x)
+
+    held_out, predict = blobs(16, seed=3), Predict()
+    args = arguments(LSAMConfig, tmp_path, max_steps=10, **LSAM)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[predict])
+    predict.trainer = trainer
+    trainer.train()
+    predict.predictions.append(torch.from_numpy(trainer.predict(held_out).predictions))
     expected = reference(net(), [[b] for b in (batches_of(blobs()) * 2)[:10]], sgd())
     model = net()
-    nn.utils.vector_to_parameters(expected.final_anchor, model.parameters())
-    with torch.no_grad():
-        logits = model(batches_of(held_out, 16)[0]["x"])["logits"]
-    torch.testing.assert_close(torch.tensor(trainer.predict(held_out).predictions), logits, rtol=1e-4, atol=1e-5)
+    for ours, y in zip(predict.predictions, [*expected.y, expected.final_anchor], strict=True):
+        nn.utils.vector_to_parameters(y, model.parameters())
+        with torch.no_grad():
+            torch.testing.assert_close(ours, model(batches_of(held_out, 16)[0]["x"])["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_early_stopping(tmp_path):

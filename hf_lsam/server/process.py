@@ -9,6 +9,7 @@ connection closes.
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import signal
 import subprocess
@@ -208,5 +209,15 @@ def start_server(run_dir: Path, log: Path, resume: Path | None = None) -> subpro
     command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir)]
     if resume is not None:
         command += ["--resume", str(resume)]
+    # The package may lie where only the user's script finds it.
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("a") as stream:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
