@@ -36,10 +36,10 @@ def blocks(*tensor_lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]
     """Cuts aligned tensor lists into groups that fit in a CPU cache; on an accelerator all is one group.
 
     Args:
-        tensor_lists: lists of contiguous tensors, the i-th of each with the same number of elements.
+        tensor_lists: lists of tensors, the i-th of each with the same shape.
 
     Yields:
-        one list of flat views a tensor list, together about `CPU_BLOCK` elements each.
+        one list of views a tensor list, together about `CPU_BLOCK` elements; more where a tensor is not contiguous.
     """
     if tensor_lists[0][0].device.type != "cpu":
         yield tuple(list(tensors) for tensors in tensor_lists)
@@ -47,7 +47,9 @@ def blocks(*tensor_lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]
     group: list[tuple[Tensor, ...]] = []
     held = 0
     for aligned in zip(*tensor_lists, strict=True):
-        for pieces in zip(*(tensor.view(-1).split(CPU_BLOCK) for tensor in aligned), strict=True):
+        whole = not all(tensor.is_contiguous() for tensor in aligned)  # channels_last weights have no flat view
+        flat = [aligned] if whole else zip(*(tensor.view(-1).split(CPU_BLOCK) for tensor in aligned), strict=True)
+        for pieces in flat:
             group.append(pieces)
             held += pieces[0].numel()
             if held >= CPU_BLOCK:
@@ -64,7 +66,7 @@ def pull_and_accumulate(
     """x <- x - pull (x - y) and D <- D + (x - y), in place, in one sweep through memory.
 
     Args:
-        parameters: x after the optimizer's step, a list of contiguous tensors.
+        parameters: x after the optimizer's step.
         anchor: y, float32, same shapes.
         total: D, the running sum of differences, float32, same shapes.
         pull: c = lambda0 / tau, a number in [0, 1]; 0 leaves x untouched, bit for bit.

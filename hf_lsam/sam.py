@@ -83,9 +83,9 @@ def perturb(
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """Moves every parameter that has a gradient to x + eps and takes the gradient away.
 
-    Nothing is read back to the host: on an accelerator the norm stays on the device. Where the norm is infinite or
-    NaN (an fp16 overflow in pass 1) the perturbed parameters are NaN, and so is the gradient of pass 2: a gradient
-    scaler then skips the step, as it does without SAM.
+    Nothing is read back to the host: on an accelerator the norm stays on the device. After an overflow in pass 1 (fp16)
+    the perturbed parameters hold NaN, and so does the gradient of pass 2: a gradient scaler then skips the step, as it
+    does without SAM.
 
     Args:
         parameters: the trainable parameters, `.grad` filled by pass 1 (dense, the parameters' dtype).

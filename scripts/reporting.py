@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+import hf_lsam
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "hf_lsam")
+PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
 
 def provenance() -> dict[str, Any]:
@@ -35,7 +37,11 @@ def provenance() -> dict[str, Any]:
     )
     return {
         "commit": git.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+            "hf_lsam": hf_lsam.__version__,  # which need not be installed to be used
+        },
         "hardware": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),

@@ -111,6 +111,17 @@ def test_pull_and_running_sum():
     assert total[1].tolist() == [3.0]
 
 
+def test_weights_in_channels_last_order_are_pulled_too():
+    x = torch.randn(4, 3, 2, 2)
+    last = x.to(memory_format=torch.channels_last)
+    y = torch.randn(4, 3, 2, 2)
+    totals = [torch.zeros(4, 3, 2, 2) for _ in range(2)]
+    pull_and_accumulate([x, torch.ones(2)], [y, torch.zeros(2)], [totals[0], torch.zeros(2)], 0.25)
+    pull_and_accumulate([last, torch.ones(2)], [y, torch.zeros(2)], [totals[1], torch.zeros(2)], 0.25)
+    assert torch.equal(last, x)
+    assert torch.equal(totals[0], totals[1])
+
+
 def test_no_pull_leaves_x_bit_for_bit():
     x = torch.randn(1000)
     kept = x.clone()

@@ -7,6 +7,7 @@ starts one and later asks, without waiting, whether it has ended. On CPU a copy 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Copier:
                     logger.warning(
                         "could not pin %d shared bytes (%s): exchange copies will block", tensor.nbytes, status
                     )
+                    with suppress(RuntimeError):  # takes the error away, which the next kernel would raise
+                        torch.zeros(1, device=device)
                     break
                 self._pinned.append(tensor)
 
@@ -44,7 +47,7 @@ class Copier:
             target.copy_(source)
             return
         # Whatever the training stream still does with either tensor comes first.
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             self._event = self._stream.record_event()
