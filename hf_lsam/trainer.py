@@ -365,16 +365,15 @@ class LSAMTrainerMixin:
 
     def _own_checkpoint(self, common: Path) -> Path:
         """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if it has none."""
-        rank = self.args.identity.rank
-        if rank == 0:
+        rank, number = self.args.identity.rank, common.name.rpartition("-")[2]
+        if rank == 0 or not number.isdigit():
             return common
-        step = int(common.name.rpartition("-")[2])
         candidates = [
             (int(path.name.rpartition("-")[2]), path)
             for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
             if (path / WORKER_STATE).exists() and (path / "trainer_state.json").exists()
         ]
-        reached = [(at, path) for at, path in candidates if at <= step]
+        reached = [(at, path) for at, path in candidates if at <= int(number)]
         return max(reached)[1] if reached else common
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
