@@ -107,6 +107,11 @@ class LSAMArguments:
         self.validate()
         super().__post_init__()
         self._refuse_incompatible()
+        if not self.accelerator_config.use_seedable_sampler and self.identity.num_workers > 1:
+            raise ValueError(
+                "accelerator_config.use_seedable_sampler=False lets each worker shuffle from a generator of its own, "
+                "without a process group to agree on one: their shares of an epoch would overlap. Leave it True."
+            )
         # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
         self.accelerator_config.dispatch_batches = False
 

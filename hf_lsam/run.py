@@ -27,6 +27,7 @@ from .worker import Worker, WorkerSettings
 
 # Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
 _runs_joined = itertools.count()
+_gathered = itertools.count()  # likewise: a key that is used again is another one
 
 
 class Run:
@@ -106,10 +107,13 @@ class Run:
         self._folder = None
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
-        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others."""
+        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.
+
+        All workers must call it as often, and in the same order.
+        """
         if self._identity.num_workers == 1:
             return [value]
-        return self._launch_store().gather(f"user/{key}", value)
+        return self._launch_store().gather(f"user/{next(_gathered)}/{key}", value)
 
     def _launch_store(self) -> LaunchStore:
         if self._store is None:

@@ -159,7 +159,7 @@ class LSAMTrainerMixin:
     def gather_from_workers(self, key: str, value: Any) -> list[Any] | None:
         """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.
 
-        Worker 0 waits for the slowest. Use each key once.
+        Worker 0 waits for the slowest. All workers must call it as often, and in the same order.
         """
         return self._run.gather(key, value)
 

@@ -121,6 +121,13 @@ def test_auto_find_batch_size_is_refused_among_several_workers(tmp_path, monkeyp
         config(tmp_path, auto_find_batch_size=True)
 
 
+def test_a_sampler_that_is_not_seeded_is_refused_among_several_workers(tmp_path, monkeypatch):
+    config(tmp_path, accelerator_config={"use_seedable_sampler": False})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="shares of an epoch would overlap"):
+        config(tmp_path, accelerator_config={"use_seedable_sampler": False})
+
+
 def test_fewer_workers_than_meant_is_an_error_that_names_the_launch(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"num_workers=4, but 1 were started.*--multi_gpu --num_processes 4"):
         config(tmp_path, num_workers=4)
