@@ -281,7 +281,12 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     )
     asynchronous = values["method"] == "lsam"
     reports = not asynchronous or args.process_index == 0  # the evaluations of DDP are collective
-    before = trainer.evaluate() if reports else None
+    evaluated = []
+    if not asynchronous:
+        # A model that was evaluated before `train` would stay without DDP in it: each process would train by itself.
+        args.eval_on_start = True
+    elif reports:
+        evaluated = [{"step": 0, **trainer.evaluate()}]
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate() if reports else None
     measured = gather_lsam(trainer, timer) if asynchronous else gather_data_parallel(trainer, timer)
@@ -290,9 +295,10 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    evaluated = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    at_anchor = [[entry["step"], entry["eval_accuracy"]] for entry in evaluated]
-    curves = {**measured.pop("curves"), "eval_accuracy": [[0, before["eval_accuracy"]], *at_anchor]}
+    evaluated += [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    before = evaluated[0]
+    accuracies = [[entry["step"], entry["eval_accuracy"]] for entry in evaluated]
+    curves = {**measured.pop("curves"), "eval_accuracy": accuracies}
     results = {
         "method": values["method"],
         "num_workers": len(measured["steps_per_worker"]),

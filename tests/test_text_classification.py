@@ -245,6 +245,8 @@ def test_one_process_makes_the_step_of_its_method(folder, tmp_path, method, rho)
     assert results["num_workers"] == 1
     assert results["bytes_data_parallel"] == 0
     assert results["eval_accuracy_workers"] is None
+    assert [step for step, _ in results["curves"]["eval_accuracy"]] == [0, 2]
+    assert results["curves"]["eval_accuracy"][0][1] == results["eval_accuracy_before"]
 
 
 def test_a_model_with_a_head_keeps_its_numbering_of_the_labels(folder, tmp_path):
