@@ -26,7 +26,9 @@ def origin(report: dict[str, Any]) -> str:
     hardware, versions = provenance["hardware"], provenance["versions"]
     machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{machine}; {packages}; commit {provenance['commit'][:12]}, {provenance['date'][:10]}."
+    commit, _, dirty = provenance["commit"].partition("-")
+    state = f"{commit[:12]} with uncommitted changes" if dirty else commit[:12]
+    return f"{machine}; {packages}; commit {state}, {provenance['date'][:10]}."
 
 
 def summary() -> str:
