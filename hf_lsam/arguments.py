@@ -14,8 +14,10 @@ from transformers import TrainingArguments
 from transformers.utils import strtobool
 
 from .anchor import OPTIMIZERS
+from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound
 from .identity import Identity, pin
+from .rules import RULES
 from .server.core import ServerSettings
 from .worker import WorkerSettings
 
@@ -51,6 +53,8 @@ class LSAMArguments:
             is exact stochastic gradient Langevin dynamics. Denoted T.
 
     Parameters that control the coupling and the exchange:
+        server_rule (`str`, defaults to "smoothed"): what the server does with pushes (see `hf_lsam.rules`). "smoothed"
+            is LSAM. The baselines, with sam_rho=0: "elastic" is EASGD, coupling_strength its alpha; "leader" is LSGD.
         sync_steps (`int`, defaults to 16): local steps between two pushes. Denoted tau in the paper.
         coupling_strength (`float`, defaults to 0.1): pull of a worker to the anchor; a step takes away
             coupling_strength / sync_steps of their distance. Denoted lambda0 in the paper.
@@ -70,8 +74,11 @@ class LSAMArguments:
             Denoted beta in the paper.
         anchor_optimizer (`str`, defaults to "sgd"): "sgd", "nesterov" or "adam".
         anchor_momentum (`float`, defaults to 0.9): momentum of "nesterov", first decay rate of "adam".
-        batchnorm_batches (`int`, defaults to 32): training batches from which BatchNorm statistics are re-estimated at
-            the anchor before it is evaluated or saved; 0 leaves the worker's own. Without BatchNorm it does nothing.
+        batchnorm_statistics (`str`, defaults to "reestimate"): where the anchor has BatchNorm's running statistics
+            from, whenever it is evaluated or saved. "reestimate" takes them from training batches, at its weights;
+            "average" lets the workers exchange theirs like parameters (0.1 % more traffic, no batch at evaluation);
+            "worker" leaves those of the worker, which belong to other weights. Without BatchNorm it does nothing.
+        batchnorm_batches (`int`, defaults to 32): how many training batches "reestimate" takes.
 
     Raises:
         ValueError: for a value out of range, for a configuration in which the distance between workers and anchor
@@ -85,6 +92,7 @@ class LSAMArguments:
     sam_ascent_fraction: float = field(default=1.0, metadata={"help": "Share of each batch that pass 1 sees."})
     langevin_temperature: float = field(default=0.0, metadata={"help": "Temperature of the noise added to each step."})
 
+    server_rule: str = field(default="smoothed", metadata={"help": "'smoothed' (LSAM), 'elastic' or 'leader'."})
     sync_steps: int = field(default=16, metadata={"help": "Local steps between two pushes."})
     coupling_strength: float = field(default=0.1, metadata={"help": "Pull of a worker to the anchor (lambda0)."})
     coupling: str = field(default="decoupled", metadata={"help": "Where the pull acts: 'decoupled' or 'score'."})
@@ -98,9 +106,10 @@ class LSAMArguments:
     )
     anchor_optimizer: str = field(default="sgd", metadata={"help": "'sgd', 'nesterov' or 'adam'."})
     anchor_momentum: float = field(default=0.9, metadata={"help": "Momentum of 'nesterov', beta1 of 'adam'."})
-    batchnorm_batches: int = field(
-        default=32, metadata={"help": "Batches to re-estimate BatchNorm statistics at the anchor from; 0: never."}
+    batchnorm_statistics: str = field(
+        default="reestimate", metadata={"help": "The anchor's BatchNorm statistics: 'reestimate', 'average', 'worker'."}
     )
+    batchnorm_batches: int = field(default=32, metadata={"help": "Training batches to re-estimate them from."})
 
     def __post_init__(self):
         self._saving_own_state = False
@@ -168,14 +177,17 @@ class LSAMArguments:
     def server_settings(self) -> ServerSettings:
         return ServerSettings(
             self.sync_steps,
-            self.anchor_lr,
+            self.coupling_strength if self.server_rule == "elastic" else self.anchor_lr,
             self.anchor_momentum_correction,
             self.anchor_optimizer,
             self.anchor_momentum,
+            self.server_rule,
         )
 
     def worker_settings(self) -> WorkerSettings:
-        return WorkerSettings(self.sync_steps, self.coupling_strength, self.coupling, self.langevin_temperature)
+        return WorkerSettings(
+            self.sync_steps, self.coupling_strength, self.coupling, self.langevin_temperature, self.server_rule
+        )
 
     # --- validation ---
 
@@ -237,6 +249,13 @@ class LSAMArguments:
             f"between 0 and sync_steps ({self.sync_steps})",
             "Beyond, one step would pull a worker past the anchor. The paper uses 0.1 and 0.9.",
         )
+        require(self.server_rule in RULES, "server_rule", f"one of {RULES}", "'smoothed' is LSAM's.")
+        require(
+            self.server_rule != "elastic" or self.coupling_strength <= 1,
+            "coupling_strength",
+            "at most 1 with server_rule='elastic', where it is the whole move at a sync",
+            "EASGD's paper uses 0.9 / n.",
+        )
         require(
             self.coupling in ("decoupled", "score"),
             "coupling",
@@ -272,10 +291,16 @@ class LSAMArguments:
         )
         require(0 <= number("anchor_momentum") < 1, "anchor_momentum", "in [0, 1)", "The default is 0.9.")
         require(
-            whole("batchnorm_batches") and self.batchnorm_batches >= 0,
+            self.batchnorm_statistics in STATISTICS,
+            "batchnorm_statistics",
+            f"one of {STATISTICS}",
+            "'reestimate' is right for every model.",
+        )
+        require(
+            whole("batchnorm_batches") and self.batchnorm_batches >= 1,
             "batchnorm_batches",
-            "an integer >= 0",
-            "Use 0 to keep the worker's statistics.",
+            "an integer >= 1",
+            "batchnorm_statistics='worker' keeps the worker's own.",
         )
         require(
             os.path.isdir(self.shared_memory_dir) and os.access(self.shared_memory_dir, os.W_OK),
@@ -285,6 +310,8 @@ class LSAMArguments:
         )
 
     def _validate_stability(self):
+        if self.server_rule != "smoothed":
+            return  # no step size: the anchor moves by part of a difference, or to a worker
         if self.anchor_optimizer == "adam":
             return  # its step does not scale with the distance, so distances cannot feed on themselves
         momentum = self.anchor_momentum if self.anchor_optimizer == "nesterov" else 0.0

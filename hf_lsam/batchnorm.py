@@ -2,7 +2,8 @@
 
 Pass 2 sees the perturbed weights; its batch statistics must not enter the running ones. And the anchor is a model that
 no batch ever went through: the running statistics a worker has collected belong to its own x. They are re-estimated at
-y from training batches before the anchor is evaluated or saved.
+y from training batches before the anchor is evaluated or saved; or the workers exchange them like parameters, and the
+anchor's are their average.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -21,6 +22,19 @@ def tracking_layers(model: nn.Module) -> list[_BatchNorm]:
         module
         for module in model.modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+    ]
+
+
+STATISTICS = ("reestimate", "average", "worker")
+
+
+def running_statistics(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, buffer) pairs of the running means and variances, float32: what workers exchange to average them."""
+    return [
+        (f"{name}.{buffer}", getattr(layer, buffer))
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None
+        for buffer in ("running_mean", "running_var")
     ]
 
 
@@ -84,3 +98,9 @@ def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], 
         for module, training in modes:
             module.training = training
     return seen
+
+
+def keep_variances_positive(layers: Iterable[_BatchNorm]) -> None:
+    """The server's momentum correction may carry an averaged variance past zero, where its root would be NaN."""
+    for layer in layers:
+        layer.running_var.clamp_(min=0.0)

@@ -73,7 +73,8 @@ class FailureSignatures:
         return self._once(
             "batchnorm",
             "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights "
-            "(batchnorm_batches=0): its accuracy will look worse than it is. Set batchnorm_batches to 32 or more.",
+            "(batchnorm_statistics='worker', or no batches given): its accuracy will look worse than it is. Use"
+            " batchnorm_statistics='reestimate', with 32 batches or more.",
         )
 
     def _once(self, signature: str, warning: str) -> str | None:

@@ -79,6 +79,23 @@ def pull_and_accumulate(
 
 
 @torch.no_grad()
+def exchange_elastically(
+    parameters: Sequence[Tensor], anchor: Sequence[Tensor], difference: Sequence[Tensor], alpha: float
+) -> None:
+    """D <- x - y and x <- x - alpha D, in place: the worker's half of EASGD's symmetric move (arXiv 1412.6651, Alg. 1).
+
+    Args:
+        parameters: x.
+        anchor: y, float32, same shapes.
+        difference: D, float32, same shapes; written over.
+        alpha: the moving rate, in [0, 1].
+    """
+    x = [parameter.detach() for parameter in parameters]
+    torch._foreach_copy_(list(difference), torch._foreach_sub(x, list(anchor)))
+    torch._foreach_add_(x, list(difference), alpha=-alpha)
+
+
+@torch.no_grad()
 def add_pull_to_gradient(parameters: Sequence[Tensor], anchor: Sequence[Tensor], strength: float) -> None:
     """grad <- grad + lambda (x - y): the coupling inside the score, for SGD.
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from . import sam
 from .arguments import LSAMArguments
-from .batchnorm import kept_statistics, reestimate, tracking_layers
+from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures
 from .figures import Figures
 from .identity import detach
@@ -100,6 +100,8 @@ class LSAM:
             )
         self.arguments = _LoopArguments(**lsam)
         named = trainable_parameters(_unwrapped(model))
+        if self.arguments.batchnorm_statistics == "average":
+            named += running_statistics(_unwrapped(model))
         self.optimizer = optimizer
         self.worker: Worker | None = None
         self.figures: Figures | None = None
@@ -193,6 +195,7 @@ class LSAM:
                     scaler,
                 )
                 self.figures.note_losses(loss, second, skip_overflow=scaler is not None)
+        self.worker.note_loss(loss)
         self._micro_step += 1
         if self._micro_step % self._accumulation == 0:
             self._optimizer_step()
@@ -232,7 +235,9 @@ class LSAM:
             if self.worker is not None and not self._finished:
                 stack.enter_context(self.worker.showing_anchor())
                 stack.enter_context(kept_statistics(self._batchnorm))
-            if self._batchnorm and batches is not None:
+            if self.arguments.batchnorm_statistics == "average":
+                keep_variances_positive(self._batchnorm)
+            elif self._batchnorm and batches is not None:
                 reestimate(self._model, batches, forward or self._model)
             elif self._batchnorm and (warning := self._signatures.batchnorm_not_reestimated()):
                 logger.warning("LSAM: %s", warning)

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import sam
 from .arguments import LSAMArguments
-from .batchnorm import kept_statistics, reestimate, tracking_layers
+from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
 from .checkpoint import load_tensors, save_tensors
 from .figures import Figures
@@ -172,7 +172,9 @@ class LSAMTrainerMixin:
     def training_step(self, model, inputs, num_items_in_batch=None):
         args = self.args
         if args.sam_rho == 0 or self.state.global_step % args.sam_interval:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.worker.note_loss(loss)
+            return loss
         part, share = _first_part(inputs, args.sam_ascent_fraction)
         items = None if num_items_in_batch is None else num_items_in_batch * share
         step, scaler = super().training_step, self.accelerator.scaler
@@ -196,7 +198,9 @@ class LSAMTrainerMixin:
             scaler,
         )
         self.figures.note_losses(first_loss, second_loss, skip_overflow=scaler is not None)
-        return first_loss if share == 1 else second_loss
+        loss = first_loss if share == 1 else second_loss
+        self.worker.note_loss(loss)
+        return loss
 
     @contextmanager
     def _uncounted(self, active: bool) -> Iterator[None]:
@@ -271,8 +275,11 @@ class LSAMTrainerMixin:
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
         if not self._batchnorm:
             return
-        if self.args.batchnorm_batches == 0:
+        if self.args.batchnorm_statistics == "worker":
             self._warn(self._signatures.batchnorm_not_reestimated())
+            return
+        if self.args.batchnorm_statistics == "average":
+            keep_variances_positive(self._batchnorm)
             return
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -315,6 +322,8 @@ class LSAMTrainerMixin:
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         named = trainable_parameters(self.model)
+        if self.args.batchnorm_statistics == "average":
+            named += running_statistics(self.model)
         group_of = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         self._groups = [group_of.get(id(parameter)) for _, parameter in named]
         self.args.refuse_optimizer(self.optimizer)

@@ -6,8 +6,9 @@
     every tau steps: push D, D <- 0   hand the sum to the server, if it has taken the last one
     y <- newest anchor                if there is one
 
-LSAM (arXiv 2509.03110), Algorithms 1 and 2, worker part. Nothing here waits for another worker or for the server; a
-push that finds the mailbox still full is skipped, and its sum goes out with the next.
+LSAM (arXiv 2509.03110), Algorithms 1 and 2, worker part; `rules` says where EASGD and LSGD differ. Nothing here waits
+for another worker or for the server; a push that finds the mailbox still full is skipped, and its sum goes out with the
+next.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .coupling import add_langevin_noise, add_pull_to_gradient, pull_and_accumulate
+from .coupling import add_langevin_noise, add_pull_to_gradient, exchange_elastically, pull_and_accumulate
 from .parameters import ParameterLayout
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Link(Protocol):
     bytes_pushed: int
     bytes_pulled: int
 
-    def push(self, total: Tensor, steps: int, version: int) -> None: ...
+    def push(self, total: Tensor, steps: int, version: int, loss: float) -> None: ...
     def poll(self, held: int, incoming: Tensor) -> int | None: ...
     def settle(self) -> None: ...
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]: ...
@@ -57,12 +58,14 @@ class WorkerSettings:
         coupling_strength: lambda0; a step pulls x by lambda0 / tau of its distance to the anchor.
         coupling: "decoupled" (after the optimizer's step) or "score" (inside the gradient; SGD only).
         langevin_temperature: T; 0 injects no noise, 1 samples exactly.
+        rule: what the server does with pushes; decides what is handed in (see `rules`).
     """
 
     sync_steps: int
     coupling_strength: float = 0.1
     coupling: str = "decoupled"
     langevin_temperature: float = 0.0
+    rule: str = "smoothed"
 
 
 class Worker:
@@ -95,6 +98,7 @@ class Worker:
         self._total_in_flight = self._total if device.type == "cpu" else vector()
         self._anchor_views = self.layout.views(self.anchor)
         self._total_views = self.layout.views(self._total)
+        self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._away: Tensor | None = None  # the worker's own x, [d], while the model shows the anchor
         self.local_steps = 0
         self.steps_in_total = 0
@@ -120,6 +124,11 @@ class Worker:
                 strength = self.settings.coupling_strength / (eta * self.settings.sync_steps)
                 add_pull_to_gradient([parameter], [y], strength)
 
+    def note_loss(self, loss: Tensor) -> None:
+        """Adds the loss of one (micro-)batch, 0-d, to the mean that the leader is chosen by."""
+        if self.settings.rule == "leader":
+            self._loss_sum += loss
+
     def after_optimizer_step(self, learning_rates: Sequence[float]) -> None:
         """Noise, pull, running sum; a push every tau steps; the newest anchor if it is there.
 
@@ -130,11 +139,16 @@ class Worker:
         if settings.langevin_temperature:
             for parameter, eta in zip(self.parameters, learning_rates, strict=True):
                 add_langevin_noise([parameter], eta, settings.langevin_temperature)
-        pull = settings.coupling_strength / settings.sync_steps if settings.coupling == "decoupled" else 0.0
-        pull_and_accumulate(self.parameters, self._anchor_views, self._total_views, pull)
         self.local_steps += 1
         self.steps_in_total += 1
-        if self.local_steps % settings.sync_steps == 0:
+        period_ends = self.local_steps % settings.sync_steps == 0
+        if settings.rule != "elastic":
+            pull = settings.coupling_strength / settings.sync_steps if settings.coupling == "decoupled" else 0.0
+            pull_and_accumulate(self.parameters, self._anchor_views, self._total_views, pull)
+        elif period_ends and self.link.can_push:  # both sides move, or neither
+            alpha = settings.coupling_strength
+            exchange_elastically(self.parameters, self._anchor_views, self._total_views, alpha)
+        if period_ends:
             if self.link.can_push:
                 self._push()
             else:
@@ -152,7 +166,7 @@ class Worker:
             the best step that any worker named, or -1.
         """
         self.link.settle()
-        if self.steps_in_total:
+        if self.steps_in_total and self.settings.rule != "elastic":
             self._push()
             self.link.settle()
         self.version, best_step = self.link.finish(stop_all, best_step, self._incoming)
@@ -217,7 +231,12 @@ class Worker:
         self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = state["counters"].tolist()
 
     def _push(self) -> None:
-        self.link.push(self._total, self.steps_in_total, self.version)
+        loss = 0.0
+        if self.settings.rule == "leader":
+            self.layout.read(self.parameters, self._total)
+            loss = self._loss_sum.item() / self.steps_in_total
+            self._loss_sum.zero_()
+        self.link.push(self._total, self.steps_in_total, self.version, loss)
         self._total, self._total_in_flight = self._total_in_flight, self._total
         self._total_views = self.layout.views(self._total)
         self._total.zero_()

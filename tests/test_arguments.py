@@ -34,7 +34,9 @@ OUT_OF_RANGE = {
     "anchor_momentum_correction": [-0.1, math.nan],
     "anchor_optimizer": ["lion"],
     "anchor_momentum": [1.0, -0.1],
-    "batchnorm_batches": [-1, 0.5],
+    "batchnorm_batches": [0, 0.5],
+    "batchnorm_statistics": ["none"],
+    "server_rule": ["majority"],
 }
 
 

@@ -88,7 +88,7 @@ def test_the_loop_and_the_trainer_take_the_same_trajectory(tmp_path, optim, norm
         optim=optim,
         gradient_accumulation_steps=accumulation,
         max_grad_norm=clip,
-        batchnorm_batches=0,
+        batchnorm_statistics="worker",
         **LSAM_FIELDS,
     )
     x, labels = data().tensors

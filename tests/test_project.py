@@ -17,6 +17,7 @@ PACKAGE = ROOT / "hf_lsam"
 ROOMS = [
     "trainer",
     "loop",
+    "vision",
     "arguments",
     "callbacks",
     "run",
@@ -26,6 +27,7 @@ ROOMS = [
     "server",
     "transport",
     "checkpoint",
+    "rules",
     "anchor",
     "coupling",
     "sam",
@@ -33,7 +35,7 @@ ROOMS = [
     "parameters",
 ]
 # Arithmetic: torch and the standard library alone.
-ARITHMETIC = ["anchor", "coupling", "sam", "batchnorm", "parameters"]
+ARITHMETIC = ["rules", "anchor", "coupling", "sam", "batchnorm", "parameters"]
 
 
 def room_of(path: Path) -> str:

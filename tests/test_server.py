@@ -47,7 +47,7 @@ def test_the_anchor_moves_once_n_tau_steps_are_in_from_whichever_workers():
     assert core.push(torch.ones(3) * 12, 4)  # the same worker again would do as well
     assert core.anchor.version == 1
     assert core.anchor.vector.tolist() == [2.0, 2.0, 2.0]  # 16 / 8 steps
-    assert core.pending_steps == 0
+    assert core.state_tensors()["pending_steps"] == 0
 
 
 def test_n_shrinks_with_a_worker_that_leaves_and_a_waiting_period_ends():
@@ -55,7 +55,7 @@ def test_n_shrinks_with_a_worker_that_leaves_and_a_waiting_period_ends():
     core.push(torch.ones(3) * 4, 4)
     core.push(torch.ones(3) * 4, 4)
     assert core.anchor.version == 0
-    assert core.leave(2)
+    core.leave(2)
     assert core.anchor.version == 1
     assert core.anchor.vector.tolist() == [1.0, 1.0, 1.0]
 
@@ -71,7 +71,7 @@ def test_a_push_that_is_not_finite_is_refused_and_leaves_no_trace(bad, where):
     for server in (core, untouched):
         assert server.push(good, 4)
     assert not core.push(broken, 4)
-    assert (core.refused_pushes, core.accepted_pushes, core.pending_steps) == (1, 1, 4)
+    assert (core.refused_pushes, core.accepted_pushes, core.state_tensors()["pending_steps"]) == (1, 1, 4)
     for server in (core, untouched):
         assert server.push(good * 3, 4)
     assert torch.equal(core.anchor.vector, untouched.anchor.vector)
@@ -210,12 +210,12 @@ def test_no_room_in_shared_memory_is_an_error_that_names_the_bytes_and_leaves_no
 def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     near, far = socket.socketpair()
     channel = Channel(near)
-    frame = struct.pack("<IHHqq32s", 0x4C53414D, Kind.PUSH, 3, 16, -1, bytes(range(32)))
+    frame = struct.pack("<IHHqqd32s", 0x4C53414D, Kind.PUSH, 3, 16, -1, 0.5, bytes(range(32)))
     assert channel.receive() is None
     far.sendall(frame[:11])
     assert channel.receive() is None
     far.sendall(frame[11:])
-    assert channel.receive() == Message(Kind.PUSH, 3, 16, -1, bytes(range(32)))
+    assert channel.receive() == Message(Kind.PUSH, 3, 16, -1, 0.5, bytes(range(32)))
     assert channel.receive() is None
     far.sendall(b"GET / HTTP/1.1\r\n" * 8)
     with pytest.raises(ValueError, match="not a frame"):
@@ -337,7 +337,7 @@ def test_a_worker_that_dies_is_dropped_and_the_others_go_on(served):
 def test_garbage_on_the_socket_changes_nothing(served):
     folder, layout, _ = served
     links = join_all(folder, layout)
-    unknown_kind = struct.pack("<IHHqq32s", 0x4C53414D, 99, 0, 0, 0, b"")
+    unknown_kind = struct.pack("<IHHqqd32s", 0x4C53414D, 99, 0, 0, 0, 0.0, b"")
     for garbage in (b"GET / HTTP/1.0\r\n\r\n" * 10, os.urandom(1000), unknown_kind):
         channel = folder.connect(lambda: True, 5)
         channel._socket.sendall(garbage)

@@ -686,11 +686,11 @@ def test_batchnorm_that_is_never_re_estimated_is_warned_of_once(tmp_path, caplog
         eval_strategy="steps",
         eval_steps=2,
         eval_dataset=blobs(8),
-        batchnorm_batches=0,
+        batchnorm_statistics="worker",
     )
-    warnings = [record.getMessage() for record in caplog.records if "batchnorm_batches" in record.getMessage()]
+    warnings = [record.getMessage() for record in caplog.records if "batchnorm_statistics" in record.getMessage()]
     assert len(warnings) == 1
-    assert "Set batchnorm_batches to 32 or more" in warnings[0]
+    assert "Use batchnorm_statistics='reestimate'" in warnings[0]
 
 
 # --- data ---

@@ -34,9 +34,9 @@ class LocalLink:
     def version(self) -> int:
         return self._core.anchor.version
 
-    def push(self, total: Tensor, steps: int, version: int) -> None:
+    def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         behind = self.version - version
-        if self._core.push(total, steps):
+        if self._core.push(total, steps, self._worker, loss):
             self.accepted += 1
             self.staleness.append(behind)
         else:

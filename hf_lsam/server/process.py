@@ -120,7 +120,7 @@ class Server:
     def _handle(self, worker: int, message: Message) -> None:
         if message.kind is Kind.PUSH and worker not in self._finished and message.a > 0:
             version = self._core.anchor.version
-            accepted = self._core.push(self._mailboxes[worker], message.a)
+            accepted = self._core.push(self._mailboxes[worker], message.a, worker, message.loss)
             self._publish_if_newer()
             # The reply comes last: a worker that has read it finds the anchor its push completed.
             self._tell(worker, Message(Kind.ACCEPTED if accepted else Kind.REJECTED, worker, a=version))

@@ -96,13 +96,13 @@ class MailboxLink:
         """Whether the mailbox is this worker's to write."""
         return self._push_frame is None and not self._awaiting_reply
 
-    def push(self, total: Tensor, steps: int, version: int) -> None:
-        """Starts to hand `total` [d], the differences of `steps` steps around anchor `version`, to the server.
+    def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
+        """Starts to hand `total` [d], of `steps` steps of mean `loss` around anchor `version`, to the server.
 
         `total` must stay as it is until `can_push` again; on CPU it may be reused at once.
         """
         self._outgoing.start(self._mailbox, total)
-        self._push_frame = Message(Kind.PUSH, self._worker, a=steps, b=version)
+        self._push_frame = Message(Kind.PUSH, self._worker, a=steps, b=version, loss=loss)
         self._pushed_version = version
         self.bytes_pushed += total.nbytes
 

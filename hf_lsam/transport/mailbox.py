@@ -40,7 +40,7 @@ class Kind(IntEnum):
     """What a message says. Workers send the first group, the server the second."""
 
     JOIN = 1  # digest: fingerprint; a: vector length
-    PUSH = 2  # a: local steps in the sum; b: anchor version the worker holds
+    PUSH = 2  # a: local steps in the sum; b: anchor version the worker holds; loss: their mean
     FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
     SNAPSHOT = 4  # the server is to write its state into the run folder
 
@@ -63,16 +63,17 @@ class Refusal(IntEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """One control frame: a kind, the worker it is from or for, two integers and 32 bytes."""
+    """One control frame: a kind, the worker it is from or for, two integers, a loss and 32 bytes."""
 
     kind: Kind
     worker: int
     a: int = 0
     b: int = 0
+    loss: float = 0.0
     digest: bytes = bytes(32)
 
 
-_FRAME = struct.Struct("<IHHqq32s")
+_FRAME = struct.Struct("<IHHqqd32s")
 _MAGIC = 0x4C53414D  # "LSAM"
 
 
@@ -93,7 +94,8 @@ class Channel:
     def send(self, message: Message) -> None:
         """Raises ConnectionError if the peer is gone."""
         self._socket.settimeout(None)
-        self._socket.sendall(_FRAME.pack(_MAGIC, message.kind, message.worker, message.a, message.b, message.digest))
+        fields = (message.kind, message.worker, message.a, message.b, message.loss, message.digest)
+        self._socket.sendall(_FRAME.pack(_MAGIC, *fields))
 
     def receive(self) -> Message | None:
         """The next frame if one is there, else None.
@@ -119,10 +121,10 @@ class Channel:
                 raise ConnectionError("the other side closed the connection")
             self._unread += chunk
         frame, self._unread = self._unread[: _FRAME.size], self._unread[_FRAME.size :]
-        magic, kind, worker, a, b, digest = _FRAME.unpack(frame)
+        magic, kind, *fields = _FRAME.unpack(frame)
         if magic != _MAGIC:
             raise ValueError("not a frame of this protocol")
-        return Message(Kind(kind), worker, a, b, digest)
+        return Message(Kind(kind), *fields)
 
     def close(self) -> None:
         self._socket.close()
