@@ -1,13 +1,9 @@
-"""CIFAR-10, CIFAR-100, SVHN or an image set of your own in memory as uint8 tensors, and batches of it on the device."""
+"""CIFAR-10, CIFAR-100, SVHN or an image set of your own in memory as uint8 tensors."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import math
-import pickletools
-import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from configuration import resolve
-from datasets import ClassLabel, DatasetDict, Image, load_dataset
+from image_batches import generator_for
+from image_formats import PickledArray, read_matlab, read_plain_pickle
 from PIL import Image as Pillow
 from torch import Tensor
 from torch.nn import functional as F
@@ -183,7 +180,7 @@ def _stratified(labels: Tensor, seed: int) -> list[int]:
     Args:
         labels: int64 [N].
     """
-    shuffled = torch.randperm(len(labels), generator=_generator("images", seed))
+    shuffled = torch.randperm(len(labels), generator=generator_for("images", seed))
     of_class = labels[shuffled]
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in of_class.unique():
@@ -375,59 +372,6 @@ def _svhn_split(args: ImageDataArguments, path: Path) -> Split:
     return _of_array(str(path), images, [str(int(label) % 10) for label in labels])  # label 10 is the digit 0
 
 
-MATLAB_HEADER = 128
-MATLAB_MATRIX, MATLAB_COMPRESSED = 14, 15
-MATLAB_NUMBERS = {
-    1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"
-}  # fmt: skip
-
-
-def read_matlab(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of numbers in a MATLAB 5 file, by name, of the types they are stored as.
-
-    scipy reads more kinds of them, and may crash the process on a damaged one. Layout: MathWorks, MAT-File Format.
-
-    Raises:
-        ValueError: if it is damaged, of another version, or holds something other than arrays of real numbers.
-    """
-    if data[124:MATLAB_HEADER] != b"\x00\x01IM":
-        raise ValueError("it does not begin as a MATLAB 5 file with little-endian numbers does")
-    arrays = {}
-    for kind, content in _matlab_elements(memoryview(data)[MATLAB_HEADER:]):
-        if kind == MATLAB_COMPRESSED:
-            try:
-                ((kind, content),) = _matlab_elements(memoryview(zlib.decompress(content)))
-            except zlib.error as error:
-                raise ValueError(str(error)) from error
-        parts = list(_matlab_elements(content)) if kind == MATLAB_MATRIX else []
-        if len(parts) != 4 or parts[3][0] not in MATLAB_NUMBERS:
-            raise ValueError("it holds something other than arrays of real numbers")
-        _, (_, shape), (_, name), (number, values) = parts
-        values = np.frombuffer(values, MATLAB_NUMBERS[number])
-        sizes = np.frombuffer(shape, "<i4")
-        if (sizes < 0).any() or math.prod(sizes.tolist()) != len(values):
-            raise ValueError(f"an array has {len(values)} numbers, not {' x '.join(map(str, sizes))}")
-        arrays[bytes(name).decode("latin-1")] = values.reshape(sizes, order="F")
-    return arrays
-
-
-def _matlab_elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Type and content of each element in turn."""
-    position = 0
-    while position < len(data):
-        if len(data) - position < 8:
-            raise ValueError("it ends in the middle of an element")
-        kind, size = struct.unpack_from("<II", data, position)
-        start = position + 8
-        if kind >> 16:  # up to four bytes are packed into the second half of the tag
-            kind, size, start = kind & 0xFFFF, kind >> 16, position + 4
-        end = start + size
-        if end > len(data) or (start < position + 8 < end):
-            raise ValueError("it ends in the middle of an element")
-        yield kind, data[start:end]
-        position = end if kind == MATLAB_COMPRESSED else end + -end % 8
-
-
 # --- images as encoded files: parquet, folders, the Hub ---
 
 
@@ -479,16 +423,19 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] 
 
 
 def _hub(args: ImageDataArguments) -> tuple[Split, Split | None, list[str] | None]:
+    from datasets import load_dataset  # takes a second that the other kinds need not wait for
+
     try:
         splits = load_dataset(resolve(args.dataset_name))
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{args.dataset_name} cannot be loaded: {error}. For hub: {_wanted('hub')}") from error
-    assert isinstance(splits, DatasetDict)
     train, names = _hub_split(args, splits, "train_split")
     return train, None if args.validation_fraction else _hub_split(args, splits, "eval_split")[0], names
 
 
-def _hub_split(args: ImageDataArguments, splits: DatasetDict, key: str) -> tuple[Split, list[str] | None]:
+def _hub_split(args: ImageDataArguments, splits: dict[str, Any], key: str) -> tuple[Split, list[str] | None]:
+    from datasets import ClassLabel, Image
+
     name = getattr(args, key)
     if name not in splits:
         raise ValueError(f"{args.dataset_name} has no split `{name}`, only {', '.join(splits)}. Set {key}.")
@@ -572,270 +519,3 @@ def _open(content: bytes | str | Path, source: str) -> Tensor:
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
         raise ValueError(f"{source} is not an image that can be decoded: {error}. Mend it or take it out.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-
-
-# --- pickled data, read without unpickling ---
-
-
-@dataclass(frozen=True)
-class PickledName:
-    """A function or class that a pickle names; it is never looked up."""
-
-    module: str
-    name: str
-
-
-@dataclass
-class PickledArray:
-    """A numpy array that a pickle describes; `values` is None until its description is complete."""
-
-    values: np.ndarray | None = None
-
-
-ARRAY = [PickledName(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")]
-DTYPE = PickledName("numpy", "dtype")
-KNOWN_NAMES = [*ARRAY, DTYPE, PickledName("numpy", "ndarray")]
-BYTES_DTYPE = object()
-# The state of that dtype as numpy writes it: version, byte order, three for structured types, size, alignment, flags.
-BYTES_DTYPE_STATE = (3, "|", None, None, None, -1, -1, 0)
-MARK = object()
-PUSHES = {
-    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES",
-}  # fmt: skip
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-SHORT_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def read_plain_pickle(data: bytes) -> dict:
-    """A pickled dict of lists, strings, numbers and arrays of bytes.
-
-    Nothing that it names is imported or called: pickletools takes the file apart into operations, and the few that
-    describe data are interpreted here. Python 2's strings come as str, by latin-1.
-
-    Raises:
-        ValueError: if it is damaged, or holds or does anything else.
-    """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    try:
-        for opcode, argument, position in pickletools.genops(data):
-            if opcode.name == "STOP":
-                break
-            if not _interpret(opcode.name, argument, stack, memo):
-                raise ValueError(f"{opcode.name} {argument!r:.80} at byte {position} is more than data")
-        (content,) = stack
-    except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"its operations make no sense ({type(error).__name__}: {error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dict")
-    return content
-
-
-def _interpret(operation: str, argument: Any, stack: list, memo: dict[int, Any]) -> bool:
-    """Carries out one operation; False for one that is not known to be harmless."""
-    if operation == "PROTO":
-        return True
-    if operation in PUSHES:
-        stack.append(argument)
-    elif operation in CONSTANTS:
-        stack.append(CONSTANTS[operation])
-    elif operation == "MARK":
-        stack.append(MARK)
-    elif operation in ("EMPTY_DICT", "EMPTY_LIST"):
-        stack.append({} if operation == "EMPTY_DICT" else [])
-    elif operation in ("DICT", "LIST", "TUPLE"):
-        items = _since_mark(stack)
-        stack.append(_pairs(items) if operation == "DICT" else items if operation == "LIST" else tuple(items))
-    elif operation in SHORT_TUPLES:
-        count = SHORT_TUPLES[operation]
-        items = [stack.pop() for _ in range(count)]
-        stack.append(tuple(reversed(items)))
-    elif operation in ("APPEND", "APPENDS"):
-        items = [stack.pop()] if operation == "APPEND" else _since_mark(stack)
-        _of_type(stack[-1], list).extend(items)
-    elif operation in ("SETITEM", "SETITEMS"):
-        items = [stack.pop(), stack.pop()][::-1] if operation == "SETITEM" else _since_mark(stack)
-        _of_type(stack[-1], dict).update(_pairs(items))
-    elif operation in ("PUT", "BINPUT", "LONG_BINPUT"):
-        memo[argument] = stack[-1]
-    elif operation in ("GET", "BINGET", "LONG_BINGET"):
-        stack.append(memo[argument])
-    elif operation == "GLOBAL":
-        name = PickledName(*argument.split(" ", 1))
-        stack.append(name)
-        return name in KNOWN_NAMES
-    elif operation == "REDUCE":
-        arguments, function = stack.pop(), stack.pop()
-        if function in ARRAY:
-            stack.append(PickledArray())
-        elif function == DTYPE and arguments[0] in ("u1", "|u1"):
-            stack.append(BYTES_DTYPE)
-        else:
-            return False
-    elif operation == "BUILD":
-        state = stack.pop()
-        if isinstance(stack[-1], PickledArray):
-            stack[-1].values = _array(state)
-        else:
-            return stack[-1] is BYTES_DTYPE and state == BYTES_DTYPE_STATE
-    else:
-        return False
-    return True
-
-
-def _since_mark(stack: list) -> list:
-    start = len(stack) - 1 - stack[::-1].index(MARK)
-    items = stack[start + 1 :]
-    del stack[start:]
-    return items
-
-
-def _pairs(items: list) -> dict:
-    return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _of_type(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} is no {kind.__name__}")
-    return value
-
-
-def _array(state: tuple) -> np.ndarray:
-    """The array that numpy's state tuple (version, shape, dtype, Fortran order, bytes) describes."""
-    _, shape, dtype, fortran, content = state
-    if dtype is not BYTES_DTYPE:
-        raise ValueError("it has an array of something other than bytes")
-    content = content.encode("latin-1") if isinstance(content, str) else content
-    return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-# --- batches on the device ---
-
-
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel, of pixels in [0, 1]; float32 [3] each.
-
-    Args:
-        images: uint8 [N, 3, H, W].
-    """
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    shares = [torch.bincount(images[:, channel].flatten(), minlength=256).double().cpu() for channel in range(3)]
-    shares = torch.stack([counts / counts.sum() for counts in shares])
-    mean = shares @ levels
-    return mean.float(), (shares @ levels.square() - mean.square()).clamp(min=0).sqrt().float()
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images with mean 0 and deviation 1, float32 [B, 3, H, W].
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        mean, std: of every channel, of pixels in [0, 1]; float32 [3], on the images' device.
-    """
-    return (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
-
-
-def augment(images: Tensor, generator: torch.Generator, pad: int | None = None, flip: bool = True) -> Tensor:
-    """Each image shifted by up to `pad` pixels each way, black where it ends, and half of them mirrored.
-
-    Random crop and flip as on CIFAR in He et al. 2015, section 4.2, of the whole batch with one gather.
-
-    Args:
-        images: uint8 [B, 3, H, W], on any device.
-        generator: draws B vertical offsets in [0, 2 pad], B horizontal ones, and B bits for the flips, in this order.
-        pad: pixels; an eighth of the height unless given, which is 4 of 32.
-    """
-    batch, channels, height, width = images.shape
-    pad = height // 8 if pad is None else pad
-    drawn = [torch.randint(limit, (batch,), generator=generator, device=generator.device)
-             for limit in (2 * pad + 1, 2 * pad + 1, 2)]  # fmt: skip
-    down, right, mirrored = torch.stack(drawn).to(images.device, non_blocking=True)
-    rows = torch.arange(height, device=images.device) + down[:, None]
-    columns = torch.arange(width, device=images.device).expand(batch, width)
-    if flip:
-        columns = torch.where(mirrored[:, None].bool(), width - 1 - columns, columns)
-    columns = columns + right[:, None]
-    padded = F.pad(images, (pad, pad, pad, pad))
-    numbers = torch.arange(batch, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[numbers, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-class Batches:
-    """Batches of images in memory, normalised, on the device.
-
-    In training, every epoch is a new permutation that all workers share; each takes its own part of it, as many batches
-    as the others, and augments them by itself. What does not fill a batch is left out of that epoch. In evaluation
-    every worker gets all images in order.
-
-    Args:
-        images: uint8 [N, 3, H, W]; moved to `device` once.
-        labels: int64 [N].
-        batch_size: images a batch of this worker.
-        mean, std: as `channel_statistics` of the training images gives them.
-        seed: of permutations and augmentation.
-        rank, world_size: of this worker, and the number of workers.
-        train: permute and augment.
-        pad, flip: as `augment` takes them; `pad=0, flip=False` augments nothing.
-
-    Raises:
-        ValueError: if there are not enough images for one batch a worker.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        mean: Tensor,
-        std: Tensor,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        train: bool = True,
-        pad: int | None = None,
-        flip: bool = True,
-    ):
-        assert 0 <= rank < world_size, (rank, world_size)
-        if train and len(images) < batch_size * world_size:
-            raise ValueError(
-                f"{len(images)} images do not make one batch of {batch_size} for each of {world_size} workers: there "
-                "is nothing to train on. Use more images or a smaller batch size."
-            )
-        self.images, self.labels, self.mean, self.std = (value.to(device) for value in (images, labels, mean, std))
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.train, self.pad, self.flip = train, pad, flip
-        self.epochs_begun = 0
-
-    def __len__(self) -> int:
-        if self.train:
-            return len(self.images) // (self.batch_size * self.world_size)
-        return -(-len(self.images) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The next epoch."""
-        self.epochs_begun += 1
-        return self.epoch(self.epochs_begun - 1)
-
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch: images, float32 [B, 3, H, W], and labels, int64 [B]."""
-        if not self.train:
-            for start in range(0, len(self.images), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                yield normalize(self.images[batch], self.mean, self.std), self.labels[batch]
-            return
-        order = torch.randperm(len(self.images), generator=_generator("epoch", self.seed, number))
-        share = order[self.rank :: self.world_size][: len(self) * self.batch_size].to(self.images.device)
-        draws = _generator("augment", self.seed, number, self.rank)
-        for chosen in share.split(self.batch_size):
-            images = augment(self.images[chosen], draws, self.pad, self.flip)
-            yield normalize(images, self.mean, self.std), self.labels[chosen]
-
-
-def _generator(*purpose: object) -> torch.Generator:
-    """A generator of its own for every purpose, so that seed 0 in epoch 1 is not seed 1 in epoch 0."""
-    digest = hashlib.sha256(repr(purpose).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from configuration import parse_configuration
-from image_data import Batches, ImageDataArguments, ImageSet, channel_statistics, load_images
+from image_batches import Batches, channel_statistics
+from image_data import ImageDataArguments, ImageSet, load_images
 from reporting import data_parallel_bytes, provenance
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -147,6 +148,9 @@ class Asynchronous:
         return self._lsam.figures.of_run()
 
 
+_groups = itertools.count()
+
+
 class DataParallel:
     """Data-parallel SAM or SGD: DDP averages the gradients that the optimizer steps with.
 
@@ -163,7 +167,10 @@ class DataParallel:
         device = next(model.parameters()).device
         if self._workers > 1:
             one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= identity.num_workers
-            dist.init_process_group("nccl" if one_gpu_each else "gloo")
+            # A name of its own: a process that trains again must not find the addresses of the group before.
+            store, rank, size = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"group {next(_groups)}", store)
+            dist.init_process_group("nccl" if one_gpu_each else "gloo", store=store, rank=rank, world_size=size)
             ids = [device.index] if device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(model, device_ids=ids)
         named = trainable_parameters(model)

@@ -1,4 +1,4 @@
-"""hf_lsam/vision.py against the literature and timm; scripts/image_data.py on every format, and on broken ones."""
+"""hf_lsam/vision.py against the literature and timm; the image scripts on every format, and on broken ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, Tim
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import image_data
-from image_data import Batches, ImageDataArguments, augment, channel_statistics, load_images, normalize
+from image_batches import Batches, augment, channel_statistics, normalize
+from image_data import ImageDataArguments, load_images
+from image_formats import read_matlab, read_plain_pickle
 
 from hf_lsam import vision
 
@@ -246,10 +248,10 @@ def test_the_reader_agrees_with_unpickling_whatever_protocol_wrote_the_data():
     content = {"names": ["a", "b", "a" * 300], "numbers": [0, 1, 300, 70_000, -5, 2**40], "none": None}
     content |= {"nested": {"x": (1, (2, 3), ()), "t": True}, "one": [1]}
     for protocol in (0, 1, 2):
-        assert image_data.read_plain_pickle(pickle.dumps(content, protocol)) == content
+        assert read_plain_pickle(pickle.dumps(content, protocol)) == content
     array = pixels(2, 0).reshape(2, -1)
     written = python2_pickle({"data": array, "labels": [1, 300]})
-    assert np.array_equal(image_data.read_plain_pickle(written)["data"].values, array)
+    assert np.array_equal(read_plain_pickle(written)["data"].values, array)
     assert np.array_equal(pickle.loads(written, encoding="latin1")["data"], array)  # the test's own writer is right
 
 
@@ -347,7 +349,7 @@ def test_matlab_files_are_read_as_scipy_wrote_them(tmp_path, compressed):
     for code in ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"):
         arrays[code] = draw.integers(0, 100, (1, 3)).astype(code)
     savemat(tmp_path / "arrays.mat", arrays, do_compression=compressed)
-    read = image_data.read_matlab((tmp_path / "arrays.mat").read_bytes())
+    read = read_matlab((tmp_path / "arrays.mat").read_bytes())
     assert list(read) == list(arrays)
     for name, array in arrays.items():
         assert read[name].dtype == array.dtype
