@@ -425,6 +425,8 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
         )
         finished = max(worker["seconds"] for worker in workers)
         points[-1] = Point(steps, finished, int(sent), total, points[-1].statistics)
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
     curves = list(evaluate_points(points, model, method_run, values, images, batches, autocast, identity.num_workers))
     if values["save_model"]:
         save_model(model, str(output_dir / "model.safetensors"))

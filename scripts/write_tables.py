@@ -13,7 +13,7 @@ from typing import Any
 from reporting import REPOSITORY, markdown_table
 from summarize_results import write_between
 
-BENCHMARKS = ("async", "step", "server")
+BENCHMARKS = ("async", "step", "images", "server")
 
 
 def load(path: Path) -> Any:
@@ -73,6 +73,22 @@ def summary() -> str:
             "time of the training thread that goes into the exchange, of a step (sync_steps=16)",
             f"{steps['lsam server']['exchange_share']:.2%}",
             f"n = {steps['lsam server']['exchange_n']}",
+        )
+    )
+    images = reports["images"]["results"]
+    loop, (_, ours, _) = images["step"], images["throughput"]
+    rows.append(
+        (
+            "an image loop's LSAM step, of two forward-backward passes of a plain PyTorch loop (ResNet-20, CPU)",
+            f"{loop['ratio']:.3f} x",
+            f"n = {loop['n']}",
+        )
+    )
+    rows.append(
+        (
+            "images a second of two workers of one run, of two processes that share nothing",
+            f"{ours['ratio']:.3f} x",
+            f"n = {ours['n']}",
         )
     )
     absorbed = [pushes[90.0, senders, "absorb"]["ratio"] for senders in (1, 4, 16)]
