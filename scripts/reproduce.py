@@ -58,7 +58,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "model_width": 4,
         "epochs": 2,
         "batch_size": 4,
-        "sync_steps": 2,
+        "sync_steps": 4,
         "eval_points": 2,
         "log_steps": 2,
         "batchnorm_batches": 2,
