@@ -129,11 +129,14 @@ def refuse_two_sources(args: RecordArguments) -> None:
         raise ValueError("Both train_file and dataset_name are given, and only one can be trained on. Drop one.")
 
 
-def read_records(args: RecordArguments, columns: Mapping[str, str]) -> tuple[Dataset, Dataset | None]:
+def read_records(
+    args: RecordArguments, columns: Mapping[str, str], may_be_empty: bool = False
+) -> tuple[Dataset, Dataset | None]:
     """Training and held-out records, the latter None where none are given; only the columns that are wanted.
 
     Args:
         columns: of each key that names a column, the column; `translation.en` is the field `en` of objects.
+        may_be_empty: let rows pass in which they are.
 
     Raises:
         ValueError: if there is no data, or a column is missing or empty somewhere; it names the file and the remedy.
@@ -146,11 +149,11 @@ def read_records(args: RecordArguments, columns: Mapping[str, str]) -> tuple[Dat
     else:
         train, held_out = load_splits(args)
         sources = f"{args.dataset_name} ({args.train_split})", f"{args.dataset_name} ({args.validation_split})"
-    train = _checked(train, sources[0], columns)
-    return train, None if held_out is None else _checked(held_out, sources[1], columns)
+    train = _checked(train, sources[0], columns, may_be_empty)
+    return train, None if held_out is None else _checked(held_out, sources[1], columns, may_be_empty)
 
 
-def _checked(records: Dataset, source: str, columns: Mapping[str, str]) -> Dataset:
+def _checked(records: Dataset, source: str, columns: Mapping[str, str], may_be_empty: bool) -> Dataset:
     if not len(records):
         raise ValueError(f"{source} is empty. It needs the columns {', '.join(map(repr, columns.values()))}.")
     if any("." in column for column in columns.values()):
@@ -161,7 +164,7 @@ def _checked(records: Dataset, source: str, columns: Mapping[str, str]) -> Datas
                 f"{source} has no column `{column}`; its columns are {', '.join(map(repr, records.column_names))}. Set "
                 f"{key} to one of them."
             )
-        missing = [number for number, value in enumerate(records[column], 1) if not value]
+        missing = [] if may_be_empty else [n for n, value in enumerate(records[column], 1) if not value]
         if missing:
             raise ValueError(
                 f"{source}: {len(missing)} of {len(records)} rows have nothing in column `{column}`, the first is row "

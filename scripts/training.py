@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from configuration import parse_configuration, resolve
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from reporting import data_parallel_bytes, provenance, result_table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -223,7 +223,8 @@ def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTraine
             otherwise.
 
     Raises:
-        ValueError: without a model, with two, or for a `model_config` with a field that this type of model has not.
+        ValueError: without a model, with two, for an adapter on random weights, or for a `model_config` with a field
+            that this type of model has not.
     """
     name, config = values["model_name_or_path"], values["model_config"]
     if (name is None) == (config is None):
@@ -234,6 +235,11 @@ def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTraine
     if name is not None:
         # transformers would keep the type of the checkpoint, often bfloat16, in which small steps are lost.
         return auto_class.from_pretrained(resolve(name), dtype=torch.float32, **changes)
+    if values.get("use_lora"):
+        raise ValueError(
+            "use_lora saves the adapter alone, and the random weights of a `model_config` under it would be gone. "
+            "Train all parameters (use_lora false), or name a pretrained model."
+        )
     model = auto_class.from_config(model_configuration(config, changes))
     if model.config.model_type == "timm_wrapper":
         model.timm_model.init_weights()  # the wrapper has drawn all weights anew, as if each were a classifier's
@@ -312,6 +318,8 @@ def lora_config(args: LoraArguments, task_type: str) -> LoraConfig:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","),
+        # peft keeps "all-linear" off the head of a sequence classifier, but not of a token classifier.
+        exclude_modules=["classifier", "score"] if task_type == TaskType.TOKEN_CLS else None,
     )
 
 
