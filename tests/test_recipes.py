@@ -23,7 +23,7 @@ import train_text_classification
 import train_token_classification
 import train_vision_trainer
 from configuration import parse_configuration
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 from records import RecordArguments, load_records, read_records
 from training import byte_tokenizer, load_model, training_arguments
 
@@ -123,7 +123,7 @@ def test_the_methods_of_a_recipe_differ_in_the_method_alone(recipe):
     assert runs[0]["sam_rho"] == runs[1]["sam_rho"]
 
 
-# --- causal language models ---
+# --- causal language models, and chats ---
 
 
 @pytest.fixture
@@ -131,6 +131,15 @@ def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat and looked at the moon.\n" * 60)
     return path
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    def chat(a: int, b: int) -> dict:
+        question, answer = f"{a} + {b}?", str(a + b)
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    return write_lines(tmp_path / "chats.jsonl", [chat(a, b) for a in range(8) for b in range(5)])
 
 
 def test_causal_lm_with_two_workers(tmp_path, text):
@@ -150,22 +159,30 @@ def test_causal_lm_with_two_workers(tmp_path, text):
         assert model(input_ids=blocks, labels=blocks).loss.item() == pytest.approx(results["eval_loss"], rel=1e-4)
 
 
-def test_causal_lm_trains_an_adapter_on_a_pretrained_model(tmp_path, text):
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A model and its tokenizer as most of them lie on the Hub, in bfloat16."""
     tokenizer = byte_tokenizer()
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **LLAMA))
-    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")  # as most of them lie on the Hub
-    tokenizer.save_pretrained(tmp_path / "base")
-    # The recipe's own model_config is a model from scratch; a run takes one of the two.
-    words = ["--train_file", str(text), "--block_size", "32", "--use_lora", "true", "--use_cpu", "true"]
-    words += ["--model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out")]
-    words += ["--max_steps", "2", "--sync_steps", "2", "--report_to", "none", "--save_strategy", "no"]
-    words += ["--learning_rate", "1e-2"]
-    results = train_causal_lm.run(parse("causal_lm", words))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **LLAMA))
+    for part in (model.to(torch.bfloat16), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("recipe", ["causal_lm", "sft"])
+def test_an_adapter_on_a_pretrained_model(tmp_path, pretrained, text, chats, recipe):
+    own = {"train_file": text, "block_size": 32} if recipe == "causal_lm" else {"train_file": chats, "bf16": False}
+    common = {"model_name_or_path": pretrained, "use_lora": True, "use_cpu": True, "max_steps": 2, "sync_steps": 2}
+    common |= {"learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "output_dir": tmp_path / "out"}
+    words = [word for key, value in (common | own).items() for word in (f"--{key}", str(value))]
+    results = SCRIPT_OF[recipe][0].run(parse(recipe, words))
     # Rank-8 factors of q, k, v, o (16x16) and of the three layers of the MLP (16x32); the head is left alone.
     assert results["trainable_parameters"] == 8 * (4 * (16 + 16) + 3 * (16 + 32))
     assert results["eval_loss"] < results["eval_loss_before"]
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == results["trainable_parameters"]
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["sam", "sgd"])
@@ -187,18 +204,6 @@ def test_blocks_are_the_texts_in_order_with_an_end_after_each():
         train_causal_lm.to_blocks(texts, "body", tokenizer, 99)
 
 
-# --- chats ---
-
-
-@pytest.fixture
-def chats(tmp_path) -> Path:
-    def chat(a: int, b: int) -> dict:
-        question, answer = f"{a} + {b}?", str(a + b)
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-    return write_lines(tmp_path / "chats.jsonl", [chat(a, b) for a in range(8) for b in range(5)])
-
-
 def test_sft_with_two_workers(tmp_path, chats):
     results = launch("sft", "lsam", tmp_path / "out", train_file=chats, max_length=64, model_config=LLAMA)
     check_lsam(results, 2, "eval_loss")
@@ -210,28 +215,29 @@ def test_sft_with_two_workers(tmp_path, chats):
     assert prompt == "<|im_start|>user\nhi</s>\n<|im_start|>assistant\n"
 
 
-def test_sft_by_data_parallel_sam_counts_tokens_once(tmp_path, chats):
-    runs = {}
+def test_sft_by_data_parallel_sam_counts_tokens_once(tmp_path, chats, monkeypatch):
+    finished = []
+
+    def kept(kind):
+        class Kept(kind):
+            def train(self, *positional, **keywords):
+                finished.append(self)
+                return super().train(*positional, **keywords)
+
+        return Kept
+
+    trainers = {method: (kept(kind), config) for method, (kind, config) in train_sft.TRAINERS.items()}
+    monkeypatch.setattr(train_sft, "TRAINERS", trainers)
     for method in ("sam", "sgd"):
-        script, short = SCRIPT_OF["sft"][0], {"train_file": chats, "max_length": 64, "model_config": LLAMA}
-        values = parse("sft", command_line("sft", method, tmp_path / method, eval_strategy="no", **short))
-        trainers, kinds = script.TRAINERS, []
-
-        class Kept(trainers[method][0]):
-            def __init__(self, *positional, kinds=kinds, **keywords):
-                super().__init__(*positional, **keywords)
-                kinds.append(self)
-
-        script.TRAINERS = {**trainers, method: (Kept, trainers[method][1])}
-        try:
-            results = script.run(values)
-        finally:
-            script.TRAINERS = trainers
+        short = {"train_file": chats, "max_length": 64, "model_config": LLAMA, "eval_strategy": "no"}
+        results = start("sft", method, tmp_path / method, **short)
         assert results["method"] == method
         assert results["eval_loss"] < results["eval_loss_before"]
-        runs[method] = [entry["num_tokens"] for entry in kinds[0].state.log_history if "num_tokens" in entry]
-    assert runs["sam"] == runs["sgd"]
-    assert runs["sgd"][-1] > 100
+    sam, sgd = (
+        [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry] for trainer in finished
+    )
+    assert sam == sgd
+    assert sgd[-1] > 100
 
 
 # --- sequence to sequence ---
@@ -323,6 +329,23 @@ def test_bad_tags_are_errors(tmp_path):
         load([good, {"tokens": ["a", "b"], "tags": ["O"]}], [good])
     with pytest.raises(ValueError, match=r"held-out tags that no training sentence has: 'B-Y' \(there: 'B-X', 'O'\)"):
         load([good], [{"tokens": ["a"], "tags": ["B-Y"]}])
+
+
+def test_tags_that_the_data_set_names_keep_their_numbers(tmp_path):
+    tags = ["O", "I-PER", "B-PER"]  # as CoNLL-2003 has them on the Hub: numbers, with names beside them
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=tags))})
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        rows = {"tokens": [["Anna", "Berg", "left"]], "ner_tags": [[2, 1, 0]]}
+        Dataset.from_dict(rows, features=features).to_parquet(data / f"{split}.parquet")
+    for source in ({"dataset_name": str(data)}, {"train_file": str(data / "train.parquet")}):
+        if "train_file" in source:
+            source["validation_file"] = str(data / "validation.parquet")
+        arguments = train_token_classification.DataArguments(tags_column="ner_tags", **source)
+        train, held_out, names = train_token_classification.load_sentences(arguments)
+        assert names == tags
+        assert train[0] == held_out[0] == {"words": ["Anna", "Berg", "left"], "tags": ["B-PER", "I-PER", "O"]}
 
 
 # --- images ---
