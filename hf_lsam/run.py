@@ -171,7 +171,7 @@ class Run:
 
     def _join_as_guest(self, layout: ParameterLayout, tensors: list[Tensor], settings: ServerSettings) -> MailboxLink:
         path = Path(self._server_address)
-        if not is_served(path):
+        if not is_served(path) and not (path / "run.json").exists():
             raise ServerGone(
                 f"No server runs in server_address={path}. Start one: python -m hf_lsam.server --run_dir {path}"
             )
@@ -184,14 +184,9 @@ class Run:
                     f"{name} is {here!r} here and {there!r} in the run in {path}: one server cannot follow both. Give "
                     "every worker of a run the same settings."
                 )
-        return MailboxLink(
-            folder,
-            ANY_NUMBER,
-            layout,
-            tensors[0].device,
-            lambda: is_served(path),
-            server_timeout=self._patience.server_timeout,
-        )
+        # Its server may have died a moment ago, and be started again.
+        seconds = self._patience.server_timeout
+        return MailboxLink(folder, ANY_NUMBER, layout, tensors[0].device, timeout=seconds, server_timeout=seconds)
 
     def _contents(self, layout: ParameterLayout, settings: ServerSettings) -> dict[str, Any]:
         return {

@@ -102,9 +102,7 @@ class MailboxLink:
         self.bytes_pushed = 0
         self.bytes_pulled = 0
         try:
-            self._channel = folder.connect(server_alive, timeout)
-            self._channel.send(self._join_frame())
-            self._await_welcome(timeout)
+            self._join_first(server_alive, timeout)
         except OSError as error:
             self.close()
             raise ServerGone(
@@ -319,6 +317,20 @@ class MailboxLink:
     def _join_frame(self) -> Message:
         return Message(Kind.JOIN, self.worker, self._layout.numel, self._process, digest=self._layout.fingerprint)
 
+    def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
+        """Connects and waits for the welcome. A guest's server may be killed meanwhile and started again."""
+        give_up = time.monotonic() + self._server_timeout
+        while True:
+            self._channel = self._folder.connect(server_alive, timeout)
+            try:
+                self._channel.send(self._join_frame())
+                self._await_welcome(timeout)
+                return
+            except ConnectionError:
+                if self.worker != ANY_NUMBER or time.monotonic() > give_up:
+                    raise
+                self._hang_up()
+
     def _await_welcome(self, timeout: float) -> None:
         """The first join: here a server that ends, or that nobody else joins, is an error."""
         begin = time.monotonic()
@@ -378,6 +390,7 @@ class MailboxLink:
             self._push_frame = None
         elif self._evicted_at is not None or self.evicted:
             self._push_frame = None  # of differences from long ago; what came after them is dropped as well
+            self._pushes -= 1
         else:
             self._mailbox.copy_(before)
             self._push_frame = replace(self._push_frame, worker=self.worker)

@@ -244,7 +244,7 @@ class RunFolder:
             for name in _ANCHOR_FILES:
                 (path / name).unlink(missing_ok=True)
             _allocate_anchor(path, numel)
-        for orphan in path.glob("mailbox_*"):
+        for orphan in (*path.glob("mailbox_*"), *path.glob(".snapshot.safetensors.*")):
             orphan.unlink()
         return cls(path)
 
