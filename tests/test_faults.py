@@ -1,4 +1,4 @@
-"""What happens when something dies, hangs, fills up or lies: each fault is scheduled as data and carried out for real."""
+"""What happens when something dies, hangs, fills up or lies: faults are scheduled as data and carried out for real."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_a_server_without_room_for_its_snapshot_says_so_and_goes_on(tmp_path):
 def test_a_server_without_room_for_a_mailbox_refuses_the_worker(tmp_path):
     numel = 100_000
     with Served(tmp_path, numel, limit=2 * numel) as run:
-        with pytest.raises(RefusedError, match="no room for one more mailbox of 0.4 MiB"):
+        with pytest.raises(RefusedError, match=r"no room for one more mailbox of 0\.4 MiB"):
             run.join()
         run.kill()
 
@@ -568,8 +568,9 @@ class Strike(TrainerCallback):
 
 (OUT / "shared").mkdir(exist_ok=True)
 steps = {"worker": 40, "server": 4000, "launcher": 1_000_000}[FAULT]
+saves = 4 if FAULT == "worker" else 10**6
 args = arguments(
-    LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy="steps", save_steps=4 if FAULT == "worker" else 10**6,
+    LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy="steps", save_steps=saves,
     shared_memory_dir=str(OUT / "shared"), logging_steps=10**6, per_device_train_batch_size=4, sam_rho=0.0,
 )
 trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[Strike()])

@@ -164,9 +164,9 @@ class MailboxLink:
         return version
 
     def settle(self) -> None:
-        """Blocks until the push under way, if any, has been answered."""
+        """Blocks until there is a server and the push under way, if any, has been answered."""
         self._outgoing.wait()
-        while self._push_frame is not None:
+        while self._push_frame is not None or not self._welcomed:
             self._progress(1.0)
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
@@ -385,7 +385,7 @@ class MailboxLink:
         self._welcomed = True
         if self._push_frame is None:
             return
-        if self._push_frame.b <= message.a:
+        if self._push_sent and self._push_frame.b <= message.a:
             self.accepted += 1
             self._push_frame = None
         elif self._evicted_at is not None or self.evicted:
