@@ -378,9 +378,14 @@ class MailboxLink:
         """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
         if self._mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
+        try:
+            mailbox = self._folder.mailbox(message.b)
+        except FileNotFoundError:  # this process has slept so long that it was evicted again
+            self._hang_up()
+            return
         self.worker = message.worker
         self._outgoing.close()  # waits for a copy into the old mailbox, if there is one
-        before, self._mailbox = self._mailbox, self._folder.mailbox(message.b)
+        before, self._mailbox = self._mailbox, mailbox
         self._outgoing = Copier(self._device, [self._mailbox])
         self._welcomed = True
         if self._push_frame is None:

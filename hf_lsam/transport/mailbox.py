@@ -166,7 +166,12 @@ def _allocate_anchor(path: Path, numel: int) -> None:
 
 
 def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The file as a tensor [numel] that all processes which map it share."""
+    """The file as a tensor [numel] that all processes which map it share; torch would make one that is not there.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+    """
+    path.stat()
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
 
 
@@ -250,7 +255,11 @@ class RunFolder:
 
     @classmethod
     def found_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
-        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments."""
+        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments.
+
+        Raises:
+            FileNotFoundError: if there is a run whose server has ended, or not yet opened it again.
+        """
         with (path / "founding").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)
             if not (path / "run.json").exists():
