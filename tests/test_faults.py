@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from hf_lsam.server.core import ServerCore, ServerSettings
 from hf_lsam.server.local import LocalLink
 from hf_lsam.server.process import run_server
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
-from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served
 from hf_lsam.worker import Worker, WorkerSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -258,7 +259,7 @@ def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_
         link._progress(0.0)
         while run.folder.version == 0:  # it is counted; its answer is not read
             time.sleep(0.01)
-        while link._send(chaos_snapshot_request(link)) and not snapshot_holds(run, link):
+        while link._send(Message(Kind.SNAPSHOT, 0)) and not snapshot_holds(run, link):
             time.sleep(0.01)
         link._lose_server()  # and is lost with the connection
         run.kill()
@@ -266,12 +267,6 @@ def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_
         link.settle()
         assert link.accepted == 1
         assert finish(link).tolist() == [1.0] * NUMEL
-
-
-def chaos_snapshot_request(link: MailboxLink):
-    from hf_lsam.transport.mailbox import Kind, Message
-
-    return Message(Kind.SNAPSHOT, link.worker)
 
 
 def snapshot_holds(run: Served, link: MailboxLink) -> bool:
@@ -318,6 +313,27 @@ def test_a_server_killed_while_it_publishes_leaves_the_last_anchor_readable(tmp_
             time.sleep(0.01)
         assert version == 4  # not 3, whose slot held version 1, the only one that could be read
         assert finish(link).tolist() == [1.0] * NUMEL
+
+
+def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_path):
+    with Served(tmp_path) as run:
+        link = run.join()
+        guest = MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=30.0)
+        assert guest.worker == 1
+        for who in (link, guest):
+            who.push(torch.ones(NUMEL) * 4, 4, 0)
+            who.settle()
+        assert run.folder.version == 1  # n = 2
+        results = []
+        waiting = threading.Thread(target=lambda: results.append(finish(link)))
+        waiting.start()
+        while not guest.stop_requested:
+            guest.poll(1, torch.empty(NUMEL))
+        guest.push(torch.ones(NUMEL) * 4, 4, 1)  # of the steps it made meanwhile
+        guest.settle()
+        results.append(finish(guest))
+        waiting.join(10)
+        assert [result.tolist() for result in results] == [[2.0] * NUMEL] * 2
 
 
 # --- a full disk, a damaged file ---

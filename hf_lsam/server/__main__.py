@@ -26,8 +26,6 @@ parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 try:
-    run_server(
-        arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout, parent=arguments.parent
-    )
+    run_server(arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout, parent=arguments.parent)
 except RuntimeError as error:
     sys.exit(str(error))
