@@ -29,6 +29,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -138,7 +139,8 @@ def commit(fault: Fault, run_dir: Path, x: nn.Parameter, pipe: Connection) -> No
     if fault.what == "kill server":
         record = run_dir / "server.json"
         if is_served(run_dir) and record.exists():
-            os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+            with suppress(ProcessLookupError):  # another worker has killed it a moment ago
+                os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
         return
     pipe.send((fault.what, os.getpid()))
     if fault.what == "kill":

@@ -39,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import chaos
 from chaos import Cluster, Fault, processes, run_schedule
 
+# Forked children run neither autograd nor threads of the parent.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 CPU = torch.device("cpu")
 TESTS = Path(__file__).parent
 NUMEL = 5

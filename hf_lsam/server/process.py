@@ -112,6 +112,7 @@ class Server:
         self._idle_timeout = idle_timeout
         self._idle_since = now
         self._snapshot_at = now if self._service.snapshot_seconds else float("inf")
+        self._sweep_at = now
         self._leave_by = float("inf")
         self._parent = parent
         self._selector = selectors.DefaultSelector()
@@ -205,10 +206,8 @@ class Server:
 
     def _look_after(self, now: float) -> bool:
         """What is due without a message: evictions, snapshots, the end."""
-        for key in list(self._selector.get_map().values()):
-            connection = key.data
-            if connection is None:
-                continue
+        for connection in self._connections() if now >= self._sweep_at else ():
+            self._sweep_at = now + self._patience
             silent = now - connection.heard
             if connection.worker < 0 and silent > STRANGER_SECONDS:
                 self._hang_up(connection, "it never joined")
@@ -245,6 +244,9 @@ class Server:
         if not self._joined:  # whoever started this server may have died before it could join
             return self._parent not in (None, os.getppid()) or now > self._join_by
         return not self._absent
+
+    def _connections(self) -> list[_Connection]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
 
     # --- who takes part ---
 
