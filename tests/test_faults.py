@@ -53,6 +53,15 @@ def optimizers_are_loaded():
     torch.optim.SGD([torch.zeros(1)])
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_stay():
+    """`run_server` sets those of its process, which a test may call it in."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # --- guests: scripts/chaos.py's workers, one schedule each ---
 
 
@@ -183,6 +192,14 @@ def test_a_server_by_hand_keeps_its_snapshot_and_goes_on_from_it(tmp_path):
         first.end()
     finally:
         first.kill_all()
+    snapshot = first.folder / "snapshot.safetensors"
+    snapshot.write_bytes(snapshot.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        run_server(first.folder, True)
+    for path in [snapshot, *first.folder.glob("anchor_*"), first.folder / "version"]:
+        path.unlink()
+    with pytest.raises(RuntimeError, match="neither an anchor nor a snapshot"):
+        run_server(first.folder, True)
 
 
 # --- the server of a launch, started again in the same folder ---

@@ -134,6 +134,8 @@ class Server:
             try:
                 state = load_tensors(self._folder.snapshot_path)
             except ValueError as error:
+                if version == 0:  # there is no anchor to go on from either
+                    raise
                 logger.error("%s", error)
         if state is not None:
             self._core.load_state_tensors(state)
@@ -445,8 +447,7 @@ def run_server(
         server.serve()
         if launched:
             folder.remove()
-        else:
-            server.save()
+        elif server.save():  # without room for it, the anchor itself stays
             folder.clear()
     if server.terminating:
         sys.exit(SIGTERM_CODE)

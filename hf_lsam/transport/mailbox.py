@@ -243,9 +243,12 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: if no run was ever founded in it.
+            RuntimeError: if nothing is left of its anchor.
         """
         numel = int(json.loads((path / "run.json").read_text())["numel"])
         if not (path / "version").exists():
+            if not (path / "snapshot.safetensors").exists():
+                raise RuntimeError(f"{path} holds neither an anchor nor a snapshot to go on from. Use a new folder.")
             for name in _ANCHOR_FILES:
                 (path / name).unlink(missing_ok=True)
             _allocate_anchor(path, numel)
