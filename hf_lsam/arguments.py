@@ -18,7 +18,9 @@ from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound
 from .identity import Identity, pin
 from .rules import RULES
+from .run import Patience
 from .server.core import ServerSettings
+from .server.process import ServiceSettings
 from .worker import WorkerSettings
 
 _SHARDING_VARIABLES = {
@@ -64,6 +66,18 @@ class LSAMArguments:
             another number an error.
         shared_memory_dir (`str`, defaults to "/dev/shm"): where workers and server of a machine exchange vectors. Needs
             room for num_workers + 2 of them.
+        server_address (`str`, *optional*): the folder of a running server (`python -m hf_lsam.server --run_dir DIR`)
+            to join as a guest, and to leave when this launch has done its steps; n counts the workers that are there.
+            Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed. max_steps is
+            the budget of each worker.
+        server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
+            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error.
+        worker_timeout (`float`, defaults to 600.0): seconds after which a worker that is not heard of is dropped.
+            Longer than the longest evaluation. When it wakes, it begins again at the anchor.
+        snapshot_seconds (`float`, defaults to 30.0): seconds between two saves of the server's state, which a restarted
+            server takes up; 0 saves none. Needs room for 6 more vectors where vectors are exchanged.
+        max_bad_pushes (`int`, defaults to 3): refused pushes (NaN, infinity) in a row after which a worker begins again
+            at the anchor, with a fresh optimizer state.
         data_distribution (`str`, defaults to "sharded"): "sharded" shares each epoch among the workers and reshuffles
             it, as DDP does; "independent" lets each worker draw from all the data in its own order, as in the paper (an
             IterableDataset is then read whole by every worker: shuffle it with a seed of the worker's own).
@@ -98,6 +112,11 @@ class LSAMArguments:
     coupling: str = field(default="decoupled", metadata={"help": "Where the pull acts: 'decoupled' or 'score'."})
     num_workers: int | None = field(default=None, metadata={"help": "Number of workers the run is meant to have."})
     shared_memory_dir: str = field(default="/dev/shm", metadata={"help": "Where workers and server exchange vectors."})
+    server_address: str | None = field(default=None, metadata={"help": "Folder of a running server to join."})
+    server_timeout: float = field(default=120.0, metadata={"help": "Seconds to go on alone when the server has died."})
+    worker_timeout: float = field(default=600.0, metadata={"help": "Seconds of silence until a worker is dropped."})
+    snapshot_seconds: float = field(default=30.0, metadata={"help": "Seconds between saves of the server's state."})
+    max_bad_pushes: int = field(default=3, metadata={"help": "Refused pushes in a row until x is the anchor again."})
     data_distribution: str = field(default="sharded", metadata={"help": "'sharded' or 'independent'."})
 
     anchor_lr: float = field(default=1.0, metadata={"help": "Step size of the anchor."})
@@ -186,8 +205,16 @@ class LSAMArguments:
 
     def worker_settings(self) -> WorkerSettings:
         return WorkerSettings(
-            self.sync_steps, self.coupling_strength, self.coupling, self.langevin_temperature, self.server_rule
+            self.sync_steps,
+            self.coupling_strength,
+            self.coupling,
+            self.langevin_temperature,
+            self.server_rule,
+            self.max_bad_pushes,
         )
+
+    def patience(self) -> Patience:
+        return Patience(ServiceSettings(self.worker_timeout, self.snapshot_seconds), self.server_timeout)
 
     # --- validation ---
 
@@ -267,6 +294,26 @@ class LSAMArguments:
             "num_workers",
             "an integer >= 1 or None",
             "Leave it out to take as many as the launcher starts.",
+        )
+        require(
+            self.server_address is None or os.path.isdir(str(self.server_address)),
+            "server_address",
+            "the folder of a running server",
+            "Start one first: python -m hf_lsam.server --run_dir DIR",
+        )
+        for name, remedy in {
+            "server_timeout": "120 leaves time to start a server again by hand.",
+            "worker_timeout": "It must be longer than the longest evaluation.",
+        }.items():
+            require(0 < number(name) < math.inf, name, "finite and > 0", remedy)
+        require(
+            0 <= number("snapshot_seconds") < math.inf, "snapshot_seconds", "finite and >= 0", "Use 0 to save none."
+        )
+        require(
+            whole("max_bad_pushes") and self.max_bad_pushes >= 1,
+            "max_bad_pushes",
+            "an integer >= 1",
+            "The default is 3.",
         )
         require(
             self.data_distribution in ("sharded", "independent"),

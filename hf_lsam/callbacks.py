@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
+from .transport.link import ServerGone
+
 if TYPE_CHECKING:
     from .trainer import LSAMTrainerMixin
 
@@ -98,12 +100,22 @@ class LSAMCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         # A step that the gradient scaler has skipped is no step: x has not moved.
-        if not self._trainer.accelerator.optimizer_step_was_skipped:
-            self._trainer.worker.after_optimizer_step(self._trainer.learning_rates())
+        trainer = self._trainer
+        if not trainer.accelerator.optimizer_step_was_skipped:
+            try:
+                trainer.worker.after_optimizer_step(trainer.learning_rates())
+            except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
+                trainer.server_gone = error
+        if trainer.worker.fell_back:
+            trainer.optimizer.state.clear()  # of gradients that led nowhere
+            trainer.worker.fell_back = False
 
     def on_step_end(self, args, state, control, **kwargs):
         self._leave_evaluation_to_worker_0(control)
-        if self._trainer.worker.link.stop_requested:
+        if self._trainer.must_end:
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+        elif self._trainer.worker.link.stop_requested:
             control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):

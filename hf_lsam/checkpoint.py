@@ -1,17 +1,23 @@
 """Files of tensors that are either whole or absent.
 
 A save is written beside its target, flushed to the disk and renamed: whoever opens the target sees the old file or
-the new one, never a part. safetensors only, so opening one executes nothing.
+the new one, never a part. safetensors only, so opening one executes nothing. A checksum in the file's own header tells
+whether the tensors are those that were saved.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import zlib
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+SEAL = "lsam_complete.json"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -22,18 +28,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside)
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
+        save_file(tensors, beside, {"crc32": _checksum(tensors)})
+        _flush(beside)
         os.replace(beside, path)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(f"{path} could not be written: {error}. What stood there before still stands.") from error
     finally:
         beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _flush(path.parent)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -44,9 +48,63 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: if the file is damaged or no safetensors file.
     """
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get("crc32")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}). It was cut short or is something else; resume from an "
             "older checkpoint."
         ) from error
+    if expected is not None and expected != _checksum(tensors):
+        raise ValueError(
+            f"{path} does not hold what was saved: its checksum is wrong. The disk has damaged it, or it was edited; "
+            "resume from an older checkpoint."
+        )
+    return tensors
+
+
+def seal(folder: Path) -> None:
+    """Flushes a checkpoint of several files to the disk, and then says in one more file that it is complete."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != SEAL]
+    for path in files:
+        _flush(path)
+    _flush(folder)
+    beside = folder / f".{SEAL}"
+    beside.write_text(json.dumps({str(path.relative_to(folder)): path.stat().st_size for path in files}))
+    _flush(beside)
+    os.replace(beside, folder / SEAL)
+    _flush(folder)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a checkpoint is complete: every file that was there when it was sealed still is, at its full length."""
+    try:
+        sizes = json.loads((folder / SEAL).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return False
+
+
+def newest_sealed(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint-N in `output_dir`, if there is one."""
+    numbered = [(int(number), path) for path in output_dir.glob("checkpoint-*") if (number := path.name[11:]).isdigit()]
+    return next((path for _, path in sorted(numbered, reverse=True) if is_sealed(path)), None)
+
+
+def _flush(path: Path) -> None:
+    """Has the kernel write a file, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over names, types, shapes and values."""
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"

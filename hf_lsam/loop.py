@@ -122,7 +122,13 @@ class LSAM:
         self._finished = False
         identity = self.arguments.identity
         detach(identity, named[0][1].device)
-        self._run = Run(identity, Path(self.arguments.shared_memory_dir), Path(output_dir) / "server.log")
+        self._run = Run(
+            identity,
+            Path(self.arguments.shared_memory_dir),
+            Path(output_dir) / "server.log",
+            self.arguments.server_address,
+            self.arguments.patience(),
+        )
         self._signatures = FailureSignatures(identity.num_workers)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest
@@ -203,7 +209,7 @@ class LSAM:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether another worker has asked all to stop."""
+        """Whether another worker, or whoever ends the server, has asked all to stop."""
         return self.worker is not None and self.worker.link.stop_requested
 
     # --- data, evaluation, logging ---
@@ -277,6 +283,9 @@ class LSAM:
         self.optimizer.zero_grad()
         if not getattr(self.optimizer, "step_was_skipped", False):
             self.worker.after_optimizer_step(rates)
+        if self.worker.fell_back:
+            self.optimizer.state.clear()  # of gradients that led nowhere
+            self.worker.fell_back = False
 
     def _learning_rates(self) -> list[float]:
         return [0.0 if group is None else float(group["lr"]) for group in self._groups]

@@ -6,9 +6,14 @@ The same for `LSAMTrainer` and for any other training loop.
 from __future__ import annotations
 
 import itertools
+import logging
+import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +25,65 @@ from .identity import Identity, LaunchStore
 from .parameters import ParameterLayout
 from .server.core import ServerCore, ServerSettings
 from .server.local import LocalLink
-from .server.process import start_server
-from .transport.link import MailboxLink
-from .transport.mailbox import RunFolder
+from .server.process import SIGTERM_CODE, ServiceSettings, start_server
+from .transport.link import MailboxLink, RefusedError, ServerGone
+from .transport.mailbox import ANY_NUMBER, RunFolder, is_served
 from .worker import Worker, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+SERVER_RESTARTS = 3
 
 # Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
 _runs_joined = itertools.count()
 _gathered = itertools.count()  # likewise: a key that is used again is another one
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What a run does about processes that fail.
+
+    Args:
+        service: of the server (see `ServiceSettings`).
+        server_timeout: seconds that a worker goes on without a server.
+    """
+
+    service: ServiceSettings = field(default_factory=ServiceSettings)
+    server_timeout: float = 120.0
+
+
+class EndSignals:
+    """Turns the first SIGTERM or Ctrl-C into a request to end at the next step; a second one ends at once.
+
+    Process: the main thread; in any other it does nothing.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def catch(self) -> None:
+        """From here on signals are requests."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread() and not self._before:
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self) -> None:
+        """Puts back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def obey(self) -> None:
+        """Ends the process, as the signal would have, if one was received."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+
+    def _note(self, number: int, _) -> None:
+        self.obey()
+        self.received = number
 
 
 class Run:
@@ -37,15 +93,27 @@ class Run:
         identity: this process among the workers.
         shared_memory_dir: where vectors are exchanged.
         server_log: file that receives the log of the server process, if this worker starts it.
+        server_address: folder of a running server to join as a guest, or None.
+        patience: see `Patience`.
 
     Process: the training thread. Blocking: `join` until all workers are there, `leave` until the server has ended (10 s
     at most), `gather` at worker 0 until all have called it.
     """
 
-    def __init__(self, identity: Identity, shared_memory_dir: Path, server_log: Path):
+    def __init__(
+        self,
+        identity: Identity,
+        shared_memory_dir: Path,
+        server_log: Path,
+        server_address: str | None = None,
+        patience: Patience = Patience(),
+    ):
         self._identity = identity
         self._shared_memory_dir = shared_memory_dir
         self._server_log = server_log
+        self._server_address = server_address
+        self._patience = patience
+        self._restarts_left = SERVER_RESTARTS
         self._store: LaunchStore | None = None
         self._link: LocalLink | MailboxLink | None = None
         self._folder: RunFolder | None = None
@@ -58,7 +126,8 @@ class Run:
         server_settings: ServerSettings,
         server_state: Path | None = None,
     ) -> Worker:
-        """Takes part with the given parameters. Alone: the server is an object. Else worker 0 starts the process.
+        """Takes part with the given parameters. Alone: the server is an object. Else worker 0 starts the process, or
+        the worker is a guest of the server at `server_address`.
 
         Args:
             named: (name, parameter) pairs; worker 0's values become the first anchor.
@@ -66,13 +135,16 @@ class Run:
 
         Raises:
             OSError: if there is no room for the exchange.
-            RefusedError: if the parameters are not those of worker 0.
+            RefusedError: if the parameters are not those of worker 0, or a guest's settings those of the run.
             ServerGone: if there is no server.
         """
         layout = ParameterLayout(named)
         tensors = [parameter.detach() for _, parameter in named]
-        if self._identity.num_workers == 1:
-            core = ServerCore(layout.read(tensors, _vector(layout.numel, tensors[0].device)), server_settings)
+        device = tensors[0].device
+        if self._server_address is not None:
+            self._link = self._join_as_guest(layout, tensors, server_settings)
+        elif self._identity.num_workers == 1:
+            core = ServerCore(layout.read(tensors, _vector(layout.numel, device)), server_settings)
             if server_state is not None:
                 core.load_state_tensors(load_tensors(server_state))
             self._link = LocalLink(core)
@@ -80,16 +152,56 @@ class Run:
             key = f"run_dir/{next(_runs_joined)}"
             if self._identity.rank == 0:
                 path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=self._shared_memory_dir))
-                initial = layout.read([tensor.cpu() for tensor in tensors], _vector(layout.numel, torch.device("cpu")))
-                contents = {"fingerprint": layout.fingerprint.hex(), "settings": server_settings.as_dict()}
+                initial, contents = _initial(layout, tensors), self._contents(layout, server_settings)
                 self._folder = RunFolder.create(path, initial, self._identity.num_workers, layout.manifest, contents)
+                self._restarts_left = SERVER_RESTARTS
                 self._server = start_server(path, self._server_log, server_state)
                 self._launch_store().set(key, str(path))
             else:
                 self._folder = RunFolder(Path(self._launch_store().get(key)))
-            device = tensors[0].device
-            self._link = MailboxLink(self._folder, self._identity.rank, layout, device, self._server_may_come)
+            self._link = MailboxLink(
+                self._folder,
+                self._identity.rank,
+                layout,
+                device,
+                self._server_may_come,
+                server_timeout=self._patience.server_timeout,
+                revive=self._revive_server,
+            )
         return Worker(named, self._link, worker_settings)
+
+    def _join_as_guest(self, layout: ParameterLayout, tensors: list[Tensor], settings: ServerSettings) -> MailboxLink:
+        path = Path(self._server_address)
+        if not is_served(path) and not (path / "run.json").exists():
+            raise ServerGone(
+                f"No server runs in server_address={path}. Start one: python -m hf_lsam.server --run_dir {path}"
+            )
+        contents = self._contents(layout, settings)
+        give_up = time.monotonic() + self._patience.server_timeout
+        while True:  # its server may have died a moment ago, and be started again
+            try:
+                folder = RunFolder.found_or_open(path, _initial(layout, tensors), layout.manifest, contents)
+                break
+            except FileNotFoundError as error:
+                if time.monotonic() > give_up:
+                    raise ServerGone(f"The server of {path} has ended. Start it again with --resume.") from error
+                time.sleep(0.05)
+        for name, here in contents["settings"].items():
+            there = folder.run["settings"][name]
+            if here != there:
+                raise RefusedError(
+                    f"{name} is {here!r} here and {there!r} in the run in {path}: one server cannot follow both. Give "
+                    "every worker of a run the same settings."
+                )
+        seconds = self._patience.server_timeout
+        return MailboxLink(folder, ANY_NUMBER, layout, tensors[0].device, timeout=seconds, server_timeout=seconds)
+
+    def _contents(self, layout: ParameterLayout, settings: ServerSettings) -> dict[str, Any]:
+        return {
+            "fingerprint": layout.fingerprint.hex(),
+            "settings": settings.as_dict(),
+            "service": self._patience.service.as_dict(),
+        }
 
     def leave(self) -> None:
         """Closes this worker's end, also after an error; worker 0 sees the server off."""
@@ -122,6 +234,18 @@ class Run:
 
     def _server_may_come(self) -> bool:
         return self._server is None or self._server.poll() is None
+
+    def _revive_server(self) -> None:
+        """Worker 0 starts the server anew if it has died; one that was told to end stays away."""
+        if self._server is None or self._server.poll() in (None, 0, SIGTERM_CODE) or not self._restarts_left:
+            return
+        self._restarts_left -= 1
+        logger.warning("the server process ended with code %d: it is started again", self._server.returncode)
+        self._server = start_server(self._folder.path, self._server_log, resume=True)
+
+
+def _initial(layout: ParameterLayout, tensors: list[Tensor]) -> Tensor:
+    return layout.read([tensor.cpu() for tensor in tensors], _vector(layout.numel, torch.device("cpu")))
 
 
 def _vector(numel: int, device: torch.device) -> Tensor:

@@ -30,11 +30,12 @@ from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
-from .checkpoint import load_tensors, save_tensors
+from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
-from .run import Run
+from .run import EndSignals, Run
+from .transport.link import ServerGone
 from .worker import Worker
 
 logger = transformers_logging.get_logger(__name__)
@@ -117,7 +118,15 @@ class LSAMTrainerMixin:
             args.eval_on_start = False
         self.worker: Worker | None = None
         self.steps_before_epoch = 0
-        self._run = Run(args.identity, Path(args.shared_memory_dir), Path(args.output_dir) / "server.log")
+        self._run = Run(
+            args.identity,
+            Path(args.shared_memory_dir),
+            Path(args.output_dir) / "server.log",
+            args.server_address,
+            args.patience(),
+        )
+        self._signals = EndSignals()
+        self.server_gone: ServerGone | None = None
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
         super().__init__(*positional, **keywords)
@@ -308,17 +317,26 @@ class LSAMTrainerMixin:
         self._common_checkpoint = None
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+                newest = newest_sealed(Path(self.args.output_dir)) or get_last_checkpoint(self.args.output_dir)
+                resume_from_checkpoint = newest or True
             if resume_from_checkpoint is not True:
                 self._common_checkpoint = Path(resume_from_checkpoint)
                 resume_from_checkpoint = str(self._own_checkpoint(self._common_checkpoint))
+                self._say_who_resumes()
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
     def _inner_training_loop(self, *positional, **keywords):
         try:
             return super()._inner_training_loop(*positional, **keywords)
         finally:
+            self._signals.restore()
             self._run.leave()
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the run is to be saved and ended now: by a signal, here or at the server, or for want of a server."""
+        ended = self.worker.link.save_requested or self.server_gone is not None
+        return ended or self._signals.received is not None
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -336,15 +354,25 @@ class LSAMTrainerMixin:
         self.worker = self._run.join(named, self.args.worker_settings(), self.args.server_settings(), server_state)
         self.figures = Figures(self.worker)
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        self.server_gone = None
+        self._signals.catch()
         return model, train_dataloader
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state
+        self._signals.restore()
+        self._signals.obey()
+        if self.server_gone is not None:
+            raise self.server_gone
         best = -1 if state.best_global_step is None else state.best_global_step
         drift = worker.drift()
         # A stop before the last step is somebody's decision and holds for all; running out of data is not.
         stop_all = self.control.should_training_stop and self.steps_before_epoch < state.global_step < state.max_steps
-        best = worker.finish(stop_all, best)
+        try:
+            best = worker.finish(stop_all, best)
+        except ServerGone:
+            self._save_checkpoint(self.model, trial)
+            raise
         self._summary = {**self.figures.of_run(), "drift": drift}
         self._own = worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
@@ -366,11 +394,12 @@ class LSAMTrainerMixin:
     def _save_checkpoint(self, model, trial):
         with self.args.saving_own_state():
             super()._save_checkpoint(model, trial)
+        seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.identity.rank == 0:
-            self.worker.link.snapshot(Path(output_dir) / SERVER_STATE)
+        if self.args.identity.rank == 0 and not self.worker.link.snapshot(Path(output_dir) / SERVER_STATE):
+            logger.warning(f"There is no server at the moment: {output_dir} holds the last anchor as its model alone.")
         save_tensors(Path(output_dir) / WORKER_STATE, self.worker.state_tensors())
 
     def _own_checkpoint(self, common: Path) -> Path:
@@ -381,10 +410,24 @@ class LSAMTrainerMixin:
         candidates = [
             (int(path.name.rpartition("-")[2]), path)
             for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
-            if (path / WORKER_STATE).exists() and (path / "trainer_state.json").exists()
+            if (path / WORKER_STATE).exists()
+            and (path / "trainer_state.json").exists()
+            and (is_sealed(path) or not is_sealed(common))  # a power cut may have caught this one alone
         ]
         reached = [(at, path) for at, path in candidates if at <= int(number)]
         return max(reached)[1] if reached else common
+
+    def _say_who_resumes(self):
+        """A run may go on with another number of workers; it says what becomes of those that were there."""
+        common = self._common_checkpoint
+        before = 1 + sum(any(folder.glob("checkpoint-*")) for folder in (common.parent / "workers").glob("*"))
+        now = self.args.identity.num_workers
+        if self.args.identity.rank == 0 and before != now:
+            logger.warning(
+                f"{common} was written by {before} workers, and {now} go on: the anchor moves once {now} x sync_steps "
+                "steps are in; a worker without a state of its own starts at the anchor, and the state of one that is "
+                "not there any more is left alone."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # The weights lie with worker 0's checkpoint; x comes after, from the worker's own state.
@@ -396,7 +439,7 @@ class LSAMTrainerMixin:
 
     def _restore_worker(self, checkpoint: Path | None):
         """x from the worker's own checkpoint, or else from the anchor."""
-        rank = self.args.identity.rank
+        rank, number = self.args.identity.rank, self.worker.link.worker
         own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
         if own and (checkpoint / WORKER_STATE).exists():
             self.worker.load_state_tensors(load_tensors(checkpoint / WORKER_STATE))
@@ -407,10 +450,10 @@ class LSAMTrainerMixin:
                 f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with "
                 "the optimizer state of worker 0."
             )
-        if rank != 0:
+        if number != 0:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each
             # worker draws its own dropout masks and noise.
-            set_seed(self.args.seed + rank)
+            set_seed(self.args.seed + number)
 
 
 class LSAMTrainer(LSAMTrainerMixin, Trainer):

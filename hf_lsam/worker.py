@@ -32,12 +32,17 @@ logger = logging.getLogger(__name__)
 class Link(Protocol):
     """A worker's end of the exchange: `transport.link.MailboxLink` or `server.local.LocalLink`."""
 
+    worker: int
     version: int
     can_push: bool
+    away: bool
+    evicted: bool
     stop_requested: bool
+    save_requested: bool
     staleness: list[int]
     accepted: int
     refused: int
+    refused_in_a_row: int
     bytes_pushed: int
     bytes_pulled: int
 
@@ -45,7 +50,7 @@ class Link(Protocol):
     def poll(self, held: int, incoming: Tensor) -> int | None: ...
     def settle(self) -> None: ...
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]: ...
-    def snapshot(self, path: Path) -> None: ...
+    def snapshot(self, path: Path) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -59,6 +64,7 @@ class WorkerSettings:
         coupling: "decoupled" (after the optimizer's step) or "score" (inside the gradient; SGD only).
         langevin_temperature: T; 0 injects no noise, 1 samples exactly.
         rule: what the server does with pushes; decides what is handed in (see `rules`).
+        max_bad_pushes: refused pushes (NaN, infinity) in a row after which the worker begins again at the anchor.
     """
 
     sync_steps: int
@@ -66,6 +72,7 @@ class WorkerSettings:
     coupling: str = "decoupled"
     langevin_temperature: float = 0.0
     rule: str = "smoothed"
+    max_bad_pushes: int = 3
 
 
 class Worker:
@@ -104,6 +111,7 @@ class Worker:
         self.steps_in_total = 0
         self.version = -1
         self.skipped_pushes = 0
+        self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
             self.pull_newest()
 
@@ -248,6 +256,18 @@ class Worker:
         if version is not None:
             self.version = version
             self._take_incoming()
+        if self.link.evicted or self.link.refused_in_a_row >= self.settings.max_bad_pushes:
+            self._fall_back()
+
+    def _fall_back(self) -> None:
+        """x <- y, D <- 0: after a long absence, or once x is no longer finite."""
+        logger.warning("worker %d begins again at anchor %d", self.link.worker, self.version)
+        self.adopt_anchor()
+        self._total.zero_()
+        self._loss_sum.zero_()
+        self.steps_in_total = 0
+        self.link.evicted, self.link.refused_in_a_row = False, 0
+        self.fell_back = True
 
     def _take_incoming(self) -> None:
         self.anchor, self._incoming = self._incoming, self.anchor

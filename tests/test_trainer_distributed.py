@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def launch(tmp_path: Path, script: str, *arguments: str, num_processes: int = 2,
     for old in tmp_path.glob("rank*.json"):
         old.unlink()
     path = write_script(tmp_path / "script.py", PREAMBLE + script)
-    options = {"num_processes": num_processes, "PYTHONPATH": str(TESTS), **options}
+    paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
+    options = {"num_processes": num_processes, "PYTHONPATH": paths, **options}
     run = accelerate_launch(path, str(tmp_path), *arguments, **options)
     reports = [tmp_path / f"rank{rank}.json" for rank in range(num_processes)]
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
@@ -295,7 +297,7 @@ class Break(TrainerCallback):
                     parameter.fill_(float("nan"))
 
 
-args = arguments(LSAMConfig, OUT / "broken", max_steps=24, **LSAM)
+args = arguments(LSAMConfig, OUT / "broken", max_steps=24, max_bad_pushes=100, **LSAM)
 trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(192), callbacks=[Break()])
 trainer.train()
 with trainer.local():
@@ -436,6 +438,7 @@ def test_resume_with_a_worker_more_starts_it_at_the_anchor_and_says_so(resumed):
     new = reports[2]["resumed"]
     assert (new["begin"]["step"], new["steps"]) == (4, 10)
     assert new["begin"]["x"] == new["begin"]["y"]
+    assert "was written by 2 workers, and 3 go on" in run.stderr
     assert "Worker 2 has no state of its own" in run.stderr
     assert "it starts at the anchor" in run.stderr
     assert "Worker 1 has no state" not in run.stderr

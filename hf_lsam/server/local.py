@@ -20,14 +20,17 @@ class LocalLink:
 
     def __init__(self, core: ServerCore, worker: int = 0):
         self._core = core
-        self._worker = worker
+        self.worker = worker
         self.stop_requested = False
+        self.evicted = False
         self.staleness: list[int] = []
         self.accepted = 0
         self.refused = 0
+        self.refused_in_a_row = 0
         core.join(worker)
 
     can_push = True
+    away = save_requested = False  # there is no process that could end
     bytes_pushed = bytes_pulled = 0  # nothing leaves the process
 
     @property
@@ -36,11 +39,13 @@ class LocalLink:
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         behind = self.version - version
-        if self._core.push(total, steps, self._worker, loss):
+        if self._core.push(total, steps, self.worker, loss):
             self.accepted += 1
+            self.refused_in_a_row = 0
             self.staleness.append(behind)
         else:
             self.refused += 1
+            self.refused_in_a_row += 1
 
     def poll(self, held: int, incoming: Tensor) -> int | None:
         if self.version == held:
@@ -52,14 +57,15 @@ class LocalLink:
         pass
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
-        self._core.leave(self._worker)
+        self._core.leave(self.worker)
         if not self._core.live:
             self._core.flush()
         incoming.copy_(self._core.anchor.vector)
         return self.version, best_step
 
-    def snapshot(self, path: Path) -> None:
+    def snapshot(self, path: Path) -> bool:
         save_tensors(path, self._core.state_tensors())
+        return True
 
     def close(self) -> None:
         pass

@@ -1,13 +1,18 @@
 """The server process: one thread, one selector, one `ServerCore`.
 
-Workers join, and once all that the run was started with are there, they are welcomed together; from then on nobody
-waits for anybody until the end. A closed connection is a dead worker: it is dropped at once and n shrinks. When every
-worker has finished, the anchor is final and all are told. The process ends, and removes the run folder, when the last
-connection closes.
+Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
+on nobody waits for anybody until the end. Guests, who join by the folder's address, are welcomed as they come and leave
+when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One that is not heard of for
+`worker_timeout` is evicted, and may join again. When every worker of the launch has finished, the anchor is final and
+all are told.
+
+The server saves its state every `snapshot_seconds`, and with it, of each process, the last push it has counted. One
+that is started with --resume takes up the newest snapshot; its versions go on above all that were ever published.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import selectors
@@ -15,15 +20,54 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import load_tensors, save_tensors
-from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder
+from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder, served_by_this_process
 from .core import ServerCore, ServerSettings
 
 logger = logging.getLogger(__name__)
+
+STRANGERS = 64  # connections at a time that have not joined yet
+STRANGER_SECONDS = 10.0  # how long they may take
+REMEMBERED = 4096  # processes whose last counted push is kept
+GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
+SIGTERM_CODE = 143
+UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How patient the server is, and how often it saves.
+
+    Args:
+        worker_timeout: seconds without a word after which a worker is evicted.
+        snapshot_seconds: seconds between two saves of the server's state into the run folder; 0 saves none.
+    """
+
+    worker_timeout: float = 600.0
+    snapshot_seconds: float = 30.0
+
+    as_dict = asdict
+
+
+@dataclass(eq=False)
+class _Connection:
+    """One connected process; a worker once it has joined."""
+
+    channel: Channel
+    heard: float
+    worker: int = -1
+    process: int = 0
+    ticket: int = 0
+    mailbox: Tensor | None = None
+    finished: bool = False
 
 
 class Server:
@@ -31,168 +75,406 @@ class Server:
 
     Args:
         folder: the run folder, already created; run.json holds settings and fingerprint.
-        resume: a server snapshot to continue from, or None.
+        resume: a server state from another run's checkpoint to begin with, True to go on from the folder's own newest
+            snapshot, or None.
         join_timeout: seconds until the workers that have joined are told that others never came.
+        idle_timeout: seconds without a worker after which a server without a launch of its own ends.
+        parent: the process that started this one and will be its first worker; None by hand.
 
+    State: the core's, the last counted push of each process, and who took part.
     Process: its own, started by `start_server` or `python -m hf_lsam.server`.
     """
 
-    def __init__(self, folder: RunFolder, resume: Path | None = None, join_timeout: float = 600.0):
+    def __init__(
+        self,
+        folder: RunFolder,
+        resume: Path | bool | None = None,
+        join_timeout: float = 600.0,
+        idle_timeout: float = 600.0,
+        parent: int | None = None,
+    ):
         self._folder = folder
         self._expected = int(folder.run["num_workers"])
         self._fingerprint = bytes.fromhex(folder.run["fingerprint"])
-        self._core = ServerCore(folder.slot(0).clone(), ServerSettings(**folder.run["settings"]))
-        if resume is not None:
+        self._service = ServiceSettings(**folder.run.get("service", {}))
+        self._core = ServerCore(folder.slot(folder.version).clone(), ServerSettings(**folder.run["settings"]))
+        self._counted: dict[int, int] = {}  # process -> its last counted push
+        self._counted_unless_known = 0
+        self._absent: set[int] = set()  # workers of the launch that took part before a restart and are not back yet
+        if resume is True:
+            self._take_up()
+        elif resume is not None:
             self._core.load_state_tensors(load_tensors(resume))
             folder.publish(self._core.anchor.vector, self._core.anchor.version)
-        self._deadline = time.monotonic() + join_timeout
+        now = time.monotonic()
+        self._join_by = now + join_timeout
+        self._absent_until = now + self._service.worker_timeout
+        self._idle_timeout = idle_timeout
+        self._idle_since = now
+        self._snapshot_at = now if self._service.snapshot_seconds else float("inf")
+        self._sweep_at = now
+        self._leave_by = float("inf")
+        self._parent = parent
         self._selector = selectors.DefaultSelector()
-        self._workers: dict[int, Channel] = {}
-        self._mailboxes: dict[int, torch.Tensor] = {}
-        self._finished: set[int] = set()
+        self._workers: dict[int, _Connection] = {}
+        self._tickets = itertools.count()
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
-        self._started = False
+        self._started = resume is True or not self._expected
         self._ended = False
         self._best_step = -1
+        patience = [1.0, self._service.worker_timeout / 4, self._service.snapshot_seconds or 1.0]
+        self._patience = max(0.01, min(patience))
+        self.terminating = False
+
+    def _take_up(self) -> None:
+        """Goes on from the newest snapshot; without one, from the newest whole anchor."""
+        version = self._folder.version
+        state = None
+        if self._folder.snapshot_path.exists():
+            try:
+                state = load_tensors(self._folder.snapshot_path)
+            except ValueError as error:
+                if version == 0:  # there is no anchor to go on from either
+                    raise
+                logger.error("%s", error)
+        if state is not None:
+            self._core.load_state_tensors(state)
+            self._core.accepted_pushes, self._core.refused_pushes = state["pushes"].tolist()
+            self._counted = dict(state["counted"].tolist())
+            self._absent = set(state["workers"].tolist())
+        else:
+            self._counted_unless_known = UNKNOWN_PUSHES
+            self._absent = set(range(self._expected))
+        anchor = self._core.anchor
+        anchor.version = self._folder.next_version(anchor.version)
+        self._folder.publish(anchor.vector, anchor.version)
+        logger.info("took the run up at version %d; the last published was %d", anchor.version, version)
+
+    # --- the loop ---
 
     def serve(self) -> None:
         """Runs until the last worker has left."""
-        listener = self._folder.listen()
-        self._selector.register(listener, selectors.EVENT_READ)
+        with self.listening():
+            while self.turn():
+                pass
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, workers can connect."""
+        self._listener = self._folder.listen()
+        self._listener.settimeout(0.0)
+        self._selector.register(self._listener, selectors.EVENT_READ)
         try:
-            while self._workers or not self._joined:
-                events = self._selector.select(timeout=None if self._started else 1.0)
-                for key, _ in events:
-                    if key.fileobj is listener:
-                        connection, _ = listener.accept()
-                        self._selector.register(connection, selectors.EVENT_READ, Channel(connection))
-                    else:
-                        self._read(key.fileobj, key.data)
-                if not self._started and time.monotonic() > self._deadline:
-                    logger.error("only %d of %d workers joined in time", len(self._workers), self._expected)
-                    for worker in self._workers:
-                        self._tell(worker, Message(Kind.REFUSED, worker, a=Refusal.TIMEOUT))
-                    return
+            yield
         finally:
-            listener.close()
-            for channel in self._workers.values():
-                channel.close()
+            for key in list(self._selector.get_map().values()):
+                key.fileobj.close()
             self._selector.close()
 
-    def _read(self, connection, channel: Channel) -> None:
-        """Handles every whole frame of one connection."""
-        worker = next((number for number, other in self._workers.items() if other is channel), None)
-        try:
-            while (message := channel.receive()) is not None:
-                if worker is None:
-                    worker = self._join(message, channel)
-                else:
-                    self._handle(worker, message)
-        except (ConnectionError, ValueError) as reason:
-            self._selector.unregister(connection)
-            channel.close()
-            if worker is not None:
-                self._drop(worker, reason)
+    def turn(self, patience: float | None = None) -> bool:
+        """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
+        for key, _ in self._selector.select(self._patience if patience is None else patience):
+            if key.data is None:
+                self._accept()
+            elif key.fileobj.fileno() >= 0:  # not hung up on a moment ago
+                self._read(key.data)
+        return self._look_after(time.monotonic())
 
-    def _join(self, message: Message, channel: Channel) -> int:
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # gone again, or no descriptor left
+            logger.error("a connection was not accepted: %s", error)
+            return
+        strangers = len(self._selector.get_map()) - 1 - len(self._workers)
+        if strangers >= STRANGERS:
+            logger.error("%d connections have not joined yet: one more is refused", strangers)
+            connection.close()
+            return
+        channel = Channel(connection)
+        self._selector.register(channel, selectors.EVENT_READ, _Connection(channel, time.monotonic()))
+
+    def _read(self, connection: _Connection) -> None:
+        """Handles every whole frame of one connection."""
+        try:
+            while (message := connection.channel.receive()) is not None:
+                connection.heard = time.monotonic()
+                if connection.worker < 0:
+                    self._join(message, connection)
+                else:
+                    self._handle(connection, message)
+        except (OSError, ValueError) as reason:
+            self._hang_up(connection, reason)
+
+    def _look_after(self, now: float) -> bool:
+        """What is due without a message: evictions, snapshots, the end."""
+        for connection in self._connections() if now >= self._sweep_at else ():
+            self._sweep_at = now + self._patience
+            silent = now - connection.heard
+            if connection.worker < 0 and silent > STRANGER_SECONDS:
+                self._hang_up(connection, "it never joined")
+            elif self._started and silent > self._service.worker_timeout and not connection.finished:
+                self._tell(connection, Message(Kind.EVICTED, max(connection.worker, 0)))
+                self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
+        if self._started and now >= self._snapshot_at:
+            self._snapshot_at = now + self._service.snapshot_seconds
+            self.save()
+        if self._absent and now > self._absent_until:
+            logger.warning("workers %s did not come back", sorted(self._absent))
+            self._absent.clear()
+            self._end_if_all_finished()
+        if self.terminating and self._leave_by == float("inf"):
+            self._leave_by = now + GRACE_SECONDS
+            for connection in self._workers.values():
+                self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
+        if self._workers:
+            self._idle_since = now
+        return not self._is_over(now)
+
+    def _is_over(self, now: float) -> bool:
+        if self.terminating:
+            return not self._workers or now > self._leave_by
+        if not self._started and now > self._join_by:
+            logger.error("only %d of %d workers joined in time", len(self._workers), self._expected)
+            for connection in self._workers.values():
+                self._tell(connection, Message(Kind.REFUSED, connection.worker, a=Refusal.TIMEOUT))
+            return True
+        if self._workers:
+            return False
+        if not self._expected:
+            return now - self._idle_since > self._idle_timeout
+        if not self._joined:  # whoever started this server may have died before it could join
+            return self._parent not in (None, os.getppid()) or now > self._join_by
+        return not self._absent
+
+    def _connections(self) -> list[_Connection]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
+
+    # --- who takes part ---
+
+    def _join(self, message: Message, connection: _Connection) -> None:
         if message.kind is not Kind.JOIN:
             raise ValueError("the first message was no JOIN")
-        refusal = None
+        number, refusal = message.worker, None
+        if number >= self._expected and (number in self._workers or number >= self._expected + REMEMBERED):
+            number = next(n for n in itertools.count(self._expected) if n not in self._workers)
         if message.digest != self._fingerprint or message.a != self._folder.numel:
             refusal = Refusal.FINGERPRINT
-        elif message.worker in self._workers or message.worker >= self._expected:
+        elif number in self._workers:
             refusal = Refusal.TAKEN
-        if refusal is not None:
-            logger.error("refused worker %d: %s", message.worker, refusal.name)
-            channel.send(Message(Kind.REFUSED, message.worker, a=refusal))
-            raise ValueError("refused")
-        self._joined = True
-        self._workers[message.worker] = channel
-        self._mailboxes[message.worker] = self._folder.mailbox(message.worker)
-        self._core.join(message.worker)
-        logger.info("worker %d joined (%d of %d)", message.worker, len(self._workers), self._expected)
-        if not self._started and len(self._workers) == self._expected:
-            self._started = True
-            for worker in self._workers:
-                self._tell(worker, Message(Kind.WELCOME, worker, a=self._core.anchor.version))
-        return message.worker
-
-    def _handle(self, worker: int, message: Message) -> None:
-        if message.kind is Kind.PUSH and worker not in self._finished and message.a > 0:
-            version = self._core.anchor.version
-            accepted = self._core.push(self._mailboxes[worker], message.a, worker, message.loss)
-            self._publish_if_newer()
-            # The reply comes last: a worker that has read it finds the anchor its push completed.
-            self._tell(worker, Message(Kind.ACCEPTED if accepted else Kind.REJECTED, worker, a=version))
-            if not accepted:
-                logger.warning("refused a push of worker %d: NaN or infinity", worker)
-        elif message.kind is Kind.FINISH and worker not in self._finished:
-            self._finished.add(worker)
-            self._best_step = max(self._best_step, message.b)
-            if message.a:
-                for other in self._workers.keys() - self._finished:
-                    self._tell(other, Message(Kind.STOP, other))
-            self._core.leave(worker)
-            self._publish_if_newer()
-            logger.info("worker %d finished", worker)
-            self._end_if_all_finished()
-        elif message.kind is Kind.SNAPSHOT:
-            try:
-                save_tensors(self._folder.path / "snapshot.safetensors", self._core.state_tensors())
-                written = True
-            except OSError as error:
-                logger.error("snapshot not written: %s", error)
-                written = False
-            self._tell(worker, Message(Kind.SNAPSHOT_DONE, worker, a=int(written)))
+        elif self._ended:
+            refusal = Refusal.ENDED
         else:
-            raise ValueError(f"unexpected {message.kind.name}")
+            connection.ticket = next(self._tickets)
+            try:
+                connection.mailbox = self._folder.make_mailbox(connection.ticket)
+            except OSError as error:
+                logger.error("no room for the mailbox of worker %d: %s", number, error)
+                refusal = Refusal.NO_ROOM
+        if refusal is not None:
+            logger.error("refused worker %d: %s", number, refusal.name)
+            connection.channel.send(Message(Kind.REFUSED, message.worker, a=refusal))
+            raise ValueError("refused")
+        connection.worker, connection.process = number, message.b
+        self._joined = True
+        self._absent.discard(number)
+        self._workers[number] = connection
+        self._core.join(number)
+        logger.info("worker %d joined with ticket %d; %d take part", number, connection.ticket, len(self._workers))
+        if self._started:
+            self._welcome(connection)
+        elif all(worker in self._workers for worker in range(self._expected)):
+            self._started = True
+            for joined in self._workers.values():
+                joined.heard = connection.heard  # they were waiting, not silent
+                self._welcome(joined)
 
-    def _drop(self, worker: int, reason: Exception) -> None:
+    def _welcome(self, connection: _Connection) -> None:
+        last = self._counted.get(connection.process, self._counted_unless_known)
+        self._tell(connection, Message(Kind.WELCOME, connection.worker, a=last, b=connection.ticket))
+        if self.terminating:
+            self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
+
+    def _hang_up(self, connection: _Connection, reason: object) -> None:
+        """Ends a connection, whoever was at its other end; a worker's mailbox goes with it."""
+        self._selector.unregister(connection.channel)
+        connection.channel.close()
+        worker = connection.worker
+        if worker < 0:
+            logger.warning("a stranger was turned away: %s", reason)
+            return
         del self._workers[worker]
-        if worker in self._finished:
+        connection.mailbox = None
+        self._folder.drop_mailbox(connection.ticket)
+        if connection.finished:
             return
         logger.warning("worker %d is gone (%s); %d workers go on", worker, reason, len(self._workers))
         self._core.leave(worker)
         self._publish_if_newer()
         self._end_if_all_finished()
 
+    # --- what workers say ---
+
+    def _handle(self, connection: _Connection, message: Message) -> None:
+        handler: Callable | None = {
+            Kind.PUSH: self._push,
+            Kind.FINISH: self._finish,
+            Kind.SNAPSHOT: self._snapshot,
+            Kind.PING: lambda connection, message: None,
+        }.get(message.kind)
+        if handler is None or not self._started:
+            raise ValueError(f"unexpected {message.kind.name}")
+        handler(connection, message)
+
+    def _push(self, connection: _Connection, message: Message) -> None:
+        worker = connection.worker
+        last = self._counted.get(connection.process, 0)
+        if connection.finished or not 0 < message.a < 2**31 or message.b <= last:
+            raise ValueError(f"push {message.b} of {message.a} steps after push {last}")
+        version = self._core.anchor.version
+        accepted = self._core.push(connection.mailbox, message.a, worker, message.loss)
+        self._counted.pop(connection.process, None)  # the newest last: the oldest is forgotten first
+        self._counted[connection.process] = message.b
+        if len(self._counted) > REMEMBERED:
+            del self._counted[next(iter(self._counted))]
+        self._publish_if_newer()
+        # The reply comes last: a worker that has read it finds the anchor its push completed.
+        self._tell(connection, Message(Kind.ACCEPTED if accepted else Kind.REJECTED, worker, a=version))
+        if not accepted:
+            logger.warning("refused a push of worker %d: NaN or infinity", worker)
+
+    def _finish(self, connection: _Connection, message: Message) -> None:
+        if connection.finished:
+            raise ValueError("FINISH twice")
+        worker = connection.worker
+        connection.finished = True
+        self._best_step = max(self._best_step, message.b)
+        if message.a and worker < self._expected:
+            self._stop_all()
+        self._core.leave(worker)
+        self._publish_if_newer()
+        logger.info("worker %d finished", worker)
+        if worker >= self._expected:  # a guest waits for nobody
+            self._tell_final(connection)
+        self._end_if_all_finished()
+
+    def _snapshot(self, connection: _Connection, message: Message) -> None:
+        self._tell(connection, Message(Kind.SNAPSHOT_DONE, connection.worker, a=int(self.save())))
+
+    def save(self) -> bool:
+        """Writes the server's state into the run folder; False, and training goes on, if there is no room."""
+        state = {
+            **self._core.state_tensors(),
+            "pushes": torch.tensor([self._core.accepted_pushes, self._core.refused_pushes]),
+            "counted": torch.tensor([*self._counted.items()], dtype=torch.int64).reshape(-1, 2),
+            "workers": torch.tensor([n for n in self._workers if n < self._expected], dtype=torch.int64),
+        }
+        try:
+            save_tensors(self._folder.snapshot_path, state)
+        except OSError as error:
+            logger.error("snapshot not written: %s", error)
+            return False
+        return True
+
+    # --- the end ---
+
+    def _stop_all(self) -> None:
+        for connection in self._workers.values():
+            if not connection.finished:
+                self._tell(connection, Message(Kind.STOP, connection.worker))
+
     def _end_if_all_finished(self) -> None:
-        if self._ended or self._workers.keys() - self._finished:
+        """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""
+        if self._ended or not self._expected or not self._started or self._absent:
+            return
+        training = [c for c in self._workers.values() if not c.finished]
+        if any(connection.worker < self._expected for connection in training):
+            return
+        if training:
+            self._stop_all()
             return
         self._ended = True
         self._core.flush()
         self._publish_if_newer()
-        for worker in self._workers:
-            self._tell(worker, Message(Kind.FINISHED, worker, a=self._core.anchor.version, b=self._best_step))
+        for connection in self._workers.values():
+            if connection.worker < self._expected:
+                self._tell_final(connection)
 
-    def _tell(self, worker: int, message: Message) -> None:
-        """Sends to a worker; one that has just died is dropped when its own closed connection is read."""
+    def _tell_final(self, connection: _Connection) -> None:
+        message = Message(Kind.FINISHED, connection.worker, a=self._core.anchor.version, b=self._best_step)
+        self._tell(connection, message)
+
+    def _tell(self, connection: _Connection, message: Message) -> None:
+        """Sends to a worker; one that has died, or reads nothing, is dropped when its connection is next read."""
         try:
-            self._workers[worker].send(message)
-        except ConnectionError:
-            logger.debug("worker %d did not take %s", worker, message.kind.name)
+            connection.channel.send(message)
+        except OSError:
+            logger.debug("worker %d did not take %s", connection.worker, message.kind.name)
+            connection.channel.shut()
 
     def _publish_if_newer(self) -> None:
         if self._core.anchor.version > self._folder.version:
             self._folder.publish(self._core.anchor.vector, self._core.anchor.version)
 
 
-def run_server(run_dir: Path, resume: Path | None = None, join_timeout: float = 600.0) -> None:
-    """Serves the run in `run_dir` in this process and removes the folder at the end.
+def run_server(
+    run_dir: Path,
+    resume: Path | bool | None = None,
+    join_timeout: float = 600.0,
+    idle_timeout: float = 600.0,
+    parent: int | None = None,
+) -> None:
+    """Serves the run in `run_dir` in this process; waits for its first worker to found it, if there is none yet.
 
-    Workers get Ctrl-C too and close their connections; SIGTERM ends the server as an error would.
+    At the end the folder of a launch is removed. A folder that others join keeps its last snapshot.
+
+    Raises:
+        RuntimeError: if another process serves the folder, or if it holds a run that is not to be resumed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     torch.set_num_threads(1)
-    folder = RunFolder(run_dir)
-    try:
-        Server(folder, resume, join_timeout).serve()
-    finally:
-        folder.remove()
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with served_by_this_process(run_dir):
+        folder = _open(run_dir, resume is True, idle_timeout)
+        launched = bool(folder.run["num_workers"])
+        server = Server(folder, resume, join_timeout, idle_timeout, parent)
+
+        def end(*_) -> None:
+            server.terminating = True
+
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if launched else end)  # a launch's workers get Ctrl-C themselves
+        server.serve()
+        if launched:
+            folder.remove()
+        elif server.save():  # without room for it, the anchor itself stays
+            folder.clear()
+    if server.terminating:
+        sys.exit(SIGTERM_CODE)
 
 
-def start_server(run_dir: Path, log: Path, resume: Path | None = None) -> subprocess.Popen:
+def _open(run_dir: Path, resume: bool, idle_timeout: float) -> RunFolder:
+    """The run in `run_dir`; where there is none yet, the one that its first worker will found."""
+    if resume and (run_dir / "run.json").exists():
+        return RunFolder.reopen(run_dir)
+    if (run_dir / "run.json").exists():
+        folder = RunFolder(run_dir) if (run_dir / "version").exists() else None
+        if folder is None or not folder.run["num_workers"]:
+            raise RuntimeError(
+                f"{run_dir} holds a run already, and a new one would begin with its anchor. Go on with it (--resume), "
+                "or choose another folder."
+            )
+        return folder
+    logger.info("%s waits for its first worker", run_dir)
+    deadline = time.monotonic() + idle_timeout
+    while not (run_dir / "run.json").exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"No worker came to {run_dir} within {idle_timeout:g} s.")
+        time.sleep(0.05)
+    return RunFolder(run_dir)
+
+
+def start_server(run_dir: Path, log: Path, resume: Path | bool | None = None) -> subprocess.Popen:
     """Starts `python -m hf_lsam.server` for the run in `run_dir`.
 
     Not multiprocessing: its spawn would import the user's script again.
@@ -200,15 +482,15 @@ def start_server(run_dir: Path, log: Path, resume: Path | None = None) -> subpro
     Args:
         run_dir: a folder made by `RunFolder.create`.
         log: file that receives the server's log, appended to.
-        resume: a server snapshot to continue from, or None.
+        resume: a server state to begin with, True to go on from the folder's own snapshot, or None.
 
     Returns:
         the process; it ends by itself when the last worker has left.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir)]
+    command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
     if resume is not None:
-        command += ["--resume", str(resume)]
+        command += ["--resume"] if resume is True else ["--resume", str(resume)]
     # The package may lie where only the user's script finds it.
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import secrets
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,13 +15,16 @@ from torch import Tensor
 from ..checkpoint import load_tensors, save_tensors
 from ..parameters import ParameterLayout, first_difference
 from .copier import Copier
-from .mailbox import Channel, Kind, Message, Refusal, RunFolder
+from .mailbox import ANY_NUMBER, Channel, Kind, Message, Refusal, RunFolder
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 0.2  # between two attempts to find the server again
+PING_SECONDS = 1.0
+
 
 class ServerGone(RuntimeError):
-    """The server process ended while a worker still needed it."""
+    """The server process ended and none took its place while a worker still needed it."""
 
 
 class RefusedError(ValueError):
@@ -32,13 +38,19 @@ class MailboxLink:
     frame, and the poll that reads the server's reply makes the mailbox the worker's again. A pull likewise: one poll
     starts the copy out of the shared slot, a later one checks that the server has not begun to write over it.
 
+    A closed connection is no error. The worker goes on, coupled to the anchor it has; its sum grows, and each poll
+    looks, without waiting, whether a server listens again. The one that does says which push of this process it
+    counted last, so a push that was under way is handed in again if it was not counted, and only then.
+
     Args:
         folder: the run folder.
-        worker: this worker's number.
+        worker: this worker's number, or `ANY_NUMBER` to be given one.
         layout: of this worker's trainable parameters; must be that of worker 0.
         device: where the worker's vectors live.
         server_alive: whether the server process runs, as far as this worker can know.
         timeout: seconds to wait for the server and for the other workers to join.
+        server_timeout: seconds that the worker goes on without a server.
+        revive: called before each attempt to find the server again; its owner starts it anew.
 
     Raises:
         RefusedError: if the server refuses this worker.
@@ -55,33 +67,47 @@ class MailboxLink:
         device: torch.device,
         server_alive: Callable[[], bool] = lambda: True,
         timeout: float = 600.0,
+        server_timeout: float = 120.0,
+        revive: Callable[[], None] = lambda: None,
     ):
         self._folder = folder
-        self._worker = worker
+        self.worker = worker
         self._layout = layout
-        self._mailbox = folder.mailbox(worker)
-        self._outgoing = Copier(device, [self._mailbox])
-        self._incoming = Copier(device, [folder.slot(0), folder.slot(1)])
-        self._push_frame: Message | None = None  # copied or being copied, not yet sent
-        self._awaiting_reply = False
-        self._pulling: int | None = None  # version whose copy is under way
+        self._device = device
+        self._server_timeout = server_timeout
+        self._revive = revive
+        self._process = secrets.randbits(63)  # by which a server knows again whose pushes it has counted
+        self._pushes = 0
+        self._push_frame: Message | None = None  # of the push that has no answer yet
+        self._push_sent = False
         self._pushed_version = 0
+        self._mailbox: Tensor | None = None
+        self._outgoing = Copier(device, [])
+        self._incoming = Copier(device, [folder.slot(0), folder.slot(1)])
+        self._pulling: int | None = None  # version whose copy is under way
+        self._channel: Channel | None = None
+        self._welcomed = False
+        self._away_since = time.monotonic()
+        self._next_attempt = 0.0
+        self._last_sent = 0.0
+        self._evicted_at: int | None = None  # the newest anchor version then
         self._notices: dict[Kind, Message] = {}
+        self.evicted = False
         self.stop_requested = False
+        self.save_requested = False
         self.staleness: list[int] = []  # of each accepted push since it was last taken
         self.accepted = 0
         self.refused = 0
+        self.refused_in_a_row = 0
         self.bytes_pushed = 0
         self.bytes_pulled = 0
         try:
-            self._channel: Channel = folder.connect(server_alive, timeout)
+            self._join_first(server_alive, timeout)
         except OSError as error:
+            self.close()
             raise ServerGone(
                 f"Worker {worker} found no server: {error}. Look into server.log in output_dir."
             ) from error
-        try:
-            self._send(Message(Kind.JOIN, worker, a=layout.numel, digest=layout.fingerprint))
-            self._wait_for(Kind.WELCOME, timeout)
         except BaseException:
             self.close()
             raise
@@ -92,9 +118,14 @@ class MailboxLink:
         return self._folder.version
 
     @property
+    def away(self) -> bool:
+        """Whether the worker is alone at the moment, without a server."""
+        return not self._welcomed
+
+    @property
     def can_push(self) -> bool:
-        """Whether the mailbox is this worker's to write."""
-        return self._push_frame is None and not self._awaiting_reply
+        """Whether there is a server, and the mailbox is this worker's to write."""
+        return self._push_frame is None and self._welcomed and self._evicted_at is None
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         """Starts to hand `total` [d], of `steps` steps of mean `loss` around anchor `version`, to the server.
@@ -102,8 +133,7 @@ class MailboxLink:
         `total` must stay as it is until `can_push` again; on CPU it may be reused at once.
         """
         self._outgoing.start(self._mailbox, total)
-        self._push_frame = Message(Kind.PUSH, self._worker, a=steps, b=version, loss=loss)
-        self._pushed_version = version
+        self._announce(steps, version, loss)
         self.bytes_pushed += total.nbytes
 
     def poll(self, held: int, incoming: Tensor) -> int | None:
@@ -118,33 +148,29 @@ class MailboxLink:
             the version now whole in `incoming`, or None if there is none yet.
 
         Raises:
-            ServerGone: if the server ended.
+            ServerGone: if there has been no server for `server_timeout`.
         """
-        if self._push_frame is not None and self._outgoing.finished():
-            self._send(self._push_frame)
-            self._push_frame, self._awaiting_reply = None, True
-        while (message := self._receive(0.0)) is not None:
-            self._handle(message)
+        self._progress(0.0)
         if self._pulling is None and self.version != held:
             self._start_pull(incoming)
+        version = None
         while self._pulling is not None and self._incoming.finished():
             if self._folder.is_whole(self._pulling):
                 version, self._pulling = self._pulling, None
-                return version
+                break
             self._start_pull(incoming)  # the server has begun to write over that slot; a newer version is there
-        return None
+        if self._evicted_at is not None and (held if version is None else version) >= self._evicted_at:
+            self._evicted_at, self.evicted = None, True
+        return version
 
     def settle(self) -> None:
-        """Blocks until the push under way, if any, has been answered."""
+        """Blocks until there is a server and the push under way, if any, has been answered."""
         self._outgoing.wait()
-        if self._push_frame is not None:
-            self._send(self._push_frame)
-            self._push_frame, self._awaiting_reply = None, True
-        while self._awaiting_reply:
-            self._handle(self._receive(None))
+        while self._push_frame is not None or not self._welcomed:
+            self._progress(1.0)
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
-        """Reports that this worker has done its steps, and waits until all have.
+        """Reports that this worker has done its steps, and waits until all have (a guest for nobody).
 
         Args:
             stop_all: ask the other workers to stop as well (early stopping).
@@ -153,97 +179,253 @@ class MailboxLink:
 
         Returns:
             (final anchor version, best step or -1).
+
+        Raises:
+            ServerGone: if there has been no server for `server_timeout`.
         """
-        self._send(Message(Kind.FINISH, self._worker, a=int(stop_all), b=best_step))
-        final = self._wait_for(Kind.FINISHED, None)
-        self._start_pull(incoming)  # nothing is published after the final anchor, so the copy is whole
+        frame = Message(Kind.FINISH, self.worker, a=int(stop_all), b=best_step)
+        asked, waited_from = None, time.monotonic()
+        while Kind.FINISHED not in self._notices:
+            if self._welcomed and asked is not self._channel and self._send(frame):
+                asked = self._channel  # a server that comes in its place is asked again
+            self._progress(1.0)
+            if time.monotonic() - waited_from > 30:
+                waited_from += 30
+                logger.info("worker %d: waiting for the other workers to finish", self.worker)
+        final = self._notices.pop(Kind.FINISHED)
+        self._start_pull(incoming)
         self._incoming.wait()
+        while not self._folder.is_whole(self._pulling):
+            self._start_pull(incoming)
+            self._incoming.wait()
         version, self._pulling = self._pulling, None
         return version, final.b
 
-    def snapshot(self, path: Path) -> None:
-        """Has the server write its state and puts the file at `path`.
+    def snapshot(self, path: Path) -> bool:
+        """Has the server write its state and puts the file at `path`; False if there is no server to do it.
 
         Raises:
             OSError: if the server could not write it.
         """
-        self._send(Message(Kind.SNAPSHOT, self._worker))
-        if not self._wait_for(Kind.SNAPSHOT_DONE, None).a:
+        self._notices.pop(Kind.SNAPSHOT_DONE, None)
+        channel = self._channel
+        if not self._welcomed or not self._send(Message(Kind.SNAPSHOT, self.worker)):
+            return False
+        while Kind.SNAPSHOT_DONE not in self._notices:
+            if self._channel is not channel:
+                return False
+            self._progress(1.0)
+        if not self._notices.pop(Kind.SNAPSHOT_DONE).a:
             raise OSError(
                 f"The server could not write its snapshot into {self._folder.path} (no room?); see server.log. The "
                 "training state is unharmed, this checkpoint lacks the server's part."
             )
-        save_tensors(path, load_tensors(self._folder.path / "snapshot.safetensors"))
+        save_tensors(path, load_tensors(self._folder.snapshot_path))
+        return True
 
     def close(self) -> None:
         """Leaves; the server takes the closed connection for the worker's end."""
         self._outgoing.close()
         self._incoming.close()
-        if hasattr(self, "_channel"):
-            self._channel.close()
+        self._hang_up()
+
+    # --- what each poll does ---
+
+    def _progress(self, patience: float) -> None:
+        """Looks for the server if there is none, sends what waits, handles what came; waits `patience` at most."""
+        if not self._welcomed:
+            self._try_to_return()
+        elif self._push_frame is not None and not self._push_sent:
+            if self._outgoing.finished():
+                self._push_sent = self._send(self._push_frame)
+        elif time.monotonic() - self._last_sent > PING_SECONDS:
+            self._send(Message(Kind.PING, self.worker))
+        if self._channel is None:
+            if patience:
+                time.sleep(0.02)
+            return
+        message = self._receive(patience if self._welcomed else min(patience, RETRY_SECONDS))
+        while message is not None:
+            self._handle(message)
+            message = self._receive(0.0)
+
+    def _announce(self, steps: int, version: int, loss: float = 0.0) -> None:
+        """The mailbox holds, or will, a push that the next polls hand in."""
+        self._pushes += 1
+        self._push_frame = Message(Kind.PUSH, self.worker, a=steps, b=self._pushes, loss=loss)
+        self._push_sent = False
+        self._pushed_version = version
 
     def _start_pull(self, incoming: Tensor) -> None:
         self._pulling = self.version
         self._incoming.start(incoming, self._folder.slot(self._pulling))
         self.bytes_pulled += incoming.nbytes
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message) -> bool:
+        """Whether the server's socket took the frame. One that did not is dead, which is read, or has stopped."""
         try:
             self._channel.send(message)
-        except ConnectionError as error:
-            raise self._gone() from error
+        except OSError:
+            return False
+        self._last_sent = time.monotonic()
+        return True
 
-    def _receive(self, timeout: float | None) -> Message | None:
+    def _receive(self, timeout: float) -> Message | None:
+        if self._channel is None:
+            return None
         try:
             return self._channel.wait(timeout)
-        except ConnectionError as error:
-            raise self._gone() from error
+        except (ConnectionError, ValueError):
+            self._lose_server()
+            return None
 
-    def _wait_for(self, kind: Kind, timeout: float | None) -> Message:
-        """Handles messages until one of `kind` is there."""
-        waited = 0.0
-        while kind not in self._notices:
-            message = self._receive(30.0)
-            if message is not None:
+    # --- without a server ---
+
+    def _lose_server(self) -> None:
+        if self._welcomed:
+            self._away_since = time.monotonic()
+            logger.warning(
+                "worker %d has lost the server; it goes on alone, around the last anchor, for up to %.0f s",
+                self.worker,
+                self._server_timeout,
+            )
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._channel, self._welcomed = None, False
+
+    def _try_to_return(self) -> None:
+        now = time.monotonic()
+        if now - self._away_since > self._server_timeout:
+            raise ServerGone(
+                f"The server process ended while worker {self.worker} was training, and none took its place for "
+                f"{self._server_timeout:g} s; the anchor can no longer move. Look into server.log in output_dir for "
+                "the reason, and resume from the last checkpoint."
+            )
+        if now < self._next_attempt or self._channel is not None:
+            return
+        self._next_attempt = now + RETRY_SECONDS
+        self._revive()
+        try:
+            self._channel = self._folder.try_connect()
+            self._channel.send(self._join_frame())
+        except OSError:
+            self._hang_up()
+
+    def _join_frame(self) -> Message:
+        return Message(Kind.JOIN, self.worker, self._layout.numel, self._process, digest=self._layout.fingerprint)
+
+    def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
+        """Connects and waits for the welcome. A guest's server may be killed meanwhile and started again."""
+        give_up = time.monotonic() + self._server_timeout
+        while True:
+            self._channel = self._folder.connect(server_alive, timeout)
+            try:
+                self._channel.send(self._join_frame())
+                self._await_welcome(timeout)
+                return
+            except ConnectionError:
+                if self.worker != ANY_NUMBER or time.monotonic() > give_up:
+                    raise
+                self._hang_up()
+
+    def _await_welcome(self, timeout: float) -> None:
+        """The first join: here a server that ends, or that nobody else joins, is an error."""
+        begin = time.monotonic()
+        while not self._welcomed:
+            message = self._channel.wait(30.0)
+            if message is None:
+                waited = time.monotonic() - begin
+                logger.info("worker %d: waiting for the other workers, %.0f s so far", self.worker, waited)
+                if waited >= timeout:
+                    raise ServerGone(f"The server did not welcome worker {self.worker} within {timeout:.0f} s.")
+            elif message.kind is Kind.REFUSED:
+                raise RefusedError(self._refusal(Refusal(message.a)))
+            else:
                 self._handle(message)
-                continue
-            waited += 30.0
-            logger.info("worker %d: waiting for the other workers (%s), %d s so far", self._worker, kind.name, waited)
-            if timeout is not None and waited >= timeout:
-                raise ServerGone(f"The server did not answer within {timeout:.0f} s ({kind.name}).")
-        return self._notices.pop(kind)
+
+    # --- what the server says ---
 
     def _handle(self, message: Message) -> None:
-        if message.kind is Kind.ACCEPTED:
-            self._awaiting_reply = False
-            self.accepted += 1
-            self.staleness.append(message.a - self._pushed_version)
-        elif message.kind is Kind.REJECTED:
-            self._awaiting_reply = False
-            self.refused += 1
+        if message.kind in (Kind.ACCEPTED, Kind.REJECTED):
+            self._push_frame = None
+            if message.kind is Kind.ACCEPTED:
+                self.accepted += 1
+                self.refused_in_a_row = 0
+                self.staleness.append(message.a - self._pushed_version)
+            else:
+                self.refused += 1
+                self.refused_in_a_row += 1
         elif message.kind is Kind.STOP:
             self.stop_requested = True
+            self.save_requested = self.save_requested or bool(message.a)
+        elif message.kind is Kind.WELCOME:
+            self._welcome(message)
+        elif message.kind is Kind.EVICTED:
+            logger.warning(
+                "worker %d was taken for dead by the server: it begins again at the newest anchor", self.worker
+            )
+            self._evicted_at = self.version
+            self._next_attempt = 0.0
         elif message.kind is Kind.REFUSED:
-            raise RefusedError(self._refusal(Refusal(message.a)))
+            self._refused_return(Refusal(message.a))
         else:
             self._notices[message.kind] = message
 
+    def _welcome(self, message: Message) -> None:
+        """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
+        if self._mailbox is not None:
+            logger.warning("worker %d has found a server again", message.worker)
+        try:
+            mailbox = self._folder.mailbox(message.b)
+        except FileNotFoundError:  # this process has slept so long that it was evicted again
+            self._hang_up()
+            return
+        self.worker = message.worker
+        self._outgoing.close()  # waits for a copy into the old mailbox, if there is one
+        before, self._mailbox = self._mailbox, mailbox
+        self._outgoing = Copier(self._device, [self._mailbox])
+        self._welcomed = True
+        if self._push_frame is None:
+            return
+        if self._push_sent and self._push_frame.b <= message.a:
+            self.accepted += 1
+            self._push_frame = None
+        elif self._evicted_at is not None or self.evicted:
+            self._push_frame = None  # of differences from long ago; what came after them is dropped as well
+            self._pushes -= 1
+        else:
+            self._mailbox.copy_(before)
+            self._push_frame = replace(self._push_frame, worker=self.worker)
+            self._push_sent = False
+
+    def _refused_return(self, reason: Refusal) -> None:
+        """A number that is still taken, by this process's own lost connection for one, may be free in a moment."""
+        self._hang_up()
+        if reason is Refusal.FINGERPRINT:
+            raise RefusedError(self._refusal(reason))
+        logger.warning("worker %d may not join again yet: %s", self.worker, reason.name)
+
     def _refusal(self, reason: Refusal) -> str:
         if reason is Refusal.TAKEN:
-            return f"Another process already takes part as worker {self._worker}. Give every worker a rank of its own."
+            return f"Another process already takes part as worker {self.worker}. Give every worker a rank of its own."
         if reason is Refusal.TIMEOUT:
             return (
                 f"Fewer than {self._folder.run['num_workers']} workers joined in time. Look for the error that ended "
                 "the missing one; the run cannot start without it."
             )
+        if reason is Refusal.ENDED:
+            return f"The run in {self._folder.path} has ended; start another."
+        if reason is Refusal.NO_ROOM:
+            return (
+                f"{self._folder.path.parent} has no room for one more mailbox of "
+                f"{self._folder.numel * 4 / 2**20:.1f} MiB. Enlarge it, or let fewer workers take part."
+            )
+        who = "This worker" if self.worker == ANY_NUMBER else f"Worker {self.worker}"
         return (
-            f"Worker {self._worker}'s trainable parameters are not worker 0's: "
+            f"{who}'s trainable parameters are not worker 0's: "
             f"{first_difference(self._layout.manifest, self._folder.manifest)}. Their sums cannot share an anchor. "
             "Build the same model with the same frozen parameters in every process."
-        )
-
-    def _gone(self) -> ServerGone:
-        return ServerGone(
-            f"The server process ended while worker {self._worker} was training; the anchor can no longer move. Look "
-            "into server.log in output_dir for the reason, and resume from the last checkpoint."
         )

@@ -6,26 +6,32 @@ A run folder (mode 0700) holds
     parameters.json  the manifest of names, shapes and dtypes, for the error of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [2]: (last version complete, last version begun)
-    mailbox_R        float32 [d], written by worker R, read by the server
+    mailbox_T        float32 [d], written by the worker that joined with ticket T, read by the server
     socket           Unix stream socket; every message is one fixed `Message` frame, nothing is ever unpickled
+    snapshot.safetensors, lock, founding, server.json    the server's last saved state; who serves the folder
 
 Who may touch what, and when. A worker writes its mailbox only while the mailbox is its own: from the server's reply to
 one push until it sends the next. The server reads it only in between. The frames cross in order, so neither ever sees
-a half-written mailbox. The anchor has one writer and any number of readers that never ask: version v lies in slot
-v % 2, the writer announces "begun v + 1" before it touches the other slot, and a reader that finds "begun" two ahead
-after its copy knows that the slot may have changed under it and copies again.
+a half-written mailbox. A mailbox lives as long as one join: a worker that was taken for dead and wakes in the middle of
+a copy writes into a file without a name, never into its successor's. The anchor has one writer and any number of
+readers that never ask: version v lies in slot v % 2, the writer announces "begun v + 1" before it touches the other
+slot, and a reader that finds "begun" two ahead after its copy knows that the slot may have changed under it and copies
+again.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -34,23 +40,26 @@ import torch
 from torch import Tensor
 
 FLOAT_BYTES = 4
+ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
 
 
 class Kind(IntEnum):
     """What a message says. Workers send the first group, the server the second."""
 
-    JOIN = 1  # digest: fingerprint; a: vector length
-    PUSH = 2  # a: local steps in the sum; b: anchor version the worker holds; loss: their mean
+    JOIN = 1  # digest: fingerprint; a: vector length; b: random number of the process
+    PUSH = 2  # a: local steps in the sum; b: which push of this process it is, from 1; loss: their mean
     FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
     SNAPSHOT = 4  # the server is to write its state into the run folder
+    PING = 5  # still there, in a long step
 
-    WELCOME = 11
+    WELCOME = 11  # worker: the number given; a: the last push of this process that was counted; b: ticket
     REFUSED = 12  # a: Refusal
     ACCEPTED = 13  # a: anchor version when the push came in
     REJECTED = 14  # a push with NaN or infinity
-    STOP = 15  # another worker stopped the run early
+    STOP = 15  # the run ends early; a: 1 if by a signal, and a checkpoint is to be saved
     FINISHED = 16  # all have finished, the anchor is final; b: best step, or -1
     SNAPSHOT_DONE = 17  # a: 1 if written, 0 if it failed
+    EVICTED = 18  # nothing was heard for `worker_timeout`; the worker may join again
 
 
 class Refusal(IntEnum):
@@ -59,6 +68,8 @@ class Refusal(IntEnum):
     FINGERPRINT = 1
     TAKEN = 2
     TIMEOUT = 3
+    NO_ROOM = 4
+    ENDED = 5
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,7 @@ _MAGIC = 0x4C53414D  # "LSAM"
 class Channel:
     """A stream socket that carries `Message` frames.
 
-    Blocking: `receive` never; `wait` until a frame or `timeout`; `send` only if the peer has left some hundred frames
-    unread, which the protocol (one push under way a worker) cannot produce.
+    Blocking: `wait` until a frame or `timeout`; all else never.
     """
 
     def __init__(self, connection: socket.socket):
@@ -92,8 +102,13 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Raises ConnectionError if the peer is gone."""
-        self._socket.settimeout(None)
+        """Sends one frame, whole or not at all: the kernel takes so small a message in one piece.
+
+        Raises:
+            ConnectionError: if the peer is gone.
+            BlockingIOError: if it has left some hundred frames unread.
+        """
+        self._socket.settimeout(0.0)
         fields = (message.kind, message.worker, message.a, message.b, message.loss, message.digest)
         self._socket.sendall(_FRAME.pack(_MAGIC, *fields))
 
@@ -126,6 +141,11 @@ class Channel:
             raise ValueError("not a frame of this protocol")
         return Message(Kind(kind), *fields)
 
+    def shut(self) -> None:
+        """Makes both sides read an end of file."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._socket.close()
 
@@ -139,9 +159,23 @@ def _allocate(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
+def _allocate_anchor(path: Path, numel: int) -> None:
+    for name in ("anchor_0", "anchor_1"):
+        _allocate(path / name, numel * FLOAT_BYTES)
+    _allocate(path / "version", 16)
+
+
 def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The file as a tensor [numel] that all processes which map it share."""
+    """The file as a tensor [numel] that all processes which map it share; torch would make one that is not there.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+    """
+    path.stat()
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+
+
+_ANCHOR_FILES = ("anchor_0", "anchor_1", "version")
 
 
 class RunFolder:
@@ -164,12 +198,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, initial: Tensor, num_workers: int, manifest: list, run: dict) -> RunFolder:
-        """Allocates every file of a run and publishes `initial` as version 0.
+        """Allocates the files of a run and publishes `initial` as version 0.
 
         Args:
-            path: an existing empty folder.
+            path: an existing folder; run.json appears in it last.
             initial: the first anchor, float32 [d].
-            num_workers: how many mailboxes.
+            num_workers: workers that begin together, 0 if they come and go; as many mailboxes must find room.
             manifest: `ParameterLayout.manifest`.
             run: further contents of run.json.
 
@@ -177,35 +211,96 @@ class RunFolder:
             OSError: if the file system has no room. Names the bytes needed and the remedy; nothing is left behind.
         """
         size = initial.numel() * FLOAT_BYTES
-        vectors = ["anchor_0", "anchor_1", *(f"mailbox_{worker}" for worker in range(num_workers))]
+        contents = {**run, "numel": initial.numel(), "num_workers": num_workers}
         try:
             path.chmod(0o700)
-            for name in vectors:
-                _allocate(path / name, size)
-            _allocate(path / "version", 16)
+            _allocate_anchor(path, initial.numel())
+            free = shutil.disk_usage(path).free
+            if free < num_workers * size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             (path / "parameters.json").write_text(json.dumps(manifest))
-            (path / "run.json").write_text(json.dumps({**run, "numel": initial.numel(), "num_workers": num_workers}))
+            (path / "run.json.new").write_text(json.dumps(contents))
+            _map(path / "anchor_0", initial.numel()).copy_(initial)
+            os.rename(path / "run.json.new", path / "run.json")
         except OSError as error:
             free = shutil.disk_usage(path).free
-            shutil.rmtree(path, ignore_errors=True)
+            for name in (*_ANCHOR_FILES, "parameters.json", "run.json.new"):
+                (path / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                path.rmdir()
             raise OSError(
                 error.errno,
-                f"{path.parent} has no room for the exchange between {num_workers} workers: {len(vectors)} vectors of "
-                f"{size / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free ({error.strerror}). Enlarge it "
+                f"{path.parent} has no room for the exchange between {num_workers} workers: {num_workers + 2} vectors "
+                f"of {size / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free ({error.strerror}). Enlarge it "
                 "(`mount -o remount,size=...` or `docker run --shm-size=...`), or set `shared_memory_dir` to a folder "
                 "with room, on a local disk for example.",
             ) from error
-        folder = cls(path)
-        folder._slots[0].copy_(initial)
-        return folder
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Opens a folder whose server has ended; makes the shared files again if it ended cleanly.
+
+        Raises:
+            FileNotFoundError: if no run was ever founded in it.
+            RuntimeError: if nothing is left of its anchor.
+        """
+        numel = int(json.loads((path / "run.json").read_text())["numel"])
+        if not (path / "version").exists():
+            if not (path / "snapshot.safetensors").exists():
+                raise RuntimeError(f"{path} holds neither an anchor nor a snapshot to go on from. Use a new folder.")
+            for name in _ANCHOR_FILES:
+                (path / name).unlink(missing_ok=True)
+            _allocate_anchor(path, numel)
+        for orphan in (*path.glob("mailbox_*"), *path.glob(".snapshot.safetensors.*")):
+            orphan.unlink()
+        return cls(path)
+
+    @classmethod
+    def found_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
+        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments.
+
+        Raises:
+            FileNotFoundError: if there is a run whose server has ended, or not yet opened it again.
+        """
+        with (path / "founding").open("a") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            if not (path / "run.json").exists():
+                return cls.create(path, initial, 0, manifest, run)
+        return cls(path)
 
     @property
     def manifest(self) -> list:
         return json.loads((self.path / "parameters.json").read_text())
 
-    def mailbox(self, worker: int) -> Tensor:
-        """Maps the mailbox of `worker`, float32 [d]."""
-        return _map(self.path / f"mailbox_{worker}", self.numel)
+    @property
+    def snapshot_path(self) -> Path:
+        """Where the server saves its state."""
+        return self.path / "snapshot.safetensors"
+
+    # --- mailboxes: one a join ---
+
+    def make_mailbox(self, ticket: int) -> Tensor:
+        """Server only: allocates and maps the mailbox of one join, float32 [d].
+
+        Raises:
+            OSError: if there is no room; nothing is left behind.
+        """
+        path = self.path / f"mailbox_{ticket}"
+        try:
+            _allocate(path, self.numel * FLOAT_BYTES)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return _map(path, self.numel)
+
+    def drop_mailbox(self, ticket: int) -> None:
+        """Server only: takes the name away; who has it mapped keeps a file of its own."""
+        (self.path / f"mailbox_{ticket}").unlink(missing_ok=True)
+
+    def mailbox(self, ticket: int) -> Tensor:
+        """Maps the mailbox of one join, float32 [d]."""
+        return _map(self.path / f"mailbox_{ticket}", self.numel)
 
     # --- the anchor: one writer ---
 
@@ -214,6 +309,11 @@ class RunFolder:
         self._version[1] = version  # begun: from here on a reader of version - 2 will copy again
         self._slots[version % 2].copy_(vector)
         self._version[0] = version  # complete
+
+    def next_version(self, at_least: int) -> int:
+        """Server only, after a restart: a version above all that were ever begun, in the slot that nobody reads."""
+        version = max(at_least, *self._version.tolist()) + 1
+        return version + (version - self.version + 1) % 2
 
     # --- the anchor: many readers ---
 
@@ -244,6 +344,7 @@ class RunFolder:
     def listen(self) -> socket.socket:
         """Server only: the listening socket. It appears under its name once it accepts connections."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        (self.path / "socket.new").unlink(missing_ok=True)  # of a server that was killed right here
         with self._reachable("socket.new") as address:
             listener.bind(address)
         listener.listen(128)
@@ -261,15 +362,82 @@ class RunFolder:
             ConnectionError: if no server listens by then.
         """
         deadline = time.monotonic() + timeout
-        while not (self.path / "socket").exists():
-            if time.monotonic() > deadline or not still_coming():
-                raise ConnectionError(f"no server listens in {self.path}")
-            time.sleep(0.01)
+        while True:
+            try:
+                return self.try_connect()
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+                if time.monotonic() > deadline or not still_coming():
+                    raise ConnectionError(f"no server listens in {self.path}") from None
+                time.sleep(0.01)
+
+    def try_connect(self) -> Channel:
+        """Worker only: connects to the server if it listens; never waits.
+
+        Raises:
+            OSError: if it does not.
+        """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with self._reachable("socket") as address:
-            connection.connect(address)
+        connection.settimeout(0.0)
+        try:
+            with self._reachable("socket") as address:
+                connection.connect(address)
+        except OSError:
+            connection.close()
+            raise
         return Channel(connection)
+
+    def clear(self) -> None:
+        """Server only: removes what nobody needs once the run rests; its snapshot and description stay."""
+        for name in (*_ANCHOR_FILES, "socket", "server.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for mailbox in self.path.glob("mailbox_*"):
+            mailbox.unlink()
 
     def remove(self) -> None:
         """Deletes the folder; mappings that are still open stay valid until they are dropped."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def served_by_this_process(path: Path) -> Iterator[None]:
+    """Inside, this process is the server of `path`, and no other can be; the lock goes with the process.
+
+    Raises:
+        RuntimeError: if another process serves it. Names its run and its pid.
+    """
+    with (path / "lock").open("a") as lock:
+        deadline = time.monotonic() + 1.0
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:  # not a worker that is only looking whether there is a server
+                    raise RuntimeError(_taken(path)) from None
+                time.sleep(0.02)
+        record = path / "server.json"
+        run_id = json.loads(record.read_text())["run"] if record.exists() else secrets.token_hex(4)
+        (path / "server.json.new").write_text(json.dumps({"run": run_id, "pid": os.getpid()}))
+        os.rename(path / "server.json.new", record)
+        yield
+
+
+def is_served(path: Path) -> bool:
+    """Whether a living process serves the folder."""
+    try:
+        with (path / "lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _taken(path: Path) -> str:
+    record = path / "server.json"
+    owner = json.loads(record.read_text()) if record.exists() else {"run": "unknown", "pid": "unknown"}
+    return (
+        f"{path} is served already, by run {owner['run']}, pid {owner['pid']}. Two runs in one folder would write over "
+        "each other's anchor. Give this run a folder of its own, or end the other."
+    )
