@@ -66,6 +66,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 SEEDS = {"paper": 5, "gpu": 3, "cpu": 2, "smoke": 1}
 SEEDS_OF_METHODS = {**SEEDS, "cpu": 3}
+KEYS = (RunArguments, ImageDataArguments, LSAMArguments)
 VALIDATION = {"validation_fraction": 0.1}
 
 
@@ -102,12 +103,13 @@ class Runner:
         self.output_dir = output_dir
         self._runs_dir = runs_dir
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
+        self._defaults = parse_configuration(KEYS, [])
         self.values({})  # unknown keys are errors before any time is spent
 
     def values(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All keys of a run."""
         words = [*self.base, *(f"--{key}={value}" for key, value in settings.items())]
-        return parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), words)
+        return parse_configuration(KEYS, words)
 
     def tuned(self, method: str) -> dict[str, Any]:
         """The settings that the experiment `methods` has chosen, or none where it has not been run."""
@@ -121,7 +123,8 @@ class Runner:
         missing: dict[int, list[dict[str, Any]]] = {}
         for plan in plans:
             values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": plan.workers, "save_model": False}
-            name = hashlib.sha256(json.dumps({**values, "output_dir": None}, sort_keys=True).encode()).hexdigest()[:16]
+            what = {key: value for key, value in values.items() if key != "output_dir" and value != self._defaults[key]}
+            name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
             folder = self._runs_dir / name
             if not (folder / "results.json").exists() and folder not in folders:
                 missing.setdefault(plan.workers, []).append({**values, "output_dir": str(folder)})
@@ -380,12 +383,7 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
     runner.output_dir.mkdir(parents=True, exist_ok=True)
     common = runner.values({})
     files = ("data_dir", "train_file", "eval_file", "output_dir", "shared_memory_dir")  # of one machine only
-    known = {
-        field.name: common[field.name]
-        for kind in (RunArguments, ImageDataArguments, LSAMArguments)
-        for field in fields(kind)
-        if field.name not in files
-    }
+    known = {field.name: common[field.name] for kind in KEYS for field in fields(kind) if field.name not in files}
     runs = [
         {
             "label": plan.label,
