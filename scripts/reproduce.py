@@ -275,12 +275,17 @@ def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     rate = runner.values(lsam)["learning_rate"]
     nesterov = {"anchor_optimizer": "nesterov", "anchor_momentum": 0.6, "anchor_lr": 0.5}
     nesterov["anchor_momentum_correction"] = 0.0
+    # The mean of a period's differences is half of what the worker has moved in it: with eta' = 1 and a worker that is
+    # reset, y moves by half; with eta' = 2 to the mean of where the workers are, as in local SGD.
+    full_step = {"anchor_lr": 2.0, "anchor_momentum_correction": 0.0}
     plans = []
     for label, settings in {
         "the paper's: coupled, beta = 0.3": {},
         "beta = 0": {"anchor_momentum_correction": 0.0},
         "Nesterov anchor": nesterov,
+        "eta' = 2, beta = 0": full_step,
         "reset at each sync": {"reset_to_anchor": True},
+        "reset, eta' = 2, beta = 0": {"reset_to_anchor": True, **full_step},
         "reset, Nesterov anchor, eta x 2": {"reset_to_anchor": True, **nesterov, "learning_rate": 2 * rate},
         "T = 1e-6": {"langevin_temperature": 1e-6},
         "rho decays with eta": {"rho_schedule": "learning_rate"},
