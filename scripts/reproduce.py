@@ -306,6 +306,8 @@ EXPERIMENTS = {
     each.__name__: each for each in (single_worker, sync_interval, async_vs_sync, methods, failure_signatures, levers)
 }
 
+TIMED = ("sync_interval", "async_vs_sync")  # the machine must have nothing else to do
+
 
 # --- what is written ---
 
@@ -316,9 +318,9 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
     return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
-    """One line a label: error, time, bytes, and what else the experiment found."""
-    header = ["", "test error, %", "lowest, %", "training time, s", "MB exchanged", "seeds"]
+def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any], timed: bool) -> str:
+    """One line a label: error, bytes, time where the experiment is about it, and what else it found."""
+    header = ["", "test error, %", "lowest, %", "MB exchanged", "seeds"]
     if next(iter(rows.values()))[0]["evaluated_on"] != "test split":
         header[1] = "validation error, %"
     extra = {
@@ -327,13 +329,16 @@ def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) 
         "signatures": "largest drift; mean staleness of the slowest; runs that warned",
     }
     columns = [key for key in extra if key in found and key != "paired_differences"]
+    if timed:
+        header.append("training time, s")
     lines = []
     for label, results in rows.items():
         errors = [1 - result["accuracy"] for result in results]
         lowest = [min(1 - point["accuracy"] for point in result["points"]) for result in results]
         line = [label, spread(errors, 2, 100), spread(lowest, 2, 100)]
-        line += [spread([result["seconds"] for result in results], 1), f"{results[0]['bytes'] / 1e6:.1f}"]
-        line += [str(len(results))]
+        line += [f"{results[0]['bytes'] / 1e6:.1f}", str(len(results))]
+        if timed:
+            line.append(spread([result["seconds"] for result in results], 1))
         for key in columns:
             values = found[key][label]
             if key == "signatures":
@@ -351,18 +356,17 @@ def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) 
     return table
 
 
-def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Error against epochs, time and bytes; the line is the mean over seeds, the band their range."""
+def plot(rows: dict[str, list[dict[str, Any]]], path: Path, timed: bool) -> None:
+    """Error against epochs, bytes and, where it is measured, time; the line is the mean over seeds, the band their
+    range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    against = [("epoch", "epoch", 1), ("bytes", "MB exchanged", 1e6), ("seconds", "seconds", 1)][: 2 + timed]
+    figure = Figure(figsize=(5 * len(against), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
     what = next(iter(rows.values()))[0]["evaluated_on"].removesuffix(" split")
-    for axis, (key, name, scale) in zip(
-        axes, [("epoch", "epoch", 1), ("seconds", "seconds", 1), ("bytes", "MB exchanged", 1e6)], strict=True
-    ):
+    for axis, (key, name, scale) in zip(figure.subplots(1, len(against)), against, strict=True):
         for label, results in rows.items():
             x, mean, low, high = [], [], [], []
             for points in zip(*(result["points"] for result in results), strict=True):
@@ -375,7 +379,7 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
         axis.set(xlabel=name, ylabel=f"{what} error, %")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=100)
 
 
@@ -405,12 +409,12 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
         }
         for plan, result in zip(plans, results, strict=True)
     ]
-    table = summary_table(rows, found)
+    table = summary_table(rows, found, timed=experiment in TIMED)
     contents = {"experiment": experiment, "budget": budget, **found, "configuration": known, "runs": runs}
     contents |= provenance()
     (runner.output_dir / f"{experiment}.json").write_text(json.dumps(contents, indent=1) + "\n")
     (runner.output_dir / f"{experiment}.md").write_text(table + "\n")
-    plot(rows, runner.output_dir / f"{experiment}.png")
+    plot(rows, runner.output_dir / f"{experiment}.png", timed=experiment in TIMED)
     return table
 
 
