@@ -13,8 +13,8 @@ data, printed before it runs: (worker, its local step, fault). Workers carry the
 
 After each schedule: the anchor is finite; no worker saw versions that did not strictly increase; the server counted no
 push twice, and without a restart each that a worker knows as answered; nothing is left of the run but its snapshot and
-its description; the loss at the anchor is within 5 % of a run without faults, unless most steps fell into the time until a
-killed server was back. Exit code 1 and the reason otherwise.
+its description; the loss at the anchor is within 5 % of a run without faults, unless most steps fell into the time
+until a killed server was back. Exit code 1 and the reason otherwise.
 """
 
 from __future__ import annotations
