@@ -24,8 +24,8 @@ class FailureSignatures:
         num_workers: n.
     """
 
-    DRIFT_WINDOW = 6  # log points, each at a newer anchor, over which drift must have grown at each one
-    DRIFT_GROWTH = 2.0  # and by this factor in all
+    # Log points, each at a newer anchor, over which drift must have grown at each one, and by which factor in all.
+    DRIFT_WINDOWS = ((6, 2.0), (12, 1.4))
     STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
 
     def __init__(self, num_workers: int):
@@ -46,10 +46,15 @@ class FailureSignatures:
         """
         if anchor_version > self._seen_version:
             self._seen_version = anchor_version
-            self._seen = [*self._seen, (drift, drift / max(learning_rate, 1e-30))][-self.DRIFT_WINDOW :]
-        growing = len(self._seen) == self.DRIFT_WINDOW and all(
-            all(later > earlier for earlier, later in pairwise(series)) and series[-1] > self.DRIFT_GROWTH * series[0]
-            for series in zip(*self._seen, strict=True)
+            longest = max(points for points, _ in self.DRIFT_WINDOWS)
+            self._seen = [*self._seen, (drift, drift / max(learning_rate, 1e-30))][-longest:]
+        growing = any(
+            len(self._seen) >= points
+            and all(
+                all(later > earlier for earlier, later in pairwise(series)) and series[-1] > factor * series[0]
+                for series in zip(*self._seen[-points:], strict=True)
+            )
+            for points, factor in self.DRIFT_WINDOWS
         )
         warnings = []
         if not math.isfinite(drift) or growing:

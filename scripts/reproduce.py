@@ -239,15 +239,15 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     lsam = {**runner.tuned("lsam"), "method": "lsam"}
     free = {**lsam, "coupling_strength": 0.0, "sync_steps": 32, "lr_schedule": "constant", "log_steps": 32}
-    slow = {**lsam, "epochs": runner.values({})["epochs"] / 4, "log_steps": 4, "slow_worker": 3, "slow_steps": 20}
-    slow["slow_factor"] = 50.0
+    # Slow in its first steps only: the others would have finished long before it.
+    slow = {**lsam, "log_steps": 2, "slow_worker": 3, "slow_steps": 6, "slow_factor": 40.0}
     # A signature shows or it does not: one seed. How BatchNorm's statistics compare is a matter of spread: all seeds.
     plans = [
         Plan(label, settings, seed=0)
         for label, settings in {
             "lambda0 = 0, tau = 32: nothing holds the workers": free,
             "remedy: lambda0 = 0.9, tau = 16": {**free, "coupling_strength": 0.9, "sync_steps": 16},
-            "one worker 50 times slower, tau = 2": {**slow, "sync_steps": 2},
+            "one worker 40 times slower at first, tau = 1": {**slow, "sync_steps": 1},
             "remedy: tau = 16": {**slow, "sync_steps": 16},
         }.items()
     ]
