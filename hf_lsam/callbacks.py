@@ -25,8 +25,8 @@ class FailureSignatures:
         num_workers: n.
     """
 
-    # Log points, each at a newer anchor, over which drift must have grown at each one; by which factor in all; and by how
-    # much in the later half, of what it grew in the earlier one: on the way to a level it slows down.
+    # Log points, each at a newer anchor, over which drift must have grown at each one; by which factor in all; and by
+    # how much in the later half, of what it grew in the earlier one: on the way to a level it slows down.
     DRIFT_WINDOWS = ((6, 2.0, 0.0), (12, 1.4, 0.5))
     STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
 
