@@ -1,8 +1,10 @@
 # Everything a fresh machine needs goes into .venv; nothing else is touched.
 PYTHON ?= python3
 # Without an installed torch, pip would take the newest build with all its CUDA packages. Override to use your own:
-#   make test TORCH="torch==2.11.0"
+#   make quickstart TORCH="torch==2.11.0"
 TORCH ?= torch==2.13.0
+# The tests also build timm models, and torchvision fits one torch only.
+TORCH_FOR_TESTS ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -41,6 +43,6 @@ clean:  ## Removes .venv
 	$(BIN)/pip install --quiet --editable '.[recipes]'
 	touch $@
 
-.venv/.test: .venv/.recipes
-	$(BIN)/pip install --quiet --editable '.[test]'
+.venv/.test: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet $(TORCH_FOR_TESTS) --editable '.[test]'
 	touch $@

@@ -38,7 +38,7 @@ class _LoopArguments(LSAMArguments):
 
 
 # What a closure decides for itself, or a Trainer's data loader.
-_NOT_HERE = ("sam_ascent_fraction", "data_distribution", "batchnorm_batches")
+NOT_IN_A_LOOP = ("sam_ascent_fraction", "data_distribution", "batchnorm_batches")
 
 
 class LSAM:
@@ -89,7 +89,7 @@ class LSAM:
         output_dir: str | Path = ".",
         **lsam: Any,
     ):
-        known = {field.name for field in fields(LSAMArguments)}.difference(_NOT_HERE)
+        known = {field.name for field in fields(LSAMArguments)}.difference(NOT_IN_A_LOOP)
         unknown = sorted(lsam.keys() - known)
         if unknown:
             raise TypeError(f"LSAM takes no field {unknown[0]!r}. It takes {', '.join(sorted(known))}.")

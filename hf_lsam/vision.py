@@ -3,8 +3,8 @@
 `create` builds them by name. Where timm is installed, importing this module also registers them with it, as
 `hf_lsam_resnet20` and so on, so that timm's tools and transformers' TimmWrapper can use them.
 
-All end in global average pooling, so any image of at least 16x16 pixels will do. `width` is the number of channels after
-the first convolution; every other layer scales with it.
+All end in global average pooling, so any image of at least 16x16 pixels will do. `width` is the number of channels
+after the first convolution; every other layer scales with it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 try:
     import timm
-    from timm.models import build_model_with_cfg, register_model
-    from timm.models._builder import resolve_pretrained_cfg
+    from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 except ImportError:  # it comes with the `vision` extra
     timm = None
+
+
+__all__ = ["NETWORKS", "ImageClassifier", "create", "resnet20", "vgg16", "wrn_16_8", "wrn_28_10"]
 
 
 class ImageClassifier(nn.Module):
@@ -191,14 +193,14 @@ def _wide_resnet(
 def wrn_16_8(
     num_classes: int = 10, in_chans: int = 3, width: int = 16, drop_rate: float = 0.0, global_pool: str = "avg"
 ) -> ImageClassifier:
-    """WRN-16-8: 11.0 million parameters (Zagoruyko and Komodakis 2016, arXiv 1605.07146); `drop_rate` in the blocks."""
+    """WRN-16-8: 11.0 million parameters, dropout in its blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
     return _wide_resnet(16, 8, num_classes, in_chans, width, drop_rate, global_pool)
 
 
 def wrn_28_10(
     num_classes: int = 10, in_chans: int = 3, width: int = 16, drop_rate: float = 0.0, global_pool: str = "avg"
 ) -> ImageClassifier:
-    """WRN-28-10: 36.5 million parameters (Zagoruyko and Komodakis 2016, arXiv 1605.07146); `drop_rate` in the blocks."""
+    """WRN-28-10: 36.5 million parameters, dropout in its blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
     return _wide_resnet(28, 10, num_classes, in_chans, width, drop_rate, global_pool)
 
 
@@ -226,10 +228,10 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
             "pip install 'hf-lsam[vision]'."
         )
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=5)
+        close = ", ".join(get_close_matches(name, timm.list_models(), n=5)) or "nothing like it"
         raise ValueError(
-            f"There is no network {name!r}: neither here ({known}) nor in timm {timm.__version__}"
-            f"{f', which has {chr(44).join(close)}' if close else ''}. timm.list_models() lists all."
+            f"There is no network {name!r}: neither here ({known}) nor in timm {timm.__version__}, which has {close}. "
+            "timm.list_models() lists all."
         )
     return timm.create_model(name, num_classes=num_classes, **options)
 
@@ -269,7 +271,7 @@ def _register(name: str) -> None:
         return build_model_with_cfg(NETWORKS[name], entry.__name__, pretrained, source, **options)
 
     entry.__name__ = entry.__qualname__ = f"{TIMM_PREFIX}{name}"
-    register_model(entry)
+    globals()[entry.__name__] = register_model(entry)  # timm adds the name to this module's __all__
 
 
 if timm is not None:

@@ -14,6 +14,8 @@ round; the median over rounds is reported.
     pytorch_optimizer  SAM of the package of that name (left out if it is not installed)
     davda54            SAM as an optimizer wrapper in the style of davda54/sam, written here
 
+With `--vision` it is about an image loop instead (bench_images.py).
+
 Besides: the time the training thread spends on the exchange with the server process (`lsam server`), and the peak of
 resident memory, each variant in a fresh process, above what is resident once the model is loaded.
 """
@@ -31,6 +33,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_images
 import torch
 from reporting import markdown_table, provenance
 from torch import Tensor, nn
@@ -346,6 +349,9 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
+    if "--vision" in sys.argv:
+        bench_images.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens an example")

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and benchmarks/README.md from the JSON files they come from.
+"""Writes the measured tables of README.md, benchmarks/README.md and the image recipe from the JSON they come from.
 
 python scripts/write_tables.py
 """
@@ -13,7 +13,7 @@ from typing import Any
 from reporting import REPOSITORY, markdown_table
 from summarize_results import write_between
 
-BENCHMARKS = ("async", "step", "server")
+BENCHMARKS = ("async", "step", "images", "server")
 
 
 def load(path: Path) -> Any:
@@ -29,6 +29,25 @@ def origin(report: dict[str, Any]) -> str:
     commit, _, dirty = provenance["commit"].partition("-")
     state = f"{commit[:12]} with uncommitted changes" if dirty else commit[:12]
     return f"{machine}; {packages}; commit {state}, {provenance['date'][:10]}."
+
+
+def write_experiments(recipe: Path) -> None:
+    """The tables of scripts/reproduce.py between the markers of the recipe's README."""
+    for path in sorted(recipe.glob("results/*/*.json")):
+        report = load(path)
+        first = report["runs"][0]
+        dates = sorted(run["date"][:10] for run in report["runs"])
+        commits = sorted({run["commit"][:12] for run in report["runs"]})
+        hardware = first["hardware"]
+        machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
+        versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+        text = (
+            f"{path.with_suffix('.md').read_text().strip()}\n\n![{report['experiment']}]"
+            f"(results/{report['budget']}/{path.stem}.png)\n\n{first['steps_per_worker']} steps a worker at most, "
+            f"{first['train_images']:,} training images, evaluated on {first['eval_images']:,} of the "
+            f"{first['evaluated_on']}. On {machine}; {versions}; commit {', '.join(commits)}; {dates[-1]}."
+        )
+        write_between(recipe / "README.md", f"{report['budget']}-{path.stem}", text)
 
 
 def summary() -> str:
@@ -75,6 +94,22 @@ def summary() -> str:
             f"n = {steps['lsam server']['exchange_n']}",
         )
     )
+    images = reports["images"]["results"]
+    loop, (_, ours, _) = images["step"], images["throughput"]
+    rows.append(
+        (
+            "an image loop's LSAM step, of two forward-backward passes of a plain PyTorch loop (ResNet-20, CPU)",
+            f"{loop['ratio']:.3f} x",
+            f"n = {loop['n']}",
+        )
+    )
+    rows.append(
+        (
+            "images a second of two workers of one run, of two processes that share nothing",
+            f"{ours['ratio']:.3f} x",
+            f"n = {ours['n']}",
+        )
+    )
     absorbed = [pushes[90.0, senders, "absorb"]["ratio"] for senders in (1, 4, 16)]
     rows.append(
         (
@@ -93,6 +128,7 @@ def main() -> None:
         parameters = ", ".join(f"{key} {value}" for key, value in report["parameters"].items())
         text = f"{table}\n\n`{report['command']}`: {parameters}.\n\nOn {origin(report)}"
         write_between(REPOSITORY / "benchmarks/README.md", name, text)
+    write_experiments(REPOSITORY / "recipes/cifar10_resnet20")
     write_between(REPOSITORY / "README.md", "results", summary())
 
 

@@ -45,6 +45,17 @@ def test_bench_step(tmp_path):
     assert 0 < rows["lsam server"]["exchange_share"] < 1
 
 
+def test_bench_step_of_an_image_loop(tmp_path):
+    size = ("--batch", "2", "--rounds", "1", "--steps", "1", "--throughput_rounds", "1", "--throughput_steps", "2")
+    report = report_of("bench_step.py", tmp_path / "images.json", "--vision", *size)
+    results = report["results"]
+    assert results["step"]["n"] == len(results["step"]["ratios"]) == 1
+    assert [row["kind"] for row in results["throughput"]] == ["independent", "lsam", "sam"]
+    for row in results["throughput"]:
+        assert row["images_per_second"] > 0
+    assert results["throughput"][0]["ratio"] == 1.0
+
+
 def test_bench_step_measures_memory(tmp_path):
     size = ("--batch", "2", "--length", "8", "--rounds", "1", "--steps", "1", "--exchange_steps", "0")
     report = report_of("bench_step.py", tmp_path / "step.json", *size, "--variants", "plain", "lsam")

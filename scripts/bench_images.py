@@ -1,0 +1,194 @@
+"""What LSAM costs an image loop: the vision mode of bench_step.py.
+
+    python scripts/bench_step.py --vision --output benchmarks/images.json
+
+ResNet-20, SGD with momentum, random images, channels last. Two questions:
+
+1. A step of `LSAM` alone, of two forward-backward passes, against two of a plain PyTorch loop. The loops take turns, a
+   few steps each; the median over rounds of the ratio within a round is reported.
+2. Images a second of two workers: two LSAM processes that know nothing of each other, two workers of one LSAM run with
+   its server, and two processes of data-parallel SAM. They take turns too; a process has one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from reporting import markdown_table, provenance
+from torch.nn.functional import cross_entropy
+from train_image_classification import Asynchronous, DataParallel
+
+from hf_lsam import LSAM, vision
+from hf_lsam.identity import Identity
+
+RHO, SYNC_STEPS, LEARNING_RATE, MOMENTUM = 0.1, 16, 0.1, 0.9
+LSAM_FIELDS = {"sam_rho": RHO, "sync_steps": SYNC_STEPS}
+KINDS = {
+    "independent": "two LSAM processes, nothing shared",
+    "lsam": "two workers of one LSAM run",
+    "sam": "data-parallel SAM, two processes",
+}
+
+
+def problem(batch: int):
+    torch.manual_seed(0)
+    model = vision.resnet20().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    return model, optimizer, images, torch.randint(0, 10, (batch,))
+
+
+def step_ratios(batch: int, rounds: int, steps: int) -> dict:
+    """Median seconds of both loops' steps, and the ratio of an LSAM step to two plain ones, round by round."""
+    model, optimizer, images, labels = problem(batch)
+    other, other_optimizer, *_ = problem(batch)
+    seconds: dict[str, list[float]] = {"plain": [], "lsam": []}
+    ratios = []
+
+    def plain() -> None:
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    lsam = LSAM(other, other_optimizer, **LSAM_FIELDS)
+    with lsam:
+        for number in range(rounds + 1):
+            medians = {}
+            for name, step in (
+                ("plain", plain),
+                ("lsam", lambda: lsam.step(lambda: cross_entropy(other(images), labels))),
+            ):
+                taken = []
+                for _ in range(steps * (2 if name == "plain" else 1)):
+                    begin = time.perf_counter()
+                    step()
+                    taken.append(time.perf_counter() - begin)
+                medians[name] = statistics.median(taken)
+            if number:  # the first round warms up
+                for name, median in medians.items():
+                    seconds[name].append(median)
+                ratios.append(medians["lsam"] / (2 * medians["plain"]))
+    return {
+        "plain_step_s": statistics.median(seconds["plain"]),
+        "lsam_step_s": statistics.median(seconds["lsam"]),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "n": rounds,
+    }
+
+
+def work(kind: str, batch: int, steps: int) -> float:
+    """Images a second of this process, over its steps after a warm-up of one period."""
+    torch.set_num_threads(1)
+    model, optimizer, images, labels = problem(batch)
+    fields = {**LSAM_FIELDS, "sam_eps": 1e-12, "sam_adaptive": False, "batchnorm_statistics": "reestimate"}
+    if kind == "sam":
+        method = DataParallel(model, optimizer, Identity.from_environment(), fields, ascent_sync=False)
+        forward = method.wrapped
+    else:
+        method = Asynchronous(model, optimizer, LSAM_FIELDS, reset=False, out=Path(tempfile.gettempdir()))
+        forward = model
+    with method:
+        for step in range(SYNC_STEPS + steps):
+            if step == SYNC_STEPS:
+                begin = time.perf_counter()
+            method.step(lambda: cross_entropy(forward(images), labels), RHO)
+        return steps * batch / (time.perf_counter() - begin)
+
+
+def throughput(kind: str, batch: int, steps: int) -> float:
+    """Images a second of two processes together."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker = [str(Path(__file__).resolve()), "--work", kind, "--batch", str(batch), "--steps", str(steps)]
+        worker += ["--output", folder]
+        if kind == "independent":
+            several = [subprocess.Popen([sys.executable, *worker]) for _ in range(2)]
+        else:
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+            launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            several = [subprocess.Popen([*launch, "--main_process_port", "0", *worker])]
+        if any(process.wait() for process in several):
+            raise RuntimeError(f"a process of {kind} failed; its error stands above")
+        return sum(float(path.read_text()) for path in Path(folder).iterdir() if path.suffix == ".rate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", action="store_true", help=argparse.SUPPRESS)  # how bench_step.py gets here
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=8, help="of the step's cost")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of a loop in a round")
+    parser.add_argument("--throughput_rounds", type=int, default=4)
+    parser.add_argument("--throughput_steps", type=int, default=64)
+    parser.add_argument("--work", choices=KINDS, help=argparse.SUPPRESS)  # what a process of `throughput` is told
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    if arguments.work:
+        rate = work(arguments.work, arguments.batch, arguments.steps)
+        with tempfile.NamedTemporaryFile("w", suffix=".rate", dir=arguments.output, delete=False) as file:
+            file.write(str(rate))
+        return
+    step = step_ratios(arguments.batch, arguments.rounds, arguments.steps)
+    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(arguments.throughput_rounds):
+        for kind in KINDS:
+            rates[kind].append(throughput(kind, arguments.batch, arguments.throughput_steps))
+    rows = []
+    for kind, label in KINDS.items():
+        ratios = [own / alone for own, alone in zip(rates[kind], rates["independent"], strict=True)]
+        rows.append(
+            {
+                "kind": kind,
+                "label": label,
+                "images_per_second": statistics.median(rates[kind]),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "n": len(ratios),
+            }
+        )
+    results = {"step": step, "throughput": rows}
+    print(table(results))
+    if arguments.output is not None:
+        report = {
+            "benchmark": "images",
+            "command": " ".join(["python", "scripts/bench_step.py", *sys.argv[1:]]),
+            "provenance": provenance(),
+            "parameters": {
+                "model": "resnet20, 32x32",
+                "batch": arguments.batch,
+                "steps": arguments.steps,
+                "throughput_steps": arguments.throughput_steps,
+                "threads": torch.get_num_threads(),
+                **LSAM_FIELDS,
+            },
+            "results": results,
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table(results: dict) -> str:
+    step = results["step"]
+    lines = [
+        [
+            "an LSAM step, of two forward-backward passes of a plain loop",
+            f"{step['lsam_step_s'] * 1e3:.0f} ms, {2 * step['plain_step_s'] * 1e3:.0f} ms",
+            f"{step['ratio']:.3f}",
+            str(step["n"]),
+        ]
+    ]
+    for row in results["throughput"]:
+        lines.append([row["label"], f"{row['images_per_second']:.0f} images/s", f"{row['ratio']:.3f}", str(row["n"])])
+    return markdown_table(["what", "measured", "ratio", "n"], lines)
+
+
+if __name__ == "__main__":
+    main()

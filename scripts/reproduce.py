@@ -1,0 +1,432 @@
+"""The experiments of the paper's vision benchmarks, and those it leaves open, as tables, JSON and plots.
+
+    python scripts/reproduce.py EXPERIMENT --budget {smoke,cpu,gpu,paper} [--key value ...]
+
+    single_worker       n = 1: LSAM against SAM and SGD in one process
+    sync_interval       n = 4, tau in {4, 8, 16, 32}
+    async_vs_sync       LSAM against data-parallel SAM at the same total batch, without and with a slow worker
+    methods             all five methods, each tuned with the same number of trials
+    failure_signatures  what goes wrong shows, is warned of, and is remedied; where BatchNorm's statistics come from
+    levers              what the paper leaves open, each against its setting
+
+Any key of scripts/train_image_classification.py may follow, for example `--dataset cifar10 --data_dir FOLDER`. Runs are
+kept in `--runs_dir`; one that has finished is not run again, so an interrupted experiment goes on where it was. Tables
+go to `--output_dir`. What is chosen is chosen on 10 % of the training split that is held out for it, never on the test
+split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from configuration import parse_configuration
+from image_data import ImageDataArguments
+from reporting import REPOSITORY, markdown_table, provenance
+from train_image_classification import RunArguments, run
+
+from hf_lsam import LSAMArguments
+
+# The paper's settings: 150 epochs, 4 workers, batch 128 each, eta 0.2, rho 0.1, tau 16, lambda0 0.1.
+PAPER = {"epochs": 150, "batch_size": 128, "learning_rate": 0.2, "sam_rho": 0.1, "sync_steps": 16}
+SMALL = {"use_cpu": True, "image_size": 16, "channels_last": True}
+BUDGETS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "gpu": {**PAPER, "epochs": 15, "bf16": True, "channels_last": True},
+    "cpu": {
+        **PAPER,
+        **SMALL,
+        "model_width": 8,
+        "max_train_images": 7680,
+        "epochs": 8,
+        "batch_size": 32,
+        "sam_rho": 0.05,
+        "eval_points": 10,
+    },
+    "smoke": {
+        **PAPER,
+        **SMALL,
+        "model_width": 4,
+        "epochs": 2,
+        "batch_size": 4,
+        "sync_steps": 2,
+        "eval_points": 2,
+        "log_steps": 2,
+        "batchnorm_batches": 2,
+    },
+}
+SEEDS = {"paper": 5, "gpu": 3, "cpu": 3, "smoke": 1}
+VALIDATION = {"validation_fraction": 0.1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run to be made.
+
+    Args:
+        label: its line in tables and plots.
+        settings: keys of train_image_classification.py that differ from the budget's.
+        seed: of the run.
+        workers: how many processes.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    seed: int
+    workers: int = 4
+
+
+class Runner:
+    """Makes the runs that are not there yet.
+
+    Args:
+        budget: a key of `BUDGETS`.
+        overrides: command line keys for every run, as `--key value` words.
+        runs_dir: one folder a run, named after what determines it.
+        output_dir: where tables go, and where the tuned settings are read from.
+    """
+
+    def __init__(self, budget: str, overrides: Sequence[str], runs_dir: Path, output_dir: Path):
+        self.seeds = range(SEEDS[budget])
+        self.output_dir = output_dir
+        self._runs_dir = runs_dir
+        self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
+        self.values({})  # unknown keys are errors before any time is spent
+
+    def values(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All keys of a run."""
+        words = [*self.base, *(f"--{key}={value}" for key, value in settings.items())]
+        return parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), words)
+
+    def tuned(self, method: str) -> dict[str, Any]:
+        """The settings that the experiment `methods` has chosen, or none where it has not been run."""
+        path = self.output_dir / "methods.json"
+        return json.loads(path.read_text())["chosen"][method] if path.exists() else {}
+
+    def results(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+        """The results of the runs, in their order; those that are missing are run, one launch for each number of
+        workers."""
+        folders = []
+        missing: dict[int, list[dict[str, Any]]] = {}
+        for plan in plans:
+            values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": plan.workers, "save_model": False}
+            name = hashlib.sha256(json.dumps({**values, "output_dir": None}, sort_keys=True).encode()).hexdigest()[:16]
+            folder = self._runs_dir / name
+            if not (folder / "results.json").exists() and folder not in folders:
+                missing.setdefault(plan.workers, []).append({**values, "output_dir": str(folder)})
+            folders.append(folder)
+        for workers, batch in missing.items():
+            self._launch(workers, batch)
+        return [json.loads((folder / "results.json").read_text()) for folder in folders]
+
+    def _launch(self, workers: int, batch: list[dict[str, Any]]) -> None:
+        command = [sys.executable]
+        if workers > 1:
+            command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+            command += ["--num_processes", str(workers), "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--main_process_port", "0"]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
+            json.dump(batch, plan)
+            plan.flush()
+            subprocess.run([*command, str(Path(__file__).resolve()), "--runs", plan.name], check=True)
+
+
+def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int = 4) -> list[Plan]:
+    return [Plan(label, settings, seed, workers) for seed in runner.seeds]
+
+
+# --- the experiments: each returns its plans and, beside the common table, what else it found ---
+
+
+def single_worker(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+    plans = []
+    for label, settings in {
+        "LSAM, n = 1": {"method": "lsam", **runner.tuned("lsam")},
+        "SAM": {"method": "sam", **runner.tuned("sam")},
+        "SGD": {"method": "sgd", **runner.tuned("sgd")},
+    }.items():
+        # One worker of a quarter of the images makes as many steps as each of four.
+        plans += of_seeds(runner, label, {**settings, "epochs": runner.values({})["epochs"] / 4}, workers=1)
+    return plans, {}
+
+
+def sync_interval(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+    plans = []
+    for steps in (4, 8, 16, 32):
+        plans += of_seeds(runner, f"tau = {steps}", {**runner.tuned("lsam"), "method": "lsam", "sync_steps": steps})
+    return plans, {}
+
+
+def async_vs_sync(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+    # Two workers: on two cores each has its own, so that time means something. The total batch stays that of four.
+    common = {"batch_size": 2 * runner.values({})["batch_size"], "eval_points": 30}
+    slow = {"slow_worker": 1, "slow_factor": 1.0}
+    plans = []
+    for label, settings in {
+        "LSAM, tau = 16": {**runner.tuned("lsam"), "method": "lsam"},
+        "data-parallel SAM": {**runner.tuned("sam"), "method": "sam"},
+    }.items():
+        plans += of_seeds(runner, label, {**settings, **common}, workers=2)
+        plans += of_seeds(runner, f"{label}, one worker at half speed", {**settings, **common, **slow}, workers=2)
+    results = runner.results(plans)
+    reference = [r["accuracy"] for p, r in zip(plans, results, strict=True) if p.label == "data-parallel SAM"]
+    target = 0.9 * statistics.mean(reference)
+    reached: dict[str, list[float | None]] = {}
+    for plan, result in zip(plans, results, strict=True):
+        seconds = next((point["seconds"] for point in result["points"] if point["accuracy"] >= target), None)
+        reached.setdefault(plan.label, []).append(seconds)
+    return plans, {"target_accuracy": target, "seconds_to_target": reached}
+
+
+# Five trials each: three learning rates at the method's first setting, then two other settings at the best of them.
+TRIALS: dict[str, tuple[dict[str, float], list[dict[str, float]]]] = {
+    "sgd": ({}, [{"weight_decay": 1e-4}, {"weight_decay": 2e-3}]),
+    "sam": ({}, [{"sam_rho": 0.02}, {"sam_rho": 0.1}]),
+    "lsam": ({"coupling_strength": 0.1}, [{"sam_rho": 0.02}, {"coupling_strength": 0.9}]),
+    "easgd": ({"coupling_strength": 0.225}, [{"coupling_strength": 0.1}, {"coupling_strength": 0.45}]),
+    "lsgd": ({"coupling_strength": 0.1}, [{"coupling_strength": 0.9}, {"coupling_strength": 4.0}]),
+}
+
+
+def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+    first = runner.values({})["learning_rate"]
+    rates = [first / 2, first, 2 * first]
+    chosen: dict[str, dict[str, float]] = {}
+    trials = []
+
+    def stage(candidates: dict[str, list[dict[str, float]]]) -> None:
+        plans = [
+            Plan(method, {**settings, **VALIDATION, "method": method, "eval_points": 1}, seed=100)
+            for method, several in candidates.items()
+            for settings in several
+        ]
+        for plan, result in zip(plans, runner.results(plans), strict=True):
+            own = {k: v for k, v in plan.settings.items() if k not in ("method", "eval_points", *VALIDATION)}
+            trials.append({"method": plan.label, "settings": own, "validation_accuracy": result["accuracy"]})
+        for method in candidates:
+            best = max((t for t in trials if t["method"] == method), key=lambda t: t["validation_accuracy"])
+            chosen[method] = best["settings"]
+
+    stage({m: [{**start, "learning_rate": rate} for rate in rates] for m, (start, _) in TRIALS.items()})
+    stage({m: [{**chosen[m], **other} for other in others] for m, (_, others) in TRIALS.items()})
+    plans = []
+    for method in TRIALS:
+        plans += of_seeds(runner, method, {**chosen[method], "method": method})
+    results = runner.results(plans)
+    accuracy = {(p.label, p.seed): r["accuracy"] for p, r in zip(plans, results, strict=True)}
+    paired = {
+        f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in runner.seeds]
+        for other in TRIALS
+        if other != "lsam"
+    }
+    return plans, {"chosen": chosen, "trials": trials, "paired_differences": paired}
+
+
+def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+    lsam = {**runner.tuned("lsam"), "method": "lsam"}
+    slow = {**lsam, "epochs": runner.values({})["epochs"] / 4, "log_steps": 4, "slow_worker": 3, "slow_steps": 20}
+    slow["slow_factor"] = 50.0
+    plans = []
+    for label, settings in {
+        "lambda0 = 0, tau = 64: nothing holds the workers": {**lsam, "coupling_strength": 0.0, "sync_steps": 64},
+        "remedy: lambda0 = 0.9, tau = 16": {**lsam, "coupling_strength": 0.9, "sync_steps": 16},
+        "one worker 50 times slower, tau = 2": {**slow, "sync_steps": 2},
+        "remedy: tau = 16": {**slow, "sync_steps": 16},
+        "BatchNorm statistics of worker 0": {**lsam, "batchnorm_statistics": "worker"},
+        "remedy: re-estimated at the anchor": lsam,
+        "or: averaged over the workers": {**lsam, "batchnorm_statistics": "average"},
+    }.items():
+        plans += of_seeds(runner, label, settings)
+    signs = {}
+    for plan, result in zip(plans, runner.results(plans), strict=True):
+        drifts = [drift for worker in result["workers"] for _, _, drift in worker["curve"]]
+        signs.setdefault(plan.label, []).append(
+            {
+                "largest_drift": max(drifts),
+                "largest_mean_staleness": max(worker["staleness_mean"] for worker in result["workers"]),
+                "warnings": sorted({message for worker in result["workers"] for message in worker["warnings"]}),
+            }
+        )
+    return plans, {"signatures": signs}
+
+
+def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+    lsam = {**runner.tuned("lsam"), "method": "lsam", **VALIDATION}
+    rate = runner.values(lsam)["learning_rate"]
+    nesterov = {"anchor_optimizer": "nesterov", "anchor_momentum": 0.6, "anchor_lr": 0.5}
+    nesterov["anchor_momentum_correction"] = 0.0
+    plans = []
+    for label, settings in {
+        "the paper's: coupled, beta = 0.3": {},
+        "beta = 0": {"anchor_momentum_correction": 0.0},
+        "beta = 0.9, eta' = 0.5": {"anchor_momentum_correction": 0.9, "anchor_lr": 0.5},
+        "Nesterov anchor": nesterov,
+        "reset at each sync": {"reset_to_anchor": True},
+        "reset, Nesterov anchor": {"reset_to_anchor": True, **nesterov},
+        "reset, Nesterov anchor, eta x 2": {"reset_to_anchor": True, **nesterov, "learning_rate": 2 * rate},
+        "T = 1e-6": {"langevin_temperature": 1e-6},
+        "rho decays with eta": {"rho_schedule": "learning_rate"},
+    }.items():
+        plans += of_seeds(runner, label, {**lsam, **settings})
+    results = runner.results(plans)
+    accuracy = {(p.label, p.seed): r["accuracy"] for p, r in zip(plans, results, strict=True)}
+    paper = plans[0].label
+    differences = {
+        label: [accuracy[label, seed] - accuracy[paper, seed] for seed in runner.seeds]
+        for label in dict.fromkeys(plan.label for plan in plans)
+        if label != paper
+    }
+    return plans, {"paired_differences": differences}
+
+
+EXPERIMENTS = {
+    each.__name__: each for each in (single_worker, sync_interval, async_vs_sync, methods, failure_signatures, levers)
+}
+
+
+# --- what is written ---
+
+
+def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
+    """Mean ± standard deviation."""
+    mean = f"{factor * statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
+    """One line a label: error, time, bytes, and what else the experiment found."""
+    header = ["", "test error, %", "lowest, %", "training time, s", "MB exchanged", "seeds"]
+    if next(iter(rows.values()))[0]["evaluated_on"] != "test split":
+        header[1] = "validation error, %"
+    extra = {
+        "seconds_to_target": f"s to {100 * found.get('target_accuracy', 0):.1f} % accuracy",
+        "paired_differences": "paired difference in accuracy, points",
+        "signatures": "largest drift; mean staleness of the slowest; runs that warned",
+    }
+    columns = [key for key in extra if key in found and key != "paired_differences"]
+    lines = []
+    for label, results in rows.items():
+        errors = [1 - result["accuracy"] for result in results]
+        lowest = [min(1 - point["accuracy"] for point in result["points"]) for result in results]
+        line = [label, spread(errors, 2, 100), spread(lowest, 2, 100)]
+        line += [spread([result["seconds"] for result in results], 1), f"{results[0]['bytes'] / 1e6:.1f}"]
+        line += [str(len(results))]
+        for key in columns:
+            values = found[key][label]
+            if key == "signatures":
+                drift = max(value["largest_drift"] for value in values)
+                stale = max(value["largest_mean_staleness"] for value in values)
+                warned = sum(bool(value["warnings"]) for value in values)
+                line.append(f"{drift:.3f}; {stale:.1f}; {warned} of {len(values)}")
+            else:
+                line.append("never" if None in values else spread(values, 1))
+        lines.append(line)
+    table = markdown_table([*header, *(extra[key] for key in columns)], lines)
+    if "paired_differences" in found:
+        pairs = [[label, spread(d, 2, 100), str(len(d))] for label, d in found["paired_differences"].items()]
+        table += "\n\n" + markdown_table(["", extra["paired_differences"], "seeds"], pairs)
+    return table
+
+
+def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Error against epochs, time and bytes; the line is the mean over seeds, the band their range."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    what = next(iter(rows.values()))[0]["evaluated_on"].removesuffix(" split")
+    for axis, (key, name, scale) in zip(
+        axes, [("epoch", "epoch", 1), ("seconds", "seconds", 1), ("bytes", "MB exchanged", 1e6)], strict=True
+    ):
+        for label, results in rows.items():
+            x, mean, low, high = [], [], [], []
+            for points in zip(*(result["points"] for result in results), strict=True):
+                errors = [100 * (1 - point["accuracy"]) for point in points]
+                x.append(statistics.mean(point[key] for point in points) / scale)
+                mean.append(statistics.mean(errors))
+                low.append(min(errors))
+                high.append(max(errors))
+            (line,) = axis.plot(x, mean, label=label)
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+        axis.set(xlabel=name, ylabel=f"{what} error, %")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], found: dict[str, Any]) -> str:
+    """Writes EXPERIMENT.json, .md and .png; returns the table."""
+    results = runner.results(plans)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for plan, result in zip(plans, results, strict=True):
+        rows.setdefault(plan.label, []).append(result)
+    runner.output_dir.mkdir(parents=True, exist_ok=True)
+    common = runner.values({})
+    files = ("data_dir", "train_file", "eval_file", "output_dir", "shared_memory_dir")  # of one machine only
+    known = {
+        field.name: common[field.name]
+        for kind in (RunArguments, ImageDataArguments, LSAMArguments)
+        for field in fields(kind)
+        if field.name not in files
+    }
+    runs = [
+        {
+            "label": plan.label,
+            "seed": plan.seed,
+            "workers": plan.workers,
+            "settings": plan.settings,
+            **{key: result[key] for key in ("accuracy", "eval_loss", "seconds", "images_per_second", "bytes")},
+            **{key: result[key] for key in ("steps_per_worker", "train_images", "eval_images", "evaluated_on")},
+            "points": result["points"],
+            "commit": result["commit"],
+            "versions": result["versions"],
+            "hardware": result["hardware"],
+            "date": result["date"],
+        }
+        for plan, result in zip(plans, results, strict=True)
+    ]
+    table = summary_table(rows, found)
+    contents = {"experiment": experiment, "budget": budget, **found, "configuration": known, "runs": runs}
+    contents |= provenance()
+    (runner.output_dir / f"{experiment}.json").write_text(json.dumps(contents, indent=1) + "\n")
+    (runner.output_dir / f"{experiment}.md").write_text(table + "\n")
+    plot(rows, runner.output_dir / f"{experiment}.png")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
+    parser.add_argument("--budget", choices=BUDGETS, default="smoke")
+    parser.add_argument("--runs_dir", type=Path, default=None, help="default: runs/reproduce/BUDGET")
+    parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/reproduce/tables/BUDGET")
+    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)  # a process of a launch: the runs to make
+    args, overrides = parser.parse_known_args()
+    if args.runs is not None:
+        for values in json.loads(args.runs.read_text()):
+            results = run(values)
+            if results is not None:
+                print(f"{results['method']}, seed {values['seed']}: accuracy {results['accuracy']:.4f}", flush=True)
+        return
+    if args.experiment is None:
+        parser.error("name an experiment")
+    runs_dir = args.runs_dir or REPOSITORY / "runs/reproduce" / args.budget
+    output_dir = args.output_dir or REPOSITORY / "runs/reproduce/tables" / args.budget
+    runner = Runner(args.budget, overrides, runs_dir, output_dir)
+    plans, found = EXPERIMENTS[args.experiment](runner)
+    print(report(args.experiment, args.budget, runner, plans, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The image recipes: five methods through the real launcher, their arithmetic, and the experiments."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from launch import accelerate_launch, write_script
+from PIL import Image
+from safetensors.torch import load_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from configuration import parse_configuration
+from image_data import ImageDataArguments
+from train_image_classification import METHODS, RunArguments, run
+
+from hf_lsam import LSAMArguments, vision
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
+
+
+def write_images(path: Path, count: int, seed: int) -> Path:
+    """Squares of one colour each with noise; the colour is the label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [number % 3 for number in range(count)]
+    images = []
+    for label in labels:
+        pixels = torch.randint(0, 90, (16, 16, 3), generator=generator)
+        pixels[:, :, label] += 150
+        stream = io.BytesIO()
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(stream, "PNG")
+        images.append({"bytes": stream.getvalue(), "path": None})
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": labels}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("images")
+    train = write_images(folder / "train.parquet", 96, 0)
+    held_out = write_images(folder / "test.parquet", 30, 1)
+    return {"dataset": "parquet", "train_file": str(train), "eval_file": str(held_out)}
+
+
+def values_of(**settings) -> dict:
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    return parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), words)
+
+
+def test_five_methods_with_two_workers_each(tmp_path, data):
+    """One launch makes all the runs, one after another, as the experiments do."""
+    common = {**data, **TINY, "epochs": 4, "num_workers": 2, "sync_steps": 4, "sam_rho": 0.05}
+    settings = {
+        **{method: {"method": method} for method in METHODS},
+        "easgd": {"method": "easgd", "coupling_strength": 0.45},
+        "sam twice": {"method": "sam", "ascent_sync": True},
+        "average": {"method": "lsam", "batchnorm_statistics": "average"},
+    }
+    plan = tmp_path / "plan.json"
+    runs = [values_of(**common, **own, output_dir=tmp_path / name) for name, own in settings.items()]
+    plan.write_text(json.dumps(runs))
+    accelerate_launch(ROOT / "scripts/reproduce.py", "--runs", str(plan))
+    results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in settings}
+    for name, result in results.items():
+        assert result["method"] == settings[name]["method"]
+        assert result["steps_per_worker"] == 96 * 4 // 8
+        assert [worker["steps"] for worker in result["workers"]] == [48, 48]
+        assert [point["step"] for point in result["points"]] == [24, 48]
+        assert result["accuracy"] > 0.5, name  # three plain colours
+        assert result["points"][0]["bytes"] < result["points"][1]["bytes"]
+    for name in ("easgd", "lsgd", "sgd"):
+        assert results[name]["configuration"]["sam_rho"] == 0
+    numel = results["lsam"]["workers"][0]["trainable_parameters"]
+    statistics = sum(2 * m.num_features for m in vision.resnet20(3, width=4).modules() if hasattr(m, "running_mean"))
+    assert results["average"]["workers"][0]["trainable_parameters"] == numel + statistics
+    # A ring of two sends and receives each gradient once; with ascent_sync there are two a step.
+    assert results["sgd"]["bytes"] == 48 * 2 * 2 * 4 * numel
+    assert results["sam twice"]["bytes"] == 2 * results["sgd"]["bytes"]
+    assert results["lsam"]["bytes"] < results["sgd"]["bytes"]
+    model = vision.resnet20(3, width=4)
+    load_model(model, str(tmp_path / "lsam/model.safetensors"))
+
+
+SAM_OF_TWO = """
+    import sys
+    sys.path.insert(0, {scripts!r})
+    import torch
+    from torch import nn
+    from train_image_classification import DataParallel
+    from hf_lsam.identity import Identity
+
+    identity = Identity.from_environment()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    fields = dict(sam_rho=0.2, sam_eps=1e-12, sam_adaptive=False, batchnorm_statistics="reestimate")
+    x = torch.randn(6, 5).chunk(2)[identity.rank]
+    with DataParallel(model, optimizer, identity, fields, ascent_sync={ascent_sync}) as method:
+        for _ in range(3):
+            method.step(lambda: method.wrapped(x).square().mean(), 0.2)
+    if identity.rank == 0:
+        torch.save([p.detach() for p in model.parameters()], {out!r})
+"""
+
+
+@pytest.mark.parametrize("ascent_sync", [True, False])
+def test_data_parallel_sam_against_its_equations(tmp_path, ascent_sync):
+    """w <- w - eta mean_i grad f_i(w + eps_i), eps_i = rho g_i / |g_i|; with ascent_sync all use g = mean_i g_i."""
+    out = tmp_path / "parameters"
+    source = SAM_OF_TWO.format(scripts=str(ROOT / "scripts"), ascent_sync=ascent_sync, out=str(out))
+    accelerate_launch(write_script(tmp_path / "sam.py", source), PYTHONPATH=str(ROOT))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    parameters = list(model.parameters())
+    halves = torch.randn(6, 5).chunk(2)
+
+    def gradients(at, x):
+        named = {name: p for (name, _), p in zip(model.named_parameters(), at, strict=True)}
+        return torch.autograd.grad(torch.func.functional_call(model, named, (x,)).square().mean(), at)
+
+    for _ in range(3):
+        own = [gradients(parameters, x) for x in halves]
+        mean = [(a + b) / 2 for a, b in zip(*own, strict=True)]
+        descent = []
+        for x, g in zip(halves, own, strict=True):
+            g = mean if ascent_sync else g
+            norm = torch.cat([each.flatten() for each in g]).norm()
+            moved = [(p + 0.2 * each / norm).detach().requires_grad_() for p, each in zip(parameters, g, strict=True)]
+            descent.append(gradients(moved, x))
+        with torch.no_grad():
+            for p, a, b in zip(parameters, *descent, strict=True):
+                p -= 0.3 * (a + b) / 2
+    for ours, expected in zip(torch.load(out, weights_only=True), parameters, strict=True):
+        torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_worker_alone_and_a_slow_one(tmp_path, data):
+    """In this process: LSAM with n = 1, a pause after every step, a rho that decays, a worker that is reset."""
+    settings = {"rho_schedule": "learning_rate", "slow_worker": 0, "slow_steps": 3, "reset_to_anchor": True}
+    results = run(
+        values_of(**data, **TINY, **settings, epochs=2, sync_steps=4, output_dir=tmp_path / "out", save_model=False)
+    )
+    assert results["workers"][0]["slept"] > 0
+    assert results["num_workers"] == 1
+    assert results["bytes"] == 0
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_validation_never_reads_the_test_split(tmp_path, data):
+    settings = {**data, "eval_file": None, "validation_fraction": 0.25}
+    words = {key: value for key, value in settings.items() if value is not None}
+    results = run(values_of(**words, **TINY, method="sgd", epochs=1, output_dir=tmp_path / "out"))
+    assert (results["evaluated_on"], results["eval_images"], results["train_images"]) == ("validation split", 24, 72)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "adam"}, "`method` must be one of lsam, easgd, lsgd, sam, sgd"),
+        ({"method": "lsam", "ascent_sync": True}, "ascent_sync is for method sam"),
+        ({"num_workers": 3}, "num_workers=3, but 1 were started"),
+        ({"lr_schedule": "linear"}, "`lr_schedule` must be one of cosine, constant"),
+        ({"sam_ascent_fraction": 0.5}, "sam_ascent_fraction is for LSAMTrainer"),
+        ({"method": "sam", "sam_interval": 2}, "Set sam_interval to 1"),
+        ({"batch_size": 0}, "`batch_size` must be >= 1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_first(tmp_path, data, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(values_of(**{**data, **TINY, **settings}, output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+IMAGE_RECIPES = [
+    path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if "dataset" in yaml.safe_load(path.read_text())
+]
+
+
+@pytest.mark.parametrize("path", IMAGE_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_image_recipe_is_read(path):
+    values = parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), ["--config", str(path)])
+    assert values["method"] == path.stem
+    assert f"{values['dataset']}_{values['model']}" == path.parent.name
+    assert (values["epochs"], values["batch_size"], values["learning_rate"], values["num_workers"]) == (
+        150,
+        128,
+        0.2,
+        4,
+    )
+
+
+def test_there_is_a_recipe_for_each_set_model_and_method():
+    assert len(IMAGE_RECIPES) == 3 * 3 * len(METHODS)
+
+
+def reproduce(tmp_path: Path, data: dict, experiment: str) -> dict:
+    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), experiment, "--budget", "smoke"]
+    command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables")]
+    command += [f"--{key}={value}" for key, value in data.items()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for suffix in ("md", "png"):
+        assert (tmp_path / "tables" / f"{experiment}.{suffix}").stat().st_size > 0
+    return json.loads((tmp_path / "tables" / f"{experiment}.json").read_text())
+
+
+def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path, data):
+    report = reproduce(tmp_path, data, "methods")
+    trials = [trial["method"] for trial in report["trials"]]
+    assert {trials.count(method) for method in METHODS} == {5}
+    assert report["chosen"].keys() == METHODS.keys()
+    for method, chosen in report["chosen"].items():
+        best = max(t["validation_accuracy"] for t in report["trials"] if t["method"] == method)
+        assert {"settings": chosen, "validation_accuracy": best, "method": method} in report["trials"]
+    assert {run["evaluated_on"] for run in report["runs"]} == {"test split"}
+    assert str(tmp_path) not in json.dumps(report)  # no path of this machine is published
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/results.json")}
+    lost = min(finished)
+    lost.unlink()
+    again = reproduce(tmp_path, data, "methods")
+    assert [run["settings"] for run in again["runs"]] == [run["settings"] for run in report["runs"]]
+    assert {path for path, time in finished.items() if path.stat().st_mtime_ns != time} == {lost}
