@@ -70,11 +70,11 @@ class LSAMArguments:
             to join as a guest, and to leave when this launch has done its steps; n counts the workers that are there.
             Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed. max_steps is
             the budget of each worker.
-        server_timeout (`float`, defaults to 120): seconds that a worker whose server has died goes on alone, around the
-            last anchor. If none has come back by then, it saves a checkpoint and ends with an error.
-        worker_timeout (`float`, defaults to 600): seconds after which a worker that is not heard of is dropped. Longer
-            than the longest evaluation. When it wakes, it begins again at the anchor.
-        snapshot_seconds (`float`, defaults to 30): seconds between two saves of the server's state, which a restarted
+        server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
+            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error.
+        worker_timeout (`float`, defaults to 600.0): seconds after which a worker that is not heard of is dropped.
+            Longer than the longest evaluation. When it wakes, it begins again at the anchor.
+        snapshot_seconds (`float`, defaults to 30.0): seconds between two saves of the server's state, which a restarted
             server takes up; 0 saves none. Needs room for 6 more vectors where vectors are exchanged.
         max_bad_pushes (`int`, defaults to 3): refused pushes (NaN, infinity) in a row after which a worker begins again
             at the anchor, with a fresh optimizer state.
@@ -294,6 +294,12 @@ class LSAMArguments:
             "num_workers",
             "an integer >= 1 or None",
             "Leave it out to take as many as the launcher starts.",
+        )
+        require(
+            self.server_address is None or os.path.isdir(str(self.server_address)),
+            "server_address",
+            "the folder of a running server",
+            "Start one first: python -m hf_lsam.server --run_dir DIR",
         )
         for name, remedy in {
             "server_timeout": "120 leaves time to start a server again by hand.",

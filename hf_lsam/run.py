@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,12 +172,20 @@ class Run:
 
     def _join_as_guest(self, layout: ParameterLayout, tensors: list[Tensor], settings: ServerSettings) -> MailboxLink:
         path = Path(self._server_address)
-        if not is_served(path):
+        if not is_served(path) and not (path / "run.json").exists():
             raise ServerGone(
                 f"No server runs in server_address={path}. Start one: python -m hf_lsam.server --run_dir {path}"
             )
         contents = self._contents(layout, settings)
-        folder = RunFolder.found_or_open(path, _initial(layout, tensors), layout.manifest, contents)
+        give_up = time.monotonic() + self._patience.server_timeout
+        while True:  # its server may have died a moment ago, and be started again
+            try:
+                folder = RunFolder.found_or_open(path, _initial(layout, tensors), layout.manifest, contents)
+                break
+            except FileNotFoundError as error:
+                if time.monotonic() > give_up:
+                    raise ServerGone(f"The server of {path} has ended. Start it again with --resume.") from error
+                time.sleep(0.05)
         for name, here in contents["settings"].items():
             there = folder.run["settings"][name]
             if here != there:
@@ -184,14 +193,8 @@ class Run:
                     f"{name} is {here!r} here and {there!r} in the run in {path}: one server cannot follow both. Give "
                     "every worker of a run the same settings."
                 )
-        return MailboxLink(
-            folder,
-            ANY_NUMBER,
-            layout,
-            tensors[0].device,
-            lambda: is_served(path),
-            server_timeout=self._patience.server_timeout,
-        )
+        seconds = self._patience.server_timeout
+        return MailboxLink(folder, ANY_NUMBER, layout, tensors[0].device, timeout=seconds, server_timeout=seconds)
 
     def _contents(self, layout: ParameterLayout, settings: ServerSettings) -> dict[str, Any]:
         return {

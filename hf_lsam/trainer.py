@@ -30,7 +30,7 @@ from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
-from .checkpoint import load_tensors, newest_sealed, save_tensors, seal
+from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
@@ -409,7 +409,9 @@ class LSAMTrainerMixin:
         candidates = [
             (int(path.name.rpartition("-")[2]), path)
             for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
-            if (path / WORKER_STATE).exists() and (path / "trainer_state.json").exists()
+            if (path / WORKER_STATE).exists()
+            and (path / "trainer_state.json").exists()
+            and (is_sealed(path) or not is_sealed(common))  # a power cut may have caught this one alone
         ]
         reached = [(at, path) for at, path in candidates if at <= int(number)]
         return max(reached)[1] if reached else common

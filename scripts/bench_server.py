@@ -34,7 +34,7 @@ from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.process import start_server
 from hf_lsam.transport.link import MailboxLink
-from hf_lsam.transport.mailbox import FLOAT_BYTES, Kind, Message, RunFolder
+from hf_lsam.transport.mailbox import FLOAT_BYTES, RunFolder
 
 SYNC_STEPS = 16
 MODES = ("end to end", "absorb", "sum")
@@ -59,8 +59,8 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float) -> list[float]
     torch.set_num_threads(1)
     folder = RunFolder(run_dir)
     vector = torch.full((folder.numel,), 1e-3 * (worker + 1))
-    folder.mailbox(worker).copy_(vector)
     link = MailboxLink(folder, worker, layout_of(folder.numel), torch.device("cpu"))
+    link._mailbox.copy_(vector)
     accepted = []
     print("ready", flush=True)
     end = float(sys.stdin.readline())
@@ -72,7 +72,7 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float) -> list[float]
                 link.push(vector, SYNC_STEPS, 0)
             else:
                 # What `push` does, less the copy into the mailbox.
-                link._push_frame = Message(Kind.PUSH, worker, a=SYNC_STEPS if mode == "absorb" else 1, b=0)
+                link._announce(SYNC_STEPS if mode == "absorb" else 1, 0)
             link.settle()
             accepted.append(time.monotonic())
     if link.refused:

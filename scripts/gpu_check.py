@@ -232,7 +232,7 @@ def check_side_stream() -> str:
                 push(total, steps, version)
 
             link.push = noted_push
-            mailbox = folder.mailbox(0)
+            mailbox = link._mailbox
             worker.adopt_anchor()
             rates = [1e-3] * len(named)
             for step in range(400):

@@ -22,9 +22,10 @@ parser.add_argument(
     help="go on from the folder's newest snapshot, or begin with the server state in this file",
 )
 parser.add_argument("--idle_timeout", type=float, default=600.0, help="seconds without a worker until it ends")
+parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 try:
-    run_server(arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout)
+    run_server(arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout, parent=arguments.parent)
 except RuntimeError as error:
     sys.exit(str(error))

@@ -79,6 +79,7 @@ class Server:
             snapshot, or None.
         join_timeout: seconds until the workers that have joined are told that others never came.
         idle_timeout: seconds without a worker after which a server without a launch of its own ends.
+        parent: the process that started this one and will be its first worker; None by hand.
 
     State: the core's, the last counted push of each process, and who took part.
     Process: its own, started by `start_server` or `python -m hf_lsam.server`.
@@ -90,6 +91,7 @@ class Server:
         resume: Path | bool | None = None,
         join_timeout: float = 600.0,
         idle_timeout: float = 600.0,
+        parent: int | None = None,
     ):
         self._folder = folder
         self._expected = int(folder.run["num_workers"])
@@ -110,8 +112,9 @@ class Server:
         self._idle_timeout = idle_timeout
         self._idle_since = now
         self._snapshot_at = now if self._service.snapshot_seconds else float("inf")
+        self._sweep_at = now
         self._leave_by = float("inf")
-        self._parent = os.getppid()
+        self._parent = parent
         self._selector = selectors.DefaultSelector()
         self._workers: dict[int, _Connection] = {}
         self._tickets = itertools.count()
@@ -131,6 +134,8 @@ class Server:
             try:
                 state = load_tensors(self._folder.snapshot_path)
             except ValueError as error:
+                if version == 0:  # there is no anchor to go on from either
+                    raise
                 logger.error("%s", error)
         if state is not None:
             self._core.load_state_tensors(state)
@@ -203,10 +208,8 @@ class Server:
 
     def _look_after(self, now: float) -> bool:
         """What is due without a message: evictions, snapshots, the end."""
-        for key in list(self._selector.get_map().values()):
-            connection = key.data
-            if connection is None:
-                continue
+        for connection in self._connections() if now >= self._sweep_at else ():
+            self._sweep_at = now + self._patience
             silent = now - connection.heard
             if connection.worker < 0 and silent > STRANGER_SECONDS:
                 self._hang_up(connection, "it never joined")
@@ -241,8 +244,11 @@ class Server:
         if not self._expected:
             return now - self._idle_since > self._idle_timeout
         if not self._joined:  # whoever started this server may have died before it could join
-            return os.getppid() != self._parent or now > self._join_by
+            return self._parent not in (None, os.getppid()) or now > self._join_by
         return not self._absent
+
+    def _connections(self) -> list[_Connection]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
 
     # --- who takes part ---
 
@@ -412,7 +418,11 @@ class Server:
 
 
 def run_server(
-    run_dir: Path, resume: Path | bool | None = None, join_timeout: float = 600.0, idle_timeout: float = 600.0
+    run_dir: Path,
+    resume: Path | bool | None = None,
+    join_timeout: float = 600.0,
+    idle_timeout: float = 600.0,
+    parent: int | None = None,
 ) -> None:
     """Serves the run in `run_dir` in this process; waits for its first worker to found it, if there is none yet.
 
@@ -427,7 +437,7 @@ def run_server(
     with served_by_this_process(run_dir):
         folder = _open(run_dir, resume is True, idle_timeout)
         launched = bool(folder.run["num_workers"])
-        server = Server(folder, resume, join_timeout, idle_timeout)
+        server = Server(folder, resume, join_timeout, idle_timeout, parent)
 
         def end(*_) -> None:
             server.terminating = True
@@ -437,8 +447,7 @@ def run_server(
         server.serve()
         if launched:
             folder.remove()
-        else:
-            server.save()
+        elif server.save():  # without room for it, the anchor itself stays
             folder.clear()
     if server.terminating:
         sys.exit(SIGTERM_CODE)
@@ -479,7 +488,7 @@ def start_server(run_dir: Path, log: Path, resume: Path | bool | None = None) ->
         the process; it ends by itself when the last worker has left.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir)]
+    command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
     if resume is not None:
         command += ["--resume"] if resume is True else ["--resume", str(resume)]
     # The package may lie where only the user's script finds it.

@@ -102,9 +102,7 @@ class MailboxLink:
         self.bytes_pushed = 0
         self.bytes_pulled = 0
         try:
-            self._channel = folder.connect(server_alive, timeout)
-            self._channel.send(self._join_frame())
-            self._await_welcome(timeout)
+            self._join_first(server_alive, timeout)
         except OSError as error:
             self.close()
             raise ServerGone(
@@ -166,9 +164,9 @@ class MailboxLink:
         return version
 
     def settle(self) -> None:
-        """Blocks until the push under way, if any, has been answered."""
+        """Blocks until there is a server and the push under way, if any, has been answered."""
         self._outgoing.wait()
-        while self._push_frame is not None:
+        while self._push_frame is not None or not self._welcomed:
             self._progress(1.0)
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
@@ -319,6 +317,20 @@ class MailboxLink:
     def _join_frame(self) -> Message:
         return Message(Kind.JOIN, self.worker, self._layout.numel, self._process, digest=self._layout.fingerprint)
 
+    def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
+        """Connects and waits for the welcome. A guest's server may be killed meanwhile and started again."""
+        give_up = time.monotonic() + self._server_timeout
+        while True:
+            self._channel = self._folder.connect(server_alive, timeout)
+            try:
+                self._channel.send(self._join_frame())
+                self._await_welcome(timeout)
+                return
+            except ConnectionError:
+                if self.worker != ANY_NUMBER or time.monotonic() > give_up:
+                    raise
+                self._hang_up()
+
     def _await_welcome(self, timeout: float) -> None:
         """The first join: here a server that ends, or that nobody else joins, is an error."""
         begin = time.monotonic()
@@ -366,18 +378,24 @@ class MailboxLink:
         """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
         if self._mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
+        try:
+            mailbox = self._folder.mailbox(message.b)
+        except FileNotFoundError:  # this process has slept so long that it was evicted again
+            self._hang_up()
+            return
         self.worker = message.worker
         self._outgoing.close()  # waits for a copy into the old mailbox, if there is one
-        before, self._mailbox = self._mailbox, self._folder.mailbox(message.b)
+        before, self._mailbox = self._mailbox, mailbox
         self._outgoing = Copier(self._device, [self._mailbox])
         self._welcomed = True
         if self._push_frame is None:
             return
-        if self._push_frame.b <= message.a:
+        if self._push_sent and self._push_frame.b <= message.a:
             self.accepted += 1
             self._push_frame = None
         elif self._evicted_at is not None or self.evicted:
             self._push_frame = None  # of differences from long ago; what came after them is dropped as well
+            self._pushes -= 1
         else:
             self._mailbox.copy_(before)
             self._push_frame = replace(self._push_frame, worker=self.worker)

@@ -166,7 +166,12 @@ def _allocate_anchor(path: Path, numel: int) -> None:
 
 
 def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The file as a tensor [numel] that all processes which map it share."""
+    """The file as a tensor [numel] that all processes which map it share; torch would make one that is not there.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+    """
+    path.stat()
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
 
 
@@ -238,19 +243,26 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: if no run was ever founded in it.
+            RuntimeError: if nothing is left of its anchor.
         """
         numel = int(json.loads((path / "run.json").read_text())["numel"])
         if not (path / "version").exists():
+            if not (path / "snapshot.safetensors").exists():
+                raise RuntimeError(f"{path} holds neither an anchor nor a snapshot to go on from. Use a new folder.")
             for name in _ANCHOR_FILES:
                 (path / name).unlink(missing_ok=True)
             _allocate_anchor(path, numel)
-        for orphan in path.glob("mailbox_*"):
+        for orphan in (*path.glob("mailbox_*"), *path.glob(".snapshot.safetensors.*")):
             orphan.unlink()
         return cls(path)
 
     @classmethod
     def found_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
-        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments."""
+        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments.
+
+        Raises:
+            FileNotFoundError: if there is a run whose server has ended, or not yet opened it again.
+        """
         with (path / "founding").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)
             if not (path / "run.json").exists():

@@ -1,0 +1,191 @@
+"""A stranger, or a worker gone mad, talks to a real server: 110,000 messages that it reads, and nothing gives way."""
+
+from __future__ import annotations
+
+import random
+import struct
+from contextlib import suppress
+
+import pytest
+import torch
+
+from hf_lsam.parameters import ParameterLayout
+from hf_lsam.server.core import ServerSettings
+from hf_lsam.server.process import Server
+from hf_lsam.transport.mailbox import ANY_NUMBER, Channel, Kind, Message, RunFolder
+
+MESSAGES = 110_000
+NUMEL = 6
+FRAME = struct.Struct("<IHHqqd32s")
+MAGIC = 0x4C53414D
+NUMBERS = (0, 1, 2, -1, 3, 2**31 - 1, 2**31, 2**63 - 1, -(2**63))
+
+
+class CountingServer(Server):
+    """Counts what joined workers said."""
+
+    handled = 0
+
+    def _handle(self, connection, message):
+        self.handled += 1
+        super()._handle(connection, message)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server that guests join, in this process, driven by `turn`."""
+    layout = ParameterLayout([("w", torch.zeros(NUMEL))])
+    path = tmp_path / "run"
+    path.mkdir()
+    settings = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0).as_dict()
+    contents = {"fingerprint": layout.fingerprint.hex(), "settings": settings, "service": {"snapshot_seconds": 0.0}}
+    folder = RunFolder.create(path, torch.zeros(NUMEL), 0, layout.manifest, contents)
+    server = CountingServer(folder)
+    with server.listening():
+        yield server
+
+
+def fingerprint(server: Server) -> bytes:
+    return bytes.fromhex(server._folder.run["fingerprint"])
+
+
+def connect(server: Server) -> Channel:
+    channel = server._folder.try_connect()
+    server.turn(0.0)
+    return channel
+
+
+def join(server: Server, process: int) -> Channel:
+    channel = connect(server)
+    channel.send(Message(Kind.JOIN, ANY_NUMBER, NUMEL, process, digest=fingerprint(server)))
+    server.turn(0.0)
+    assert channel.receive().kind is Kind.WELCOME
+    return channel
+
+
+def state_of(server: Server) -> dict[str, list]:
+    """All that a message could change, but for who takes part."""
+    state = {name: tensor.tolist() for name, tensor in server._core.state_tensors().items()}
+    return {**state, "pushes": server._core.accepted_pushes, "counted": dict(server._counted)}
+
+
+def raw(channel: Channel, data: bytes) -> None:
+    """Sends bytes that need not be frames; the server may have hung up."""
+    channel._socket.settimeout(0.0)
+    with suppress(OSError):
+        channel._socket.send(data)
+
+
+def random_frame(generator: random.Random, kinds) -> bytes:
+    number = lambda: generator.choice(NUMBERS) if generator.random() < 0.8 else generator.getrandbits(63)  # noqa: E731
+    loss = generator.choice([0.0, 1.0, float("nan"), float("inf"), -1e308])
+    worker = generator.choice([0, 1, 7, 4096, 65534, ANY_NUMBER])
+    return FRAME.pack(MAGIC, generator.choice(kinds), worker, number(), number(), loss, generator.randbytes(32))
+
+
+def garbled(generator: random.Random, frame: bytes) -> bytes:
+    """A frame that is cut, stretched, changed in a few bits, or not one at all."""
+    way = generator.randrange(5)
+    if way == 0:
+        return frame[: generator.randrange(len(frame))]
+    if way == 1:
+        return frame + generator.randbytes(generator.randrange(1, 200))
+    if way == 2:
+        changed = bytearray(frame)
+        for _ in range(generator.randrange(1, 4)):
+            changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
+        return bytes(changed)
+    if way == 3:
+        return generator.randbytes(generator.randrange(1, 128))
+    return b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_strangers_change_nothing_whatever_they_send(server):
+    generator = random.Random(0)
+    worker = join(server, 1)
+    worker.send(Message(Kind.PUSH, 0, 1, 1))
+    server.turn(0.0)
+    assert worker.receive().kind is Kind.ACCEPTED
+    before = state_of(server)
+    not_join = [*(kind for kind in Kind if kind is not Kind.JOIN), 0, 99, 65535]
+    sent = 0
+    while sent < MESSAGES // 2:
+        channel = server._folder.try_connect()  # one each: the server hangs up at the first bad message
+        frame = random_frame(generator, [*Kind] if generator.random() < 0.5 else not_join)
+        raw(channel, frame if generator.random() < 0.3 else garbled(generator, frame))
+        sent += 1
+        server.turn(0.0)
+        server.turn(0.0)
+        channel.close()
+    server.turn(0.0)
+    assert state_of(server) == before
+    assert list(server._workers) == [0]
+    assert [path.name for path in server._folder.path.glob("mailbox_*")] == ["mailbox_0"]
+    worker.send(Message(Kind.PUSH, 0, 4, 2))
+    server.turn(0.0)
+    assert worker.receive().kind is Kind.ACCEPTED
+    worker.close()
+
+
+def test_a_worker_gone_mad_costs_only_itself(server):
+    generator = random.Random(1)
+    honest = join(server, 1)
+    mailbox = server._workers[0].mailbox
+    rounds = pushes = 0
+    while server.handled < MESSAGES // 2:
+        mad = join(server, 2 + rounds)
+        number = next(n for n in server._workers if n != 0)
+        server._workers[number].mailbox.fill_(generator.choice([0.0, float("nan"), float("inf")]))
+        for push in range(1, 200):  # most are messages that a worker may send; the first that is not ends it
+            steps = generator.choice([1, 4, 2**31 - 1])
+            frame = FRAME.pack(MAGIC, Kind.PUSH, generator.getrandbits(16), steps, push * 2**30, 0.0, bytes(32))
+            if generator.random() < 0.5:
+                frame = random_frame(generator, [Kind.PING])
+            elif generator.random() < 0.04:
+                frame = random_frame(generator, [*Kind, 0, 99])
+            raw(mad, frame if generator.random() < 0.99 else garbled(generator, frame))
+        for _ in range(3):
+            server.turn(0.0)
+        mad.close()
+        server.turn(0.0)
+        assert list(server._workers) == [0]
+        rounds += 1
+        if rounds % 20 == 0:  # the honest worker is served as before
+            mailbox.fill_(0.0)
+            pushes += 1
+            honest.send(Message(Kind.PUSH, 0, 4, pushes))
+            server.turn(0.0)
+            assert honest.receive().kind is Kind.ACCEPTED
+    assert pushes > 10
+    assert server._counted[1] == pushes
+    assert server._core.anchor.vector.isfinite().all()
+    assert server.save()
+    honest.close()
+
+
+@pytest.mark.parametrize("second", [1, 2, 3, -5])
+def test_a_push_that_is_replayed_or_comes_out_of_order_is_not_counted(server, second):
+    worker = join(server, 1)
+    worker.send(Message(Kind.PUSH, 0, 4, 3))
+    server.turn(0.0)
+    assert worker.receive().kind is Kind.ACCEPTED
+    before = state_of(server)
+    worker.send(Message(Kind.PUSH, 0, 4, second))
+    server.turn(0.0)
+    assert state_of(server) == before
+    with pytest.raises(ConnectionError):
+        worker.wait(5)
+    worker.close()
+
+
+def test_a_stranger_that_says_nothing_holds_up_nobody_and_is_turned_away(server, monkeypatch):
+    silent = [connect(server) for _ in range(70)]
+    assert len(server._selector.get_map()) == 1 + 64
+    monkeypatch.setattr("hf_lsam.server.process.STRANGER_SECONDS", -1.0)
+    server._sweep_at = 0.0
+    server.turn(0.0)
+    assert len(server._selector.get_map()) == 1
+    monkeypatch.undo()
+    join(server, 1).close()
+    for channel in silent:
+        channel.close()
