@@ -37,7 +37,7 @@ MOST_WORKERS = 2**16
 class Say(IntEnum):
     """What a message between machines says. Machines send the first group, the global server the second."""
 
-    JOIN = 1  # a: machine; b: random number of the relay process; c: digest of the settings
+    JOIN = 1  # a: machine; b: random number of the relay process; c: see `join_word`
     LIVE = 2  # a: live workers
     PUSH = 3  # vector: sum of differences; a: steps in it; b: which push of this process it is, from 1
     STOP_ALL = 4  # a worker asks that all stop
@@ -95,9 +95,10 @@ def machine_settings(folder: RunFolder) -> MachineSettings:
     return MachineSettings(**folder.run.get("machines", {}))
 
 
-def digest_of(settings: ServerSettings) -> int:
-    """56 bits that differ if the settings do."""
-    return int.from_bytes(hashlib.sha256(json.dumps(settings.as_dict()).encode()).digest()[:7])
+def join_word(settings: ServerSettings, live: int) -> int:
+    """40 bits that differ if the settings do, and 16 that count the live workers."""
+    digest = hashlib.sha256(json.dumps(settings.as_dict()).encode()).digest()
+    return int.from_bytes(digest[:5]) * MOST_WORKERS + live
 
 
 @dataclass(eq=False)
@@ -205,6 +206,8 @@ class GlobalServer(Server):
 
     def _hear(self, machine: _Machine) -> None:
         """Handles every message of one machine, and sends it what is due."""
+        if machine.peer.fileno() < 0:  # lost a moment ago
+            return
         try:
             while machine.peer.fileno() >= 0 and (message := machine.peer.poll()) is not None:
                 header, vector = message
@@ -217,14 +220,14 @@ class GlobalServer(Server):
             self._lose(machine, reason)
 
     def _join_machine(self, machine: _Machine, header: Header) -> None:
-        number = header.a
+        number, live = header.a, header.c % MOST_WORKERS
         if header.kind != Say.JOIN:
             raise ValueError("the first message was no JOIN")
         if number == ANY_MACHINE:
             number = next(n for n in itertools.count(self._across.count) if n not in self._machines)
         before = self._machines.get(number)
         refusal = None
-        if header.c != digest_of(self._settings):
+        if header.c != join_word(self._settings, live):
             refusal = Refused.SETTINGS
         elif not 0 < number < MOST_WORKERS or (before is not None and before.process != header.b):
             refusal = Refused.TAKEN
@@ -238,7 +241,8 @@ class GlobalServer(Server):
         self._arrivals.discard(machine)
         self._machines[number] = machine
         self._awaited.pop(number, None)
-        logger.info("machine %d joined from %s", number, machine.peer.address[0])
+        self._core.count(-number, live)
+        logger.info("machine %d joined from %s with %d workers", number, machine.peer.address[0], live)
         if self._started:
             self._welcome_machine(machine)
         else:

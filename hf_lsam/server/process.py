@@ -181,12 +181,10 @@ class Server:
     def turn(self, patience: float | None = None) -> bool:
         """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
         for key, _ in self._selector.select(self._patience if patience is None else patience):
-            if key.fileobj.fileno() < 0:  # hung up on a moment ago
-                continue
-            if isinstance(key.data, _Connection):
-                self._read(key.data)
-            else:
+            if not isinstance(key.data, _Connection):
                 key.data()
+            elif key.fileobj.fileno() >= 0:  # not hung up on a moment ago
+                self._read(key.data)
         return self._look_after(time.monotonic())
 
     def _accept(self) -> None:

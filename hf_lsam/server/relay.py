@@ -30,7 +30,7 @@ from ..transport import gloo
 from ..transport.gloo import Header, JoinRefused, Peer
 from ..transport.mailbox import Kind, Message, RunFolder
 from .core import ServerSettings
-from .machines import Refused, Say, digest_of, machine_settings
+from .machines import Refused, Say, join_word, machine_settings
 from .process import UNKNOWN_PUSHES, Server
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class RelayServer(Server):
         self._try_at = 0.0
         self._asked = False  # JOIN is on its way, or has been answered
         self._linked = False  # and this machine is counted
-        self._told_live = -1
+        self._told_live = 0
         self._stop_wanted = self._stop_told = False
         self._finishing = self._finish_told = False
         self._final = False  # the anchor is
@@ -217,7 +217,7 @@ class RelayServer(Server):
             self._hear()
             time.sleep(0.01)
         if self._peer is not None:
-            self._lose_link("This machine leaves.")
+            self._drop_link()
         if self._connecting is not None:
             self._connecting.join()
             while not self._connected.empty():
@@ -265,14 +265,16 @@ class RelayServer(Server):
         self._hand_on()
 
     def _lose_link(self, reason: object) -> None:
-        self._selector.unregister(self._peer)
-        self._peer.close()
-        self._peer = None
         if self._linked:
             seconds = self._across.server_timeout
             self._give_up_at = time.monotonic() + seconds
             logger.warning("%s The workers go on around the last anchor, for up to %.0f s", reason, seconds)
-        self._linked = False
+        self._drop_link()
+
+    def _drop_link(self) -> None:
+        self._selector.unregister(self._peer)
+        self._peer.close()
+        self._peer, self._linked = None, False
 
     def _give_up(self, reason: object) -> None:
         logger.error("%s: this machine ends", reason)
@@ -290,7 +292,7 @@ class RelayServer(Server):
             self._publish_if_newer()
         if header.kind == Say.WELCOME:
             self._core.settle(header.b)
-            self._linked, self._told_live, self._stop_told, self._finish_told = True, -1, False, False
+            self._linked, self._stop_told, self._finish_told = True, False, False
             logger.info("takes part as a machine of the run, at version %d", header.a)
             self._start_if_ready()
         elif header.kind in (Say.ACCEPTED, Say.REJECTED):
@@ -324,8 +326,9 @@ class RelayServer(Server):
         if not self._linked:
             if not self._asked and self._workers_are_here():
                 self._asked = True
-                here = (self._across.number, self._process_id, digest_of(self._settings))
-                self._peer.post(Header(Say.JOIN, *here))
+                self._told_live = len(self._core.live)
+                word = join_word(self._settings, self._told_live)
+                self._peer.post(Header(Say.JOIN, self._across.number, self._process_id, word))
             return
         if len(self._core.live) != self._told_live:
             self._told_live = len(self._core.live)
