@@ -269,8 +269,8 @@ class GlobalServer(Server):
             self._awaited[machine.number] = time.monotonic() + self._across.server_timeout
         if machine.finished:
             return
-        logger.warning("machine %d is gone (%s); %d workers go on", machine.number, reason, self._core.live_workers)
         self._core.leave(-machine.number)
+        logger.warning("machine %d is gone (%s); %d workers go on", machine.number, reason, self._core.live_workers)
         self._publish_if_newer()
         self._end_if_all_finished()
 

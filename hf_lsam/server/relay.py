@@ -265,7 +265,7 @@ class RelayServer(Server):
         self._hand_on()
 
     def _lose_link(self, reason: object) -> None:
-        if self._linked:
+        if self._linked and not self._ended:
             seconds = self._across.server_timeout
             self._give_up_at = time.monotonic() + seconds
             logger.warning("%s The workers go on around the last anchor, for up to %.0f s", reason, seconds)
