@@ -21,6 +21,7 @@ from .rules import RULES
 from .run import Patience
 from .server.core import ServerSettings
 from .server.process import ServiceSettings
+from .transport.gloo import HEARTBEAT
 from .worker import WorkerSettings
 
 _SHARDING_VARIABLES = {
@@ -74,6 +75,9 @@ class LSAMArguments:
             the last anchor. If none has come back by then, it saves a checkpoint and ends with an error.
         worker_timeout (`float`, defaults to 600.0): seconds after which a worker that is not heard of is dropped.
             Longer than the longest evaluation. When it wakes, it begins again at the anchor.
+        machine_timeout (`float`, defaults to 30.0): seconds without a sign of life after which another machine is
+            lost, and its workers leave n. A lost machine goes on alone for server_timeout, and connects again by
+            itself.
         snapshot_seconds (`float`, defaults to 30.0): seconds between two saves of the server's state, which a restarted
             server takes up; 0 saves none. Needs room for 6 more vectors where vectors are exchanged.
         max_bad_pushes (`int`, defaults to 3): refused pushes (NaN, infinity) in a row after which a worker begins again
@@ -115,6 +119,7 @@ class LSAMArguments:
     server_address: str | None = field(default=None, metadata={"help": "Folder of a running server to join."})
     server_timeout: float = field(default=120.0, metadata={"help": "Seconds to go on alone when the server has died."})
     worker_timeout: float = field(default=600.0, metadata={"help": "Seconds of silence until a worker is dropped."})
+    machine_timeout: float = field(default=30.0, metadata={"help": "Seconds of silence until a machine is lost."})
     snapshot_seconds: float = field(default=30.0, metadata={"help": "Seconds between saves of the server's state."})
     max_bad_pushes: int = field(default=3, metadata={"help": "Refused pushes in a row until x is the anchor again."})
     data_distribution: str = field(default="sharded", metadata={"help": "'sharded' or 'independent'."})
@@ -214,7 +219,8 @@ class LSAMArguments:
         )
 
     def patience(self) -> Patience:
-        return Patience(ServiceSettings(self.worker_timeout, self.snapshot_seconds), self.server_timeout)
+        service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
+        return Patience(service, self.server_timeout, self.machine_timeout)
 
     # --- validation ---
 
@@ -307,6 +313,12 @@ class LSAMArguments:
         }.items():
             require(0 < number(name) < math.inf, name, "finite and > 0", remedy)
         require(
+            4 * HEARTBEAT <= number("machine_timeout") < math.inf,
+            "machine_timeout",
+            f"finite and >= {4 * HEARTBEAT:g}",
+            "A few late heartbeats must not end a link.",
+        )
+        require(
             0 <= number("snapshot_seconds") < math.inf, "snapshot_seconds", "finite and >= 0", "Use 0 to save none."
         )
         require(
@@ -397,6 +409,11 @@ class LSAMArguments:
                 f"lr_scheduler_type={self.lr_scheduler_type.value!r} follows evaluation results, which only worker 0 "
                 "has: the workers' learning rates would drift apart. Use a schedule of the step, for example 'linear' "
                 "or 'cosine'."
+            )
+        if self.server_rule != "smoothed" and self.identity.num_machines > 1:
+            raise ValueError(
+                f"server_rule={self.server_rule!r} works on one machine only: between machines sums of differences "
+                "cross, and that is no exchange of this rule. Use server_rule='smoothed', or one machine."
             )
         if self.auto_find_batch_size and self.identity.num_workers > 1:
             raise ValueError(

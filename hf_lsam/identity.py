@@ -41,30 +41,41 @@ class Identity:
     Args:
         rank: number of this worker in the run.
         local_rank: number of this worker on its machine.
-        num_workers: workers the launcher started.
+        num_workers: workers the launcher started, on all machines.
+        machine: number of this machine.
+        num_machines: machines of the launch.
+        local_workers: workers on this machine.
     """
 
     rank: int = 0
     local_rank: int = 0
     num_workers: int = 1
+    machine: int = 0
+    num_machines: int = 1
+    local_workers: int = 1
 
     @classmethod
     def from_environment(cls) -> Identity:
-        """Reads RANK, LOCAL_RANK and WORLD_SIZE as torchrun and `accelerate launch` set them.
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE as torchrun and `accelerate launch` set them; of several machines also
+        LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE.
 
         Raises:
-            ValueError: if the workers are spread over several machines, or if the launcher was asked for more
-                processes than it started.
+            ValueError: if the workers are spread over several machines and the launcher does not say which is which,
+                or if it was asked for more processes than it started.
         """
-        identity = cls(
-            int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        )
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", identity.num_workers))
-        if on_this_machine < identity.num_workers:
+
+        def number(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        workers = number("WORLD_SIZE", 1)
+        here = number("LOCAL_WORLD_SIZE", workers)
+        machine, machines = (number("GROUP_RANK", 0), number("GROUP_WORLD_SIZE", 1)) if here < workers else (0, 1)
+        identity = cls(number("RANK", 0), number("LOCAL_RANK", 0), workers, machine, machines, here)
+        if here < workers and machines == 1:
             raise ValueError(
-                f"{identity.num_workers} workers were started, {on_this_machine} of them on this machine. Workers on "
-                "several machines are not supported yet: they would find no server. Start all on one machine "
-                "(--num_machines 1)."
+                f"{workers} workers were started, {here} of them on this machine, and the launcher does not say which "
+                "machine this is (GROUP_RANK, GROUP_WORLD_SIZE): no server could be found. Start them with torchrun or "
+                "`accelerate launch --num_machines`."
             )
         asked = _processes_asked_of_launcher()
         if asked is not None and asked > identity.num_workers:

@@ -6,7 +6,10 @@ The same for `LSAMTrainer` and for any other training loop.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import os
+import secrets
 import signal
 import subprocess
 import tempfile
@@ -25,7 +28,9 @@ from .identity import Identity, LaunchStore
 from .parameters import ParameterLayout
 from .server.core import ServerCore, ServerSettings
 from .server.local import LocalLink
+from .server.machines import MachineSettings, address_file
 from .server.process import SIGTERM_CODE, ServiceSettings, start_server
+from .transport.gloo import new_secret
 from .transport.link import MailboxLink, RefusedError, ServerGone
 from .transport.mailbox import ANY_NUMBER, RunFolder, is_served
 from .worker import Worker, WorkerSettings
@@ -33,6 +38,7 @@ from .worker import Worker, WorkerSettings
 logger = logging.getLogger(__name__)
 
 SERVER_RESTARTS = 3
+SECRET = "secret"  # in the run folder; whose mode is 0700, and the file's 0600
 
 # Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
 _runs_joined = itertools.count()
@@ -45,11 +51,13 @@ class Patience:
 
     Args:
         service: of the server (see `ServiceSettings`).
-        server_timeout: seconds that a worker goes on without a server.
+        server_timeout: seconds that a worker goes on without a server, and a machine without the global one.
+        machine_timeout: seconds without a sign of life after which a machine is lost.
     """
 
     service: ServiceSettings = field(default_factory=ServiceSettings)
     server_timeout: float = 120.0
+    machine_timeout: float = 30.0
 
 
 class EndSignals:
@@ -118,6 +126,7 @@ class Run:
         self._link: LocalLink | MailboxLink | None = None
         self._folder: RunFolder | None = None
         self._server: subprocess.Popen | None = None
+        self._server_options: list[str] = []
 
     def join(
         self,
@@ -126,8 +135,8 @@ class Run:
         server_settings: ServerSettings,
         server_state: Path | None = None,
     ) -> Worker:
-        """Takes part with the given parameters. Alone: the server is an object. Else worker 0 starts the process, or
-        the worker is a guest of the server at `server_address`.
+        """Takes part with the given parameters. Alone: the server is an object. Else the first worker of each machine
+        starts its server process, or the worker is a guest of the server at `server_address`.
 
         Args:
             named: (name, parameter) pairs; worker 0's values become the first anchor.
@@ -149,19 +158,17 @@ class Run:
                 core.load_state_tensors(load_tensors(server_state))
             self._link = LocalLink(core)
         else:
-            key = f"run_dir/{next(_runs_joined)}"
-            if self._identity.rank == 0:
-                path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=self._shared_memory_dir))
-                initial, contents = _initial(layout, tensors), self._contents(layout, server_settings)
-                self._folder = RunFolder.create(path, initial, self._identity.num_workers, layout.manifest, contents)
-                self._restarts_left = SERVER_RESTARTS
-                self._server = start_server(path, self._server_log, server_state)
-                self._launch_store().set(key, str(path))
+            number = next(_runs_joined)
+            key = f"run_dir/{number}/{self._identity.machine}"
+            if self._identity.local_rank == 0:
+                contents = self._contents(layout, server_settings)
+                self._open_folder(layout, tensors, contents, number, server_state)
+                self._launch_store().set(key, str(self._folder.path))
             else:
                 self._folder = RunFolder(Path(self._launch_store().get(key)))
             self._link = MailboxLink(
                 self._folder,
-                self._identity.rank,
+                self._identity.local_rank,
                 layout,
                 device,
                 self._server_may_come,
@@ -169,6 +176,58 @@ class Run:
                 revive=self._revive_server,
             )
         return Worker(named, self._link, worker_settings)
+
+    def _open_folder(
+        self, layout: ParameterLayout, tensors: list[Tensor], contents: dict[str, Any], number: int, state: Path | None
+    ) -> None:
+        """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
+        path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=self._shared_memory_dir))
+        here, key = self._identity, f"machines/{number}"
+        meeting = None
+        if here.num_machines > 1:
+            run_id = secrets.token_hex(8)
+            if here.machine > 0:
+                meeting = self._launch_store().get(key)
+                run_id = meeting["run_id"]
+            patience = self._patience
+            across = MachineSettings(
+                here.num_machines, here.machine, run_id, patience.machine_timeout, patience.server_timeout
+            )
+            contents = {**contents, "machines": across.as_dict()}
+        workers = here.local_workers
+        self._folder = RunFolder.create(path, _initial(layout, tensors), workers, layout.manifest, contents)
+        self._restarts_left = SERVER_RESTARTS
+        self._server_options = []
+        if here.num_machines > 1:
+            self._server_options = self._options_across(path, meeting)
+        self._server = start_server(path, self._server_log, state if here.machine == 0 else None, self._server_options)
+        if here.num_machines > 1 and here.machine == 0:
+            host, port = self._await_address(path)
+            self._server_options[1] = f"{host}:{port}"  # one that is started again listens where it is looked for
+            secret = (path / SECRET).read_text()
+            self._launch_store().set(key, {"address": [host, port], "run_id": run_id, "secret": secret})
+
+    def _options_across(self, path: Path, meeting: dict[str, Any] | None) -> list[str]:
+        """What tells the server of this machine its place among them. The secret goes into a file only."""
+        if meeting is None:
+            new_secret(path / SECRET)
+            where = ["--listen", f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:0", "--allow_remote"]
+        else:
+            (path / SECRET).touch(0o600, exist_ok=False)
+            (path / SECRET).write_text(meeting["secret"])
+            host, port = meeting["address"]
+            where = ["--connect", f"{host}:{port}"]
+        return [*where, "--secret_file", str(path / SECRET)]
+
+    def _await_address(self, path: Path) -> tuple[str, int]:
+        while not address_file(path).exists():
+            if not self._server_may_come():
+                raise ServerGone(
+                    f"The server of the launch ended at its start; see {self._server_log}. Does MASTER_ADDR "
+                    "(--main_process_ip) name an address of machine 0?"
+                )
+            time.sleep(0.02)
+        return tuple(json.loads(address_file(path).read_text()))
 
     def _join_as_guest(self, layout: ParameterLayout, tensors: list[Tensor], settings: ServerSettings) -> MailboxLink:
         path = Path(self._server_address)
@@ -205,12 +264,14 @@ class Run:
 
     def leave(self) -> None:
         """Closes this worker's end, also after an error; worker 0 sees the server off."""
+        # The server goes on until the final anchor has reached the other machines.
+        others_wait = self._identity.num_machines > 1 and isinstance(self._link, MailboxLink) and self._link.finished
         if self._link is not None:
             self._link.close()
             self._link = None
         if self._server is not None:
             try:
-                self._server.wait(timeout=10)
+                self._server.wait(timeout=self._patience.server_timeout if others_wait else 10)
             except subprocess.TimeoutExpired:  # others still train, while this one ends with an error
                 self._server.terminate()
                 self._server.wait()
@@ -241,7 +302,7 @@ class Run:
             return
         self._restarts_left -= 1
         logger.warning("the server process ended with code %d: it is started again", self._server.returncode)
-        self._server = start_server(self._folder.path, self._server_log, resume=True)
+        self._server = start_server(self._folder.path, self._server_log, True, self._server_options)
 
 
 def _initial(layout: ParameterLayout, tensors: list[Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ OUT_OF_RANGE = {
     "shared_memory_dir": ["/no/such/folder"],
     "server_address": ["/no/such/folder", "localhost:29500"],
     "server_timeout": [0.0, math.inf, math.nan, "120"],
+    "machine_timeout": [1.9, math.inf, math.nan, "30"],
     "worker_timeout": [0, -1.0, math.nan],
     "snapshot_seconds": [-1.0, math.inf],
     "max_bad_pushes": [0, 1.5, True],
@@ -139,14 +140,19 @@ def test_fewer_workers_than_meant_is_an_error_that_names_the_launch(tmp_path, mo
     with pytest.raises(ValueError, match=r"num_workers=4, but 1 were started.*--multi_gpu --num_processes 4"):
         config(tmp_path, num_workers=4)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert config(tmp_path, num_workers=4).identity == Identity(0, 0, 4)
+    assert config(tmp_path, num_workers=4).identity == Identity(0, 0, 4, local_workers=4)
 
 
-def test_several_machines_are_refused_until_they_are_supported(tmp_path, monkeypatch):
+def test_several_machines_are_told_apart_by_the_launcher_or_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="several machines are not supported yet"):
+    with pytest.raises(ValueError, match="does not say which machine this is"):
         config(tmp_path)
+    for name, value in {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert config(tmp_path).identity == Identity(3, 1, 4, machine=1, num_machines=2, local_workers=2)
+    with pytest.raises(ValueError, match="server_rule='elastic' works on one machine only"):
+        config(tmp_path, server_rule="elastic")
 
 
 def test_a_worker_is_a_job_of_its_own_to_accelerate_and_keeps_its_rank(tmp_path, monkeypatch):

@@ -3,14 +3,30 @@
 By hand, in an empty or a new folder, it waits for workers that join it by `server_address=DIR`, as many as come and as
 long as they stay. It ends on SIGTERM or Ctrl-C, or after `--idle_timeout` seconds without a worker, and keeps its last
 snapshot; the same command with `--resume` goes on from there.
+
+With `--listen` it also serves the relays of other machines: `--connect` makes it one. A file with the secret
+(`python -c 'import sys, pathlib; from hf_lsam.transport.gloo import new_secret; new_secret(pathlib.Path(sys.argv[1]))'
+FILE`) proves who may take part.
 """
 
 import argparse
+import functools
 import logging
 import sys
 from pathlib import Path
 
-from .process import run_server
+from ..transport.gloo import read_secret
+from .machines import GlobalServer
+from .process import Server, run_server
+from .relay import RelayServer
+
+
+def address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
 
 parser = argparse.ArgumentParser(prog="python -m hf_lsam.server", description="Aggregates the anchor of one LSAM run.")
 parser.add_argument("--run_dir", type=Path, required=True, help="run folder; new or empty for a run that others join")
@@ -22,10 +38,27 @@ parser.add_argument(
     help="go on from the folder's newest snapshot, or begin with the server state in this file",
 )
 parser.add_argument("--idle_timeout", type=float, default=600.0, help="seconds without a worker until it ends")
+across = parser.add_mutually_exclusive_group()
+across.add_argument("--listen", type=address, metavar="HOST:PORT", help="serve other machines as well; port 0: any")
+across.add_argument("--connect", type=address, metavar="HOST:PORT", help="be the relay to the global server there")
+parser.add_argument("--secret_file", type=Path, help="the secret of the run, mode 0600; the same on all machines")
+parser.add_argument("--allow_remote", action="store_true", help="listen beyond this machine; vectors are not encrypted")
 parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
+if (arguments.listen or arguments.connect) and not arguments.secret_file:
+    parser.error("--listen and --connect need --secret_file: it decides which machines take part")
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 try:
-    run_server(arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout, parent=arguments.parent)
-except RuntimeError as error:
+    make = Server
+    if arguments.listen or arguments.connect:
+        secret = read_secret(arguments.secret_file)
+    if arguments.listen:
+        remote = arguments.allow_remote
+        make = functools.partial(GlobalServer, address=arguments.listen, secret=secret, allow_remote=remote)
+    elif arguments.connect:
+        make = functools.partial(RelayServer, address=arguments.connect, secret=secret)
+    run_server(
+        arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout, parent=arguments.parent, make=make
+    )
+except (RuntimeError, ValueError) as error:
     sys.exit(str(error))

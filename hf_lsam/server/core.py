@@ -41,7 +41,7 @@ class ServerSettings:
 class ServerCore:
     """Counts the workers, refuses what is not finite, and hands all else to the rule that moves the anchor.
 
-    n counts the workers that are live: joined, and neither finished nor gone.
+    n counts the workers that are live: joined, and neither finished nor gone; on all machines, if there are several.
 
     Args:
         vector: initial anchor, float32 [d]; owned from here on.
@@ -69,18 +69,28 @@ class ServerCore:
             self._rule = Elastic(self.anchor, settings.anchor_lr)
         else:
             self._rule = Leader(self.anchor)
-        self.live: set[int] = set()
+        self.live: dict[int, int] = {}  # worker -> 1; a machine -> the workers that are live on it
         self.accepted_pushes = 0
         self.refused_pushes = 0
 
     def join(self, worker: int) -> None:
         """Counts `worker` as live."""
-        self.live.add(worker)
+        self.live[worker] = 1
 
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it pushed stays."""
-        self.live.discard(worker)
-        self._rule.leave(worker, len(self.live))
+        self.live.pop(worker, None)
+        self._rule.leave(worker, self.live_workers)
+
+    def count(self, machine: int, workers: int) -> None:
+        """Counts `workers` live workers on `machine`, a number that no worker has."""
+        self.live[machine] = workers
+        self._rule.leave(machine, self.live_workers)
+
+    @property
+    def live_workers(self) -> int:
+        """n."""
+        return sum(self.live.values())
 
     @torch.no_grad()
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool:
@@ -102,7 +112,7 @@ class ServerCore:
             self.refused_pushes += 1
             return False
         self.accepted_pushes += 1
-        self._rule.push(vector, steps, worker, loss, len(self.live))
+        self._rule.push(vector, steps, worker, loss, self.live_workers)
         return True
 
     def flush(self) -> None:

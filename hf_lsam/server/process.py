@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +97,8 @@ class Server:
         self._expected = int(folder.run["num_workers"])
         self._fingerprint = bytes.fromhex(folder.run["fingerprint"])
         self._service = ServiceSettings(**folder.run.get("service", {}))
-        self._core = ServerCore(folder.slot(folder.version).clone(), ServerSettings(**folder.run["settings"]))
+        self._settings = ServerSettings(**folder.run["settings"])
+        self._core = self._make_core()
         self._counted: dict[int, int] = {}  # process -> its last counted push
         self._counted_unless_known = 0
         self._absent: set[int] = set()  # workers of the launch that took part before a restart and are not back yet
@@ -106,6 +107,7 @@ class Server:
         elif resume is not None:
             self._core.load_state_tensors(load_tensors(resume))
             folder.publish(self._core.anchor.vector, self._core.anchor.version)
+        self._resumed = resume is True
         now = time.monotonic()
         self._join_by = now + join_timeout
         self._absent_until = now + self._service.worker_timeout
@@ -119,12 +121,16 @@ class Server:
         self._workers: dict[int, _Connection] = {}
         self._tickets = itertools.count()
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
-        self._started = resume is True or not self._expected
+        self._started = False
         self._ended = False
         self._best_step = -1
         patience = [1.0, self._service.worker_timeout / 4, self._service.snapshot_seconds or 1.0]
         self._patience = max(0.01, min(patience))
         self.terminating = False
+        self._start_if_ready()
+
+    def _make_core(self) -> ServerCore:
+        return ServerCore(self._folder.slot(self._folder.version).clone(), self._settings)
 
     def _take_up(self) -> None:
         """Goes on from the newest snapshot; without one, from the newest whole anchor."""
@@ -163,19 +169,20 @@ class Server:
         """Inside, workers can connect."""
         self._listener = self._folder.listen()
         self._listener.settimeout(0.0)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         try:
             yield
         finally:
-            for key in list(self._selector.get_map().values()):
-                key.fileobj.close()
+            for connection in self._connections():
+                connection.channel.close()
+            self._listener.close()
             self._selector.close()
 
     def turn(self, patience: float | None = None) -> bool:
         """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
         for key, _ in self._selector.select(self._patience if patience is None else patience):
-            if key.data is None:
-                self._accept()
+            if not isinstance(key.data, _Connection):
+                key.data()
             elif key.fileobj.fileno() >= 0:  # not hung up on a moment ago
                 self._read(key.data)
         return self._look_after(time.monotonic())
@@ -186,7 +193,7 @@ class Server:
         except OSError as error:  # gone again, or no descriptor left
             logger.error("a connection was not accepted: %s", error)
             return
-        strangers = len(self._selector.get_map()) - 1 - len(self._workers)
+        strangers = sum(other.worker < 0 for other in self._connections())
         if strangers >= STRANGERS:
             logger.error("%d connections have not joined yet: one more is refused", strangers)
             connection.close()
@@ -250,7 +257,7 @@ class Server:
         return not self._absent
 
     def _connections(self) -> list[_Connection]:
-        return [key.data for key in self._selector.get_map().values() if key.data is not None]
+        return [key.data for key in self._selector.get_map().values() if isinstance(key.data, _Connection)]
 
     # --- who takes part ---
 
@@ -285,11 +292,23 @@ class Server:
         logger.info("worker %d joined with ticket %d; %d take part", number, connection.ticket, len(self._workers))
         if self._started:
             self._welcome(connection)
-        elif all(worker in self._workers for worker in range(self._expected)):
-            self._started = True
-            for joined in self._workers.values():
-                joined.heard = connection.heard  # they were waiting, not silent
-                self._welcome(joined)
+        else:
+            self._start_if_ready()
+
+    def _workers_are_here(self) -> bool:
+        """Whether the workers that begin together have joined."""
+        return self._resumed or all(worker in self._workers for worker in range(self._expected))
+
+    def _may_start(self) -> bool:
+        return self._workers_are_here()
+
+    def _start_if_ready(self) -> None:
+        if self._started or not self._may_start():
+            return
+        self._started = True
+        for joined in self._workers.values():
+            joined.heard = time.monotonic()  # they were waiting, not silent
+            self._welcome(joined)
 
     def _welcome(self, connection: _Connection) -> None:
         last = self._counted.get(connection.process, self._counted_unless_known)
@@ -335,15 +354,18 @@ class Server:
             raise ValueError(f"push {message.b} of {message.a} steps after push {last}")
         version = self._core.anchor.version
         accepted = self._core.push(connection.mailbox, message.a, worker, message.loss)
-        self._counted.pop(connection.process, None)  # the newest last: the oldest is forgotten first
-        self._counted[connection.process] = message.b
-        if len(self._counted) > REMEMBERED:
-            del self._counted[next(iter(self._counted))]
+        self._note_counted(connection.process, message.b)
         self._publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.
         self._tell(connection, Message(Kind.ACCEPTED if accepted else Kind.REJECTED, worker, a=version))
         if not accepted:
             logger.warning("refused a push of worker %d: NaN or infinity", worker)
+
+    def _note_counted(self, process: int, push: int) -> None:
+        self._counted.pop(process, None)  # the newest last: the oldest is forgotten first
+        self._counted[process] = push
+        if len(self._counted) > REMEMBERED:
+            del self._counted[next(iter(self._counted))]
 
     def _finish(self, connection: _Connection, message: Message) -> None:
         if connection.finished:
@@ -352,7 +374,7 @@ class Server:
         connection.finished = True
         self._best_step = max(self._best_step, message.b)
         if message.a and worker < self._expected:
-            self._stop_all()
+            self._stop_run()
         self._core.leave(worker)
         self._publish_if_newer()
         logger.info("worker %d finished", worker)
@@ -385,6 +407,10 @@ class Server:
             if not connection.finished:
                 self._tell(connection, Message(Kind.STOP, connection.worker))
 
+    def _stop_run(self) -> None:
+        """A worker has asked that all stop."""
+        self._stop_all()
+
     def _end_if_all_finished(self) -> None:
         """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""
         if self._ended or not self._expected or not self._started or self._absent:
@@ -394,7 +420,11 @@ class Server:
             return
         if training:
             self._stop_all()
-            return
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        """All that train here have finished."""
         self._ended = True
         self._core.flush()
         self._publish_if_newer()
@@ -425,10 +455,14 @@ def run_server(
     join_timeout: float = 600.0,
     idle_timeout: float = 600.0,
     parent: int | None = None,
+    make: Callable[..., Server] = Server,
 ) -> None:
     """Serves the run in `run_dir` in this process; waits for its first worker to found it, if there is none yet.
 
     At the end the folder of a launch is removed. A folder that others join keeps its last snapshot.
+
+    Args:
+        make: called with the run folder and `Server`'s other arguments.
 
     Raises:
         RuntimeError: if another process serves the folder, or if it holds a run that is not to be resumed.
@@ -439,7 +473,7 @@ def run_server(
     with served_by_this_process(run_dir):
         folder = _open(run_dir, resume is True, idle_timeout)
         launched = bool(folder.run["num_workers"])
-        server = Server(folder, resume, join_timeout, idle_timeout, parent)
+        server = make(folder, resume, join_timeout, idle_timeout, parent)
 
         def end(*_) -> None:
             server.terminating = True
@@ -476,7 +510,9 @@ def _open(run_dir: Path, resume: bool, idle_timeout: float) -> RunFolder:
     return RunFolder(run_dir)
 
 
-def start_server(run_dir: Path, log: Path, resume: Path | bool | None = None) -> subprocess.Popen:
+def start_server(
+    run_dir: Path, log: Path, resume: Path | bool | None = None, options: Sequence[str] = ()
+) -> subprocess.Popen:
     """Starts `python -m hf_lsam.server` for the run in `run_dir`.
 
     Not multiprocessing: its spawn would import the user's script again.
@@ -485,6 +521,7 @@ def start_server(run_dir: Path, log: Path, resume: Path | bool | None = None) ->
         run_dir: a folder made by `RunFolder.create`.
         log: file that receives the server's log, appended to.
         resume: a server state to begin with, True to go on from the folder's own snapshot, or None.
+        options: further words of its command line.
 
     Returns:
         the process; it ends by itself when the last worker has left.
@@ -493,6 +530,7 @@ def start_server(run_dir: Path, log: Path, resume: Path | bool | None = None) ->
     command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
     if resume is not None:
         command += ["--resume"] if resume is True else ["--resume", str(resume)]
+    command += options
     # The package may lie where only the user's script finds it.
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

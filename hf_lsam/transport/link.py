@@ -95,6 +95,7 @@ class MailboxLink:
         self.evicted = False
         self.stop_requested = False
         self.save_requested = False
+        self.finished = False
         self.staleness: list[int] = []  # of each accepted push since it was last taken
         self.accepted = 0
         self.refused = 0
@@ -199,6 +200,7 @@ class MailboxLink:
             self._start_pull(incoming)
             self._incoming.wait()
         version, self._pulling = self._pulling, None
+        self.finished = True
         return version, final.b
 
     def snapshot(self, path: Path) -> bool:
@@ -371,6 +373,12 @@ class MailboxLink:
             self._next_attempt = 0.0
         elif message.kind is Kind.REFUSED:
             self._refused_return(Refusal(message.a))
+        elif message.kind is Kind.GONE:
+            raise ServerGone(
+                f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
+                f"{self.worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
+                "reason, and resume from the last checkpoint."
+            )
         else:
             self._notices[message.kind] = message
 

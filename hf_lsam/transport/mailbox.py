@@ -60,6 +60,7 @@ class Kind(IntEnum):
     FINISHED = 16  # all have finished, the anchor is final; b: best step, or -1
     SNAPSHOT_DONE = 17  # a: 1 if written, 0 if it failed
     EVICTED = 18  # nothing was heard for `worker_timeout`; the worker may join again
+    GONE = 19  # the server of all machines is lost for good, and this machine's ends
 
 
 class Refusal(IntEnum):
@@ -305,7 +306,9 @@ class RunFolder:
     # --- the anchor: one writer ---
 
     def publish(self, vector: Tensor, version: int) -> None:
-        """Server only: makes `vector` readable as `version`."""
+        """Server only: makes `vector` readable as `version`, which must be above the last."""
+        if (version - self.version) % 2 == 0:  # versions were left out: what is being read must not be written over
+            self.publish(vector, version - 1)
         self._version[1] = version  # begun: from here on a reader of version - 2 will copy again
         self._slots[version % 2].copy_(vector)
         self._version[0] = version  # complete

@@ -1,0 +1,542 @@
+"""Several machines: relays between their workers and the global server, over real networks where this host has any."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from launch import write_script
+from netns import Machine, why_not
+
+from hf_lsam.parameters import ParameterLayout
+from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
+from hf_lsam.server.relay import RelayCore, RelayServer
+from hf_lsam.transport.link import MailboxLink, ServerGone
+from hf_lsam.transport.mailbox import RunFolder
+
+TESTS = Path(__file__).parent
+CPU = torch.device("cpu")
+NUMEL, TAU = 5, 4
+SETTINGS = ServerSettings(sync_steps=TAU, anchor_momentum_correction=0.0)
+LAYOUT = ParameterLayout([("w", torch.zeros(NUMEL))])
+SECRET = bytes(range(32))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimizers_are_loaded():
+    """What a server in a thread would otherwise load by itself, for seconds."""
+    torch.optim.SGD([torch.zeros(1)])
+
+
+# --- the relay's arithmetic ---
+
+
+def test_a_relay_sums_until_each_live_worker_has_done_its_steps_and_goes_on_until_it_is_answered():
+    core = RelayCore(torch.zeros(2), SETTINGS)
+    core.join(0)
+    core.join(1)
+    assert core.push(torch.tensor([1.0, 2.0]), TAU)
+    assert core.take() is None
+    assert core.push(torch.tensor([10.0, 20.0]), TAU)
+    vector, steps, number = core.take()
+    assert (vector.tolist(), steps, number) == ([11.0, 22.0], 2 * TAU, 1)
+    for _ in range(3):
+        core.push(torch.ones(2), TAU)
+    assert core.take() is None  # not answered
+    core.answered(1)
+    assert vector.tolist() == [11.0, 22.0]
+    vector, steps, number = core.take()
+    assert (vector.tolist(), steps, number) == ([3.0, 3.0], 3 * TAU, 2)
+    core.answered(2)
+    assert core.is_empty
+    core.push(torch.ones(2), TAU)
+    assert core.take() is None
+    core.leave(1)
+    assert core.take()[1] == TAU
+
+
+@pytest.mark.parametrize(("last_counted", "left"), [(0, 5.0), (1, 2.0)])
+def test_a_sum_under_way_is_handed_in_again_unless_it_was_counted(last_counted, left):
+    core = RelayCore(torch.zeros(1), SETTINGS)
+    core.join(0)
+    core.push(torch.tensor([3.0]), TAU)
+    core.take()
+    core.push(torch.tensor([2.0]), TAU)
+    core.settle(last_counted)
+    vector, steps, number = core.take()
+    assert (vector.item(), steps, number) == (left, TAU * (2 - last_counted), 2)
+
+
+def test_a_relay_refuses_what_is_not_finite_and_takes_no_older_anchor():
+    core = RelayCore(torch.zeros(2), SETTINGS)
+    assert not core.push(torch.tensor([1.0, math.nan]), TAU)
+    assert core.refused_pushes == 1
+    assert core.take(True) is None
+    core.adopt(torch.ones(2), 5)
+    core.adopt(torch.zeros(2), 4)
+    assert core.anchor.version == 5
+    assert core.state_tensors()["anchor"].tolist() == [1.0, 1.0]
+
+
+def test_a_machine_counts_with_its_workers():
+    core = ServerCore(torch.zeros(1), SETTINGS)
+    core.join(0)
+    core.count(-1, 3)
+    core.push(torch.ones(1), TAU)
+    core.push(torch.ones(1), 2 * TAU, -1)
+    assert core.anchor.version == 0
+    core.count(-1, 2)  # one of its three is gone: the period is complete
+    assert core.anchor.version == 1
+    assert core.anchor.vector.item() == pytest.approx(2 / (3 * TAU))
+
+
+def test_versions_that_are_left_out_never_write_over_what_is_read(tmp_path):
+    folder = RunFolder.create(tmp_path, torch.zeros(1), 0, [], {})
+    folder.publish(torch.full((1,), 4.0), 4)
+    reading = folder.slot(4)
+    folder.publish(torch.full((1,), 5.0), 5)
+    assert reading.item() == 4.0
+    folder.publish(torch.full((1,), 7.0), 7)
+    assert folder.version == 7
+    assert folder.slot(7).item() == 7.0
+    assert not folder.is_whole(5)
+
+
+# --- servers of several machines in threads of the test's own process ---
+
+
+class CountingGlobal(GlobalServer):
+    """Notes what machines say."""
+
+    def __init__(self, *rest, **options):
+        self.said: list[tuple[int, int, int]] = []  # machine, kind, a
+        super().__init__(*rest, **options)
+
+    def _handle_machine(self, machine, header, vector):
+        self.said.append((machine.number, header.kind, header.a))
+        super()._handle_machine(machine, header, vector)
+
+    def pushes_of(self, machine: int) -> list[int]:
+        return [steps for number, kind, steps in self.said if (number, kind) == (machine, Say.PUSH)]
+
+
+class Cluster:
+    """One server a machine, each with links of some workers.
+
+    Args:
+        folder: of the test.
+        workers: how many on each machine.
+        across: fields of `MachineSettings`.
+    """
+
+    def __init__(self, folder: Path, workers: list[int], **across):
+        self.folders = [self._make_folder(folder, m, workers, across) for m in range(len(workers))]
+        self.top = CountingGlobal(self.folders[0], address=("127.0.0.1", 0), secret=SECRET)
+        address = self.top._gate.address
+        self.relays = [RelayServer(made, address=address, secret=SECRET) for made in self.folders[1:]]
+        self.threads = [threading.Thread(target=server.serve) for server in (self.top, *self.relays)]
+        for thread in self.threads:
+            thread.start()
+        self.links: dict[tuple[int, int], MailboxLink] = {}
+        self.all_at_once(self._join, [(m, w) for m, count in enumerate(workers) for w in range(count)])
+
+    def _make_folder(self, folder: Path, machine: int, workers: list[int], across: dict) -> RunFolder:
+        path = folder / f"machine{machine}"
+        path.mkdir()
+        across = {"silence": 10.0, "server_timeout": 30.0, **across}
+        contents = {
+            "fingerprint": LAYOUT.fingerprint.hex(),
+            "settings": SETTINGS.as_dict(),
+            "machines": MachineSettings(len(workers), machine, "run", **across).as_dict(),
+        }
+        first = torch.full((NUMEL,), float(machine + 1))
+        return RunFolder.create(path, first, workers[machine], LAYOUT.manifest, contents)
+
+    def _join(self, machine: int, worker: int) -> None:
+        self.links[machine, worker] = MailboxLink(self.folders[machine], worker, LAYOUT, CPU)
+
+    def all_at_once(self, work: Callable, arguments: list[tuple]) -> None:
+        threads = [threading.Thread(target=work, args=each) for each in arguments]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Lets workers poll until it holds."""
+        nowhere = torch.empty(NUMEL)
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            for link in self.links.values():
+                link.poll(0, nowhere)
+            time.sleep(0.001)
+
+    def period(self, difference: float = 0.1) -> None:
+        """Every worker hands in TAU steps at a distance of `difference`; all have the anchor that follows."""
+        version = self.top._core.anchor.version
+        for link in self.links.values():
+            self.until(lambda link=link: link.can_push)
+            link.push(torch.full((NUMEL,), TAU * difference), TAU, version)
+        self.until(lambda: all(folder.version > version for folder in self.folders))
+
+    def finish(self, stop: tuple[int, int] | None = None) -> list[tuple[int, int, float]]:
+        """All workers finish; (version, best step, value of the final anchor) of each, in the order of machines."""
+        found = {}
+
+        def body(machine: int, worker: int) -> None:
+            link, final = self.links[machine, worker], torch.empty(NUMEL)
+            link.settle()
+            version, best = link.finish((machine, worker) == stop, 10 * machine + worker, final)
+            found[machine, worker] = (version, best, final[0].item())
+
+        self.all_at_once(body, list(self.links))
+        return [found[key] for key in self.links]
+
+    def end(self) -> None:
+        for link in self.links.values():
+            link.close()
+        for thread in self.threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in self.threads)
+
+
+def poll_for_ever(link: MailboxLink) -> None:
+    while True:
+        link.poll(0, torch.empty(NUMEL))
+        time.sleep(0.01)
+
+
+@contextmanager
+def cluster(folder: Path, workers: list[int], **across) -> Iterator[Cluster]:
+    made = Cluster(folder, workers, **across)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def test_one_push_a_machine_and_period_crosses_and_all_begin_and_end_at_one_anchor(tmp_path):
+    with cluster(tmp_path, [1, 2, 3]) as run:
+        assert [folder.slot(folder.version)[0].item() for folder in run.folders] == [1.0, 1.0, 1.0]  # machine 0's
+        for _ in range(5):
+            run.period()
+        assert run.top.pushes_of(1) == [2 * TAU] * 5
+        assert run.top.pushes_of(2) == [3 * TAU] * 5
+        ends = run.finish()
+        assert len(ends) == 6
+        assert set(ends) == {ends[0]}
+        version, best, value = ends[0]
+        assert (version, best) == (5, 22)
+        assert value == pytest.approx(1.5)
+
+
+def test_an_early_stop_on_one_machine_reaches_the_workers_of_all(tmp_path):
+    with cluster(tmp_path, [1, 1, 1]) as run:
+        run.period()
+        stopper = run.links.pop((2, 0))
+        thread = threading.Thread(target=stopper.finish, args=(True, -1, torch.empty(NUMEL)))
+        thread.start()
+        run.until(lambda: all(link.stop_requested for link in run.links.values()))
+        run.finish()
+        thread.join()
+        stopper.close()
+
+
+def test_a_worker_that_dies_leaves_n_on_all_machines(tmp_path):
+    with cluster(tmp_path, [1, 2]) as run:
+        run.period()
+        run.links.pop((1, 1)).close()
+        run.until(lambda: run.top._core.live_workers == 2)
+        run.period()
+        assert run.top.pushes_of(1) == [2 * TAU, TAU]
+        run.finish()
+
+
+def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
+    with cluster(tmp_path, [1, 1]) as run:
+        run.period()
+        for _ in range(3):
+            relay = run.relays[0]
+            lost = relay._peer
+            lost._wire.socket.shutdown(socket.SHUT_RDWR)
+            link = run.links[1, 0]
+            link.push(torch.full((NUMEL,), TAU * 0.1), TAU, 0)  # into whatever is left of the link
+            run.until(lambda relay=relay, lost=lost: relay._linked and relay._peer is not lost)
+            run.until(lambda: run.top._core.live_workers == 2)
+            run.until(lambda relay=relay: relay._core.is_empty)
+        assert not run.links[1, 0].away
+        run.period()
+        assert sum(run.top.pushes_of(1)) == 5 * TAU
+        ends = run.finish()
+        assert ends[0] == ends[1]
+
+
+def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_path):
+    with cluster(tmp_path, [1, 1], server_timeout=1.0) as run:
+        run.period()
+        relay = run.relays[0]
+        relay._address = ("127.0.0.1", 1)  # where nobody listens
+        relay._peer._wire.socket.shutdown(socket.SHUT_RDWR)
+        lost = run.links.pop((1, 0))
+        with pytest.raises(ServerGone, match="has lost the one of all machines"):
+            poll_for_ever(lost)
+        lost.close()
+        run.until(lambda: run.top._core.live_workers == 1)
+        run.links[0, 0].push(torch.ones(NUMEL), TAU, 1)
+        assert run.finish()[0][0] == 2
+
+
+def test_a_relay_with_another_secret_is_refused_and_its_workers_are_told(tmp_path):
+    with cluster(tmp_path, [1]) as run:
+        path = tmp_path / "stranger"
+        path.mkdir()
+        contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
+        folder = RunFolder.create(path, torch.zeros(NUMEL), 1, LAYOUT.manifest, contents)
+        relay = RelayServer(folder, address=run.top._gate.address, secret=bytes(32))
+        thread = threading.Thread(target=relay.serve)
+        thread.start()
+        with pytest.raises(ServerGone):
+            MailboxLink(folder, 0, LAYOUT, CPU)
+        thread.join()
+        run.finish()
+
+
+def test_a_relay_with_other_settings_is_refused(tmp_path, caplog):
+    with cluster(tmp_path, [1]) as run:
+        path = tmp_path / "other"
+        path.mkdir()
+        contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
+        contents["settings"] = {**contents["settings"], "sync_steps": 8}
+        folder = RunFolder.create(path, torch.zeros(NUMEL), 1, LAYOUT.manifest, contents)
+        relay = RelayServer(folder, address=run.top._gate.address, secret=SECRET)
+        thread = threading.Thread(target=relay.serve)
+        thread.start()
+        with pytest.raises(ServerGone):
+            MailboxLink(folder, 0, LAYOUT, CPU)
+        thread.join()
+        assert "The settings of this machine are not those of the run" in caplog.text
+        run.finish()
+
+
+def test_what_cannot_work_across_machines_is_an_error_at_the_start(tmp_path):
+    contents = {"fingerprint": LAYOUT.fingerprint.hex(), "settings": {**SETTINGS.as_dict(), "rule": "leader"}}
+    folder = RunFolder.create(tmp_path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
+    with pytest.raises(RuntimeError, match="server_rule='leader' works on one machine only"):
+        RelayServer(folder, address=("127.0.0.1", 1), secret=SECRET)
+    folder.run["settings"]["rule"] = "smoothed"
+    with pytest.raises(RuntimeError, match=r"vectors cross the network unencrypted.*allow_remote"):
+        GlobalServer(folder, address=("0.0.0.0", 0), secret=SECRET)
+
+
+# --- whole runs, through the real launcher ---
+
+SCRIPT = """
+import hashlib, json, os, sys, time
+from pathlib import Path
+
+import torch
+from models import arguments, blobs, net, vector
+from transformers import TrainerCallback
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+FIELDS = json.loads(sys.argv[2])
+PAUSE = FIELDS.pop("pause", 0.0)
+STOP_AT = FIELDS.pop("stop_at", {}).get(str(RANK))
+progress = OUT / f"progress{RANK}"
+
+
+class Watch(TrainerCallback):
+    versions = []
+
+    def on_step_end(self, args, state, control, **keywords):
+        time.sleep(PAUSE)
+        progress.write_text(str(state.global_step))
+        self.versions.append(trainer.worker.version)
+        control.should_training_stop = control.should_training_stop or state.global_step == STOP_AT
+
+
+fields = dict(sam_rho=0.05, sync_steps=4, coupling_strength=0.2, per_device_train_batch_size=4, num_train_epochs=50)
+args = arguments(LSAMConfig, OUT / "out" / os.environ["GROUP_RANK"], **{**fields, **FIELDS})
+trainer = LSAMTrainer(model=net(RANK), args=args, train_dataset=blobs(64), callbacks=[Watch()])
+error = None
+try:
+    trainer.train()
+except Exception as caught:
+    error = f"{type(caught).__name__}: {caught}"
+report = dict(
+    end=hashlib.sha256(vector(trainer.model).numpy().tobytes()).hexdigest(),
+    versions=Watch.versions,
+    steps=trainer.state.global_step,
+    local_rank=args.identity.local_rank,
+    machine=args.identity.machine,
+    error=error,
+)
+(OUT / f"rank{RANK}.new").write_text(json.dumps(report))
+os.rename(OUT / f"rank{RANK}.new", OUT / f"rank{RANK}.json")
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+class Launches:
+    """`accelerate launch` on each machine of a run.
+
+    Args:
+        folder: of this test.
+        count: how many machines, with `workers` workers each.
+        on: where they are started; None: all on this one, over loopback.
+        fields: of the configuration of the run.
+    """
+
+    def __init__(self, folder: Path, count: int, workers: int, on: list[Machine] | None = None, **fields):
+        self.folder, self.workers = folder, count * workers
+        script = write_script(folder / "script.py", SCRIPT)
+        address, port = ("127.0.0.1", free_port()) if on is None else (on[0].address, 29500)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+        self.processes = []
+        for machine in range(count):
+            command = [] if on is None else list(on[machine].prefix)
+            command += [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+            command += ["--num_processes", str(self.workers), "--num_machines", str(count)]
+            command += ["--machine_rank", str(machine), "--main_process_ip", address, "--main_process_port", str(port)]
+            command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += [str(script), str(folder), json.dumps(fields)]
+            with (folder / f"launch{machine}.log").open("w") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.processes.append(process)
+
+    def until(self, condition: Callable[[], object], seconds: float = 240.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.story()
+            time.sleep(0.1)
+
+    def has_reached(self, rank: int, step: int) -> bool:
+        path = self.folder / f"progress{rank}"
+        return path.exists() and int(path.read_text() or 0) >= step
+
+    def report(self, rank: int) -> dict | None:
+        path = self.folder / f"rank{rank}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def reports(self, ranks: range) -> list[dict]:
+        """Of these workers, once they have ended."""
+        self.until(lambda: all(self.report(rank) for rank in ranks))
+        return [self.report(rank) for rank in ranks]
+
+    def log(self, machine: int) -> str:
+        path = self.folder / "out" / str(machine) / "server.log"
+        return path.read_text() if path.exists() else ""
+
+    def story(self) -> str:
+        logs = sorted([*self.folder.glob("launch*.log"), *self.folder.glob("out/*/server.log")])
+        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in logs)
+
+    def kill(self, machine: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.processes[machine].pid, signal.SIGKILL)
+
+
+@contextmanager
+def launches(*arguments, **fields) -> Iterator[Launches]:
+    made = Launches(*arguments, **fields)
+    try:
+        yield made
+    finally:
+        for machine, process in enumerate(made.processes):
+            made.kill(machine)
+            process.wait()
+
+
+def sums_handed_on(log: str) -> list[int]:
+    return [int(steps) for steps in re.findall(r"handed on sum \d+ of (\d+) steps", log)]
+
+
+def test_two_launches_on_loopback_are_one_run(tmp_path):
+    with launches(tmp_path, 2, 2, max_steps=40) as run:
+        reports = run.reports(range(4))
+        for process in run.processes:
+            assert process.wait(60) == 0, run.story()
+    assert [(report["machine"], report["local_rank"]) for report in reports] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len({report["end"] for report in reports}) == 1
+    assert all(report["steps"] == 40 and report["error"] is None for report in reports)
+    assert all(report["versions"] == sorted(report["versions"]) for report in reports)
+    sums = sums_handed_on(run.log(1))
+    assert sum(sums) == 2 * 40
+    # One a period of 2 * 4 steps; when the first of the two has finished, a period is the 4 steps of the other.
+    assert len(sums) <= 2 * 40 // 8 + 1
+
+
+needs_networks = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@needs_networks
+def test_a_link_that_is_slow_and_then_cut_comes_back_and_all_machines_end_at_one_anchor(tmp_path):
+    fields = {"max_steps": 240, "pause": 0.1, "machine_timeout": 4.0, "server_timeout": 120.0}
+    with machines(3) as network, launches(tmp_path, 3, 1, network, **fields) as run:
+        if shutil.which("tc"):
+            delay = ["tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "40ms", "rate", "8mbit"]
+            subprocess.run([*network[1].prefix, *delay], check=True, capture_output=True)
+        run.until(lambda: all(run.has_reached(rank, 20) for rank in range(3)))
+        network[2].cut()
+        run.until(lambda: "machine 2 is gone" in run.log(0))
+        assert "no sign of life in 4 s" in run.log(0)
+        here = int((tmp_path / "progress0").read_text())
+        run.until(lambda: run.has_reached(0, here + 10))  # nobody waits for it
+        network[2].restore()
+        run.until(lambda: run.log(0).count("machine 2 joined from") == 2)
+        reports = run.reports(range(3))
+        for process in run.processes:
+            assert process.wait(60) == 0, run.story()
+    assert len({report["end"] for report in reports}) == 1
+    assert all(report["steps"] == 240 and report["error"] is None for report in reports)
+    assert all(report["versions"] == sorted(report["versions"]) for report in reports)
+    assert "did not come back" not in run.log(0)
+    for machine in (1, 2):
+        sums = sums_handed_on(run.log(machine))
+        assert len(sums) <= 240 // 4
+    assert sum(sums_handed_on(run.log(1))) == 240  # each of its steps crossed once, in one push a period
+
+
+@needs_networks
+def test_a_machine_that_vanishes_without_a_word_leaves_n_and_the_others_end(tmp_path):
+    fields = {"max_steps": 160, "pause": 0.1, "machine_timeout": 3.0, "server_timeout": 8.0}
+    with machines(3) as network, launches(tmp_path, 3, 1, network, **fields) as run:
+        run.until(lambda: all(run.has_reached(rank, 20) for rank in range(3)))
+        network[2].cut()
+        kill_all_on(network[2])
+        reports = run.reports(range(2))
+        assert "machine 2 is gone" in run.log(0)
+        assert "; 2 workers go on" in run.log(0)
+        assert "machine 2 did not come back" in run.log(0)
+        assert run.report(2) is None
+    assert reports[0]["end"] == reports[1]["end"]
+    assert all(report["steps"] == 160 and report["error"] is None for report in reports)
+
+
+def kill_all_on(machine: Machine) -> None:
+    inside = subprocess.run(["ip", "netns", "pids", machine.name], capture_output=True, text=True, check=True).stdout
+    for process in inside.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
