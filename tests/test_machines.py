@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import write_script
-from netns import Machine, why_not
+from netns import Machine, machines, why_not
 
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore, ServerSettings
@@ -282,9 +282,10 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
             run.until(lambda relay=relay: relay._core.is_empty)
         assert not run.links[1, 0].away
         run.period()
-        assert sum(run.top.pushes_of(1)) == 5 * TAU
         ends = run.finish()
         assert ends[0] == ends[1]
+        assert sum(run.top.pushes_of(1)) == 5 * TAU
+        assert run.top._core.accepted_pushes == len(run.top.pushes_of(1)) + 2
 
 
 def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_path):
