@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,9 @@ class FailureSignatures:
         num_workers: n.
     """
 
-    DRIFT_WINDOW = 6  # log points, each at a newer anchor, over which drift must have grown at each one
-    DRIFT_GROWTH = 2.0  # and by this factor in all
+    # Log points, each at a newer anchor, over which drift must have grown at each one; by which factor in all; and by
+    # how much in the later half, of what it grew in the earlier one: on the way to a level it slows down.
+    DRIFT_WINDOWS = ((6, 2.0, 0.0), (12, 1.4, 0.5))
     STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
 
     def __init__(self, num_workers: int):
@@ -46,10 +48,12 @@ class FailureSignatures:
         """
         if anchor_version > self._seen_version:
             self._seen_version = anchor_version
-            self._seen = [*self._seen, (drift, drift / max(learning_rate, 1e-30))][-self.DRIFT_WINDOW :]
-        growing = len(self._seen) == self.DRIFT_WINDOW and all(
-            all(later > earlier for earlier, later in pairwise(series)) and series[-1] > self.DRIFT_GROWTH * series[0]
-            for series in zip(*self._seen, strict=True)
+            longest = max(points for points, _, _ in self.DRIFT_WINDOWS)
+            self._seen = [*self._seen, (drift, drift / max(learning_rate, 1e-30))][-longest:]
+        growing = any(
+            len(self._seen) >= points
+            and all(_keeps_growing(series, factor, pace) for series in zip(*self._seen[-points:], strict=True))
+            for points, factor, pace in self.DRIFT_WINDOWS
         )
         warnings = []
         if not math.isfinite(drift) or growing:
@@ -84,6 +88,12 @@ class FailureSignatures:
             return None
         self._reported.add(signature)
         return warning
+
+
+def _keeps_growing(series: Sequence[float], factor: float, pace: float) -> bool:
+    first, middle, last = series[0], series[len(series) // 2], series[-1]
+    rises = all(later > earlier for earlier, later in pairwise(series))
+    return rises and last > factor * first and last - middle > pace * (middle - first)
 
 
 class LSAMCallback(TrainerCallback):

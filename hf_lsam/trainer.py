@@ -68,6 +68,18 @@ for _owner, _names in _SEAMS.items():
             )
 
 
+@contextmanager
+def uncounted(trainer: Trainer, active: bool = True) -> Iterator[None]:
+    """trl counts tokens and averages metrics inside the loss; one pass of the two is to count, the other not."""
+    kept = {}
+    if active:
+        kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _TRL_COUNTERS if name in vars(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
 class LSAMTrainerMixin:
     """Makes a worker of any Trainer: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
 
@@ -189,11 +201,11 @@ class LSAMTrainerMixin:
         step, scaler = super().training_step, self.accelerator.scaler
 
         def first_pass():
-            with self._uncounted(share < 1):
+            with uncounted(self, share < 1):
                 return step(model, part, items)
 
         def second_pass():
-            with self._uncounted(share == 1):
+            with uncounted(self, share == 1):
                 return step(model, inputs, num_items_in_batch)
 
         first_loss, second_loss = sam.gradient(
@@ -210,17 +222,6 @@ class LSAMTrainerMixin:
         loss = first_loss if share == 1 else second_loss
         self.worker.note_loss(loss)
         return loss
-
-    @contextmanager
-    def _uncounted(self, active: bool) -> Iterator[None]:
-        """trl counts tokens and averages metrics inside the loss; one pass of the two is to count."""
-        kept = {}
-        if active:
-            kept = {name: copy.deepcopy(vars(self)[name]) for name in _TRL_COUNTERS if name in vars(self)}
-        try:
-            yield
-        finally:
-            vars(self).update(kept)
 
     def learning_rates(self) -> list[float]:
         """The learning rate of each trainable parameter now."""

@@ -13,7 +13,8 @@ data, printed before it runs: (worker, its local step, fault). Workers carry the
 
 After each schedule: the anchor is finite; no worker saw versions that did not strictly increase; the server counted no
 push twice, and without a restart each that a worker knows as answered; nothing is left of the run but its snapshot and
-its description; the loss at the anchor is within 5 % of a run without faults. Exit code 1 and the reason otherwise.
+its description; the loss at the anchor is within 5 % of a run without faults, unless most steps fell into the time
+until a killed server was back. Exit code 1 and the reason otherwise.
 """
 
 from __future__ import annotations
@@ -304,13 +305,20 @@ def main() -> int:
         print(f"schedule {number}: {json.dumps([asdict(fault) for fault in schedule])}", flush=True)
         begin = time.monotonic()
         outcome = run_schedule(schedule)
-        if not outcome.loss <= 1.05 * baseline.loss:
-            outcome.failures.append(f"loss {outcome.loss:.4f}, without faults {baseline.loss:.4f}")
-        failed = failed or bool(outcome.failures)
         accepted = sum(report["accepted"] for report in outcome.reports)
+        possible = len(outcome.reports) * (STEPS // SYNC_STEPS)
+        reason = ""
+        if not outcome.loss <= 1.05 * baseline.loss:
+            above = f"loss {outcome.loss:.4f}, without faults {baseline.loss:.4f}"
+            if outcome.restarts and accepted < possible / 2:  # a restart takes longer than these workers have steps
+                reason = f" ({above}: most steps fell into the time without a server)"
+            else:
+                outcome.failures.append(above)
+        failed = failed or bool(outcome.failures)
         print(
             f"  {'FAILED' if outcome.failures else 'held'}: loss {outcome.loss:.4f}, {len(outcome.reports)} ended, "
-            f"{accepted} pushes of theirs accepted, {outcome.restarts} restarts, {time.monotonic() - begin:.1f} s",
+            f"{accepted} of {possible} pushes of theirs accepted, {outcome.restarts} restarts, "
+            f"{time.monotonic() - begin:.1f} s{reason}",
             *outcome.failures,
             sep="\n    ",
             flush=True,

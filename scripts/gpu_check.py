@@ -227,9 +227,9 @@ def check_side_stream() -> str:
             sent: list[Tensor] = []
             push = link.push
 
-            def noted_push(total: Tensor, steps: int, version: int) -> None:
+            def noted_push(total: Tensor, steps: int, version: int, loss: float) -> None:
                 sent.append(total.clone())
-                push(total, steps, version)
+                push(total, steps, version, loss)
 
             link.push = noted_push
             mailbox = link._mailbox

@@ -76,11 +76,15 @@ def exchanged_bytes(results: dict[str, Any]) -> int:
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, and from it the plot of the curves and the model card."""
+    """Writes results.json, and from it the plot of the curves."""
     partial = folder / "results.json.partial"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     partial.replace(folder / "results.json")
     plot_curves(results, folder / "curves.png")
+
+
+def write_model_card(folder: Path, results: dict[str, Any]) -> None:
+    """Writes the Hub's card of a classifier of sentences."""
     (folder / "README.md").write_text(str(model_card(results)))
 
 
@@ -108,21 +112,22 @@ def _result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     steps = ", ".join(map(str, results["steps_per_worker"]))
     seconds = ", ".join(f"{median:.3f}" for median in results["median_step_s"])
     where = "at the anchor" if asynchronous else "after"
+    key, name = f"eval_{results['metric']}", _metric_name(results)
     rows = [
         ("Method", results["method"]),
         ("Workers", f"{workers} on {results['device']}; steps {steps}; median step {seconds} s"),
         ("Training time", f"{results['train_runtime_s']:.0f} s"),
         ("Trained parameters", f"{results['trainable_parameters']:,}"),
         ("Held-out examples", f"{results['eval_examples']:,}"),
-        ("Accuracy before", f"{results['eval_accuracy_before']:.4f}"),
-        (f"Accuracy {where}", f"{results['eval_accuracy']:.4f}"),
+        (f"{name} before", f"{results[f'{key}_before']:.4f}"),
+        (f"{name} {where}", f"{results[key]:.4f}"),
     ]
     exchanged = _megabytes(exchanged_bytes(results))
     if not asynchronous:
         return [*rows, ("Bytes exchanged", f"{exchanged} (computed, ring all-reduce)")]
     return [
         *rows,
-        ("Accuracy at the workers", ", ".join(f"{accuracy:.4f}" for accuracy in results["eval_accuracy_workers"])),
+        (f"{name} at the workers", ", ".join(f"{value:.4f}" for value in results[f"{key}_workers"])),
         ("Server updates", f"{results['anchor_version']} from {sum(results['pushes_per_worker'])} pushes"),
         ("Staleness", f"mean {results['staleness']['mean']:.2f}, max {results['staleness']['max']} anchor versions"),
         ("Bytes exchanged", exchanged),
@@ -130,12 +135,17 @@ def _result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _metric_name(results: dict[str, Any]) -> str:
+    name = results["metric"].replace("_", " ")
+    return name[0].upper() + name[1:]
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:
-    """Training loss of each worker, held-out accuracy and, for LSAM, the distance to the anchor, against steps."""
+    """Training loss of each worker, the held-out metric and, for LSAM, the distance to the anchor, against steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,10 +158,9 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         axes[0].plot(*_columns(points), label=f"worker {worker}" if asynchronous else "mean of workers")
     axes[0].set(title="Training loss", xlabel="local step", ylabel="loss")
     axes[0].legend()
-    axes[1].plot(*_columns(curves["eval_accuracy"]), marker="o")
-    axes[1].set(
-        title=f"Held-out accuracy{' at the anchor' if asynchronous else ''}", xlabel="local step", ylabel="accuracy"
-    )
+    name = _metric_name(results).lower()
+    axes[1].plot(*_columns(curves[f"eval_{results['metric']}"]), marker="o")
+    axes[1].set(title=f"Held-out {name}{' at the anchor' if asynchronous else ''}", xlabel="local step", ylabel=name)
     if asynchronous:
         for worker, points in enumerate(curves["drift"]):
             axes[2].plot(*_columns(points), label=f"worker {worker}")

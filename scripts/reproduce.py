@@ -58,13 +58,15 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "model_width": 4,
         "epochs": 2,
         "batch_size": 4,
-        "sync_steps": 2,
+        "sync_steps": 4,
         "eval_points": 2,
         "log_steps": 2,
         "batchnorm_batches": 2,
     },
 }
-SEEDS = {"paper": 5, "gpu": 3, "cpu": 3, "smoke": 1}
+SEEDS = {"paper": 5, "gpu": 3, "cpu": 2, "smoke": 1}
+SEEDS_OF_METHODS = {**SEEDS, "cpu": 3}
+KEYS = (RunArguments, ImageDataArguments, LSAMArguments)
 VALIDATION = {"validation_fraction": 0.1}
 
 
@@ -97,15 +99,17 @@ class Runner:
 
     def __init__(self, budget: str, overrides: Sequence[str], runs_dir: Path, output_dir: Path):
         self.seeds = range(SEEDS[budget])
+        self.seeds_of_methods = range(SEEDS_OF_METHODS[budget])
         self.output_dir = output_dir
         self._runs_dir = runs_dir
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
+        self._defaults = parse_configuration(KEYS, [])
         self.values({})  # unknown keys are errors before any time is spent
 
     def values(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All keys of a run."""
         words = [*self.base, *(f"--{key}={value}" for key, value in settings.items())]
-        return parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), words)
+        return parse_configuration(KEYS, words)
 
     def tuned(self, method: str) -> dict[str, Any]:
         """The settings that the experiment `methods` has chosen, or none where it has not been run."""
@@ -119,7 +123,8 @@ class Runner:
         missing: dict[int, list[dict[str, Any]]] = {}
         for plan in plans:
             values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": plan.workers, "save_model": False}
-            name = hashlib.sha256(json.dumps({**values, "output_dir": None}, sort_keys=True).encode()).hexdigest()[:16]
+            what = {key: value for key, value in values.items() if key != "output_dir" and value != self._defaults[key]}
+            name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
             folder = self._runs_dir / name
             if not (folder / "results.json").exists() and folder not in folders:
                 missing.setdefault(plan.workers, []).append({**values, "output_dir": str(folder)})
@@ -220,11 +225,11 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     stage({m: [{**chosen[m], **other} for other in others] for m, (_, others) in TRIALS.items()})
     plans = []
     for method in TRIALS:
-        plans += of_seeds(runner, method, {**chosen[method], "method": method})
+        plans += [Plan(method, {**chosen[method], "method": method}, seed) for seed in runner.seeds_of_methods]
     results = runner.results(plans)
     accuracy = {(p.label, p.seed): r["accuracy"] for p, r in zip(plans, results, strict=True)}
     paired = {
-        f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in runner.seeds]
+        f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in runner.seeds_of_methods]
         for other in TRIALS
         if other != "lsam"
     }
@@ -233,14 +238,20 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
 def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     lsam = {**runner.tuned("lsam"), "method": "lsam"}
-    slow = {**lsam, "epochs": runner.values({})["epochs"] / 4, "log_steps": 4, "slow_worker": 3, "slow_steps": 20}
-    slow["slow_factor"] = 50.0
-    plans = []
+    free = {**lsam, "coupling_strength": 0.0, "sync_steps": 32, "lr_schedule": "constant", "log_steps": 32}
+    # Slow in its first steps only: the others would have finished long before it.
+    slow = {**lsam, "log_steps": 2, "slow_worker": 3, "slow_steps": 6, "slow_factor": 40.0}
+    # A signature shows or it does not: one seed. How BatchNorm's statistics compare is a matter of spread: all seeds.
+    plans = [
+        Plan(label, settings, seed=0)
+        for label, settings in {
+            "lambda0 = 0, tau = 32: nothing holds the workers": free,
+            "remedy: lambda0 = 0.9, tau = 16": {**free, "coupling_strength": 0.9, "sync_steps": 16},
+            "one worker 40 times slower at first, tau = 1": {**slow, "sync_steps": 1},
+            "remedy: tau = 16": {**slow, "sync_steps": 16},
+        }.items()
+    ]
     for label, settings in {
-        "lambda0 = 0, tau = 64: nothing holds the workers": {**lsam, "coupling_strength": 0.0, "sync_steps": 64},
-        "remedy: lambda0 = 0.9, tau = 16": {**lsam, "coupling_strength": 0.9, "sync_steps": 16},
-        "one worker 50 times slower, tau = 2": {**slow, "sync_steps": 2},
-        "remedy: tau = 16": {**slow, "sync_steps": 16},
         "BatchNorm statistics of worker 0": {**lsam, "batchnorm_statistics": "worker"},
         "remedy: re-estimated at the anchor": lsam,
         "or: averaged over the workers": {**lsam, "batchnorm_statistics": "average"},
@@ -264,15 +275,20 @@ def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     rate = runner.values(lsam)["learning_rate"]
     nesterov = {"anchor_optimizer": "nesterov", "anchor_momentum": 0.6, "anchor_lr": 0.5}
     nesterov["anchor_momentum_correction"] = 0.0
+    # The mean of a period's differences is half of what the worker has moved in it: with eta' = 1 and a worker that is
+    # reset, y moves by half; with eta' = 2 to the mean of where the workers are, as in local SGD.
+    full_step = {"anchor_lr": 2.0, "anchor_momentum_correction": 0.0}
     plans = []
     for label, settings in {
         "the paper's: coupled, beta = 0.3": {},
         "beta = 0": {"anchor_momentum_correction": 0.0},
-        "beta = 0.9, eta' = 0.5": {"anchor_momentum_correction": 0.9, "anchor_lr": 0.5},
         "Nesterov anchor": nesterov,
+        "eta' = 2, beta = 0": full_step,
         "reset at each sync": {"reset_to_anchor": True},
-        "reset, Nesterov anchor": {"reset_to_anchor": True, **nesterov},
+        "reset, eta' = 2, beta = 0": {"reset_to_anchor": True, **full_step},
         "reset, Nesterov anchor, eta x 2": {"reset_to_anchor": True, **nesterov, "learning_rate": 2 * rate},
+        "rho = 0.02": {"sam_rho": 0.02},
+        "rho = 0": {"sam_rho": 0.0},
         "T = 1e-6": {"langevin_temperature": 1e-6},
         "rho decays with eta": {"rho_schedule": "learning_rate"},
     }.items():
@@ -292,6 +308,8 @@ EXPERIMENTS = {
     each.__name__: each for each in (single_worker, sync_interval, async_vs_sync, methods, failure_signatures, levers)
 }
 
+TIMED = ("sync_interval", "async_vs_sync")  # the machine must have nothing else to do
+
 
 # --- what is written ---
 
@@ -302,9 +320,9 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
     return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
-    """One line a label: error, time, bytes, and what else the experiment found."""
-    header = ["", "test error, %", "lowest, %", "training time, s", "MB exchanged", "seeds"]
+def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any], timed: bool) -> str:
+    """One line a label: error, bytes, time where the experiment is about it, and what else it found."""
+    header = ["", "test error, %", "lowest, %", "MB exchanged", "seeds"]
     if next(iter(rows.values()))[0]["evaluated_on"] != "test split":
         header[1] = "validation error, %"
     extra = {
@@ -313,13 +331,16 @@ def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) 
         "signatures": "largest drift; mean staleness of the slowest; runs that warned",
     }
     columns = [key for key in extra if key in found and key != "paired_differences"]
+    if timed:
+        header.append("training time, s")
     lines = []
     for label, results in rows.items():
         errors = [1 - result["accuracy"] for result in results]
         lowest = [min(1 - point["accuracy"] for point in result["points"]) for result in results]
         line = [label, spread(errors, 2, 100), spread(lowest, 2, 100)]
-        line += [spread([result["seconds"] for result in results], 1), f"{results[0]['bytes'] / 1e6:.1f}"]
-        line += [str(len(results))]
+        line += [f"{results[0]['bytes'] / 1e6:.1f}", str(len(results))]
+        if timed:
+            line.append(spread([result["seconds"] for result in results], 1))
         for key in columns:
             values = found[key][label]
             if key == "signatures":
@@ -337,18 +358,17 @@ def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any]) 
     return table
 
 
-def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Error against epochs, time and bytes; the line is the mean over seeds, the band their range."""
+def plot(rows: dict[str, list[dict[str, Any]]], path: Path, timed: bool) -> None:
+    """Error against epochs, bytes and, where it is measured, time; the line is the mean over seeds, the band their
+    range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    against = [("epoch", "epoch", 1), ("bytes", "MB exchanged", 1e6), ("seconds", "seconds", 1)][: 2 + timed]
+    figure = Figure(figsize=(5 * len(against), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
     what = next(iter(rows.values()))[0]["evaluated_on"].removesuffix(" split")
-    for axis, (key, name, scale) in zip(
-        axes, [("epoch", "epoch", 1), ("seconds", "seconds", 1), ("bytes", "MB exchanged", 1e6)], strict=True
-    ):
+    for axis, (key, name, scale) in zip(figure.subplots(1, len(against)), against, strict=True):
         for label, results in rows.items():
             x, mean, low, high = [], [], [], []
             for points in zip(*(result["points"] for result in results), strict=True):
@@ -361,7 +381,7 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
         axis.set(xlabel=name, ylabel=f"{what} error, %")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=100)
 
 
@@ -374,12 +394,7 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
     runner.output_dir.mkdir(parents=True, exist_ok=True)
     common = runner.values({})
     files = ("data_dir", "train_file", "eval_file", "output_dir", "shared_memory_dir")  # of one machine only
-    known = {
-        field.name: common[field.name]
-        for kind in (RunArguments, ImageDataArguments, LSAMArguments)
-        for field in fields(kind)
-        if field.name not in files
-    }
+    known = {field.name: common[field.name] for kind in KEYS for field in fields(kind) if field.name not in files}
     runs = [
         {
             "label": plan.label,
@@ -396,12 +411,12 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
         }
         for plan, result in zip(plans, results, strict=True)
     ]
-    table = summary_table(rows, found)
+    table = summary_table(rows, found, timed=experiment in TIMED)
     contents = {"experiment": experiment, "budget": budget, **found, "configuration": known, "runs": runs}
     contents |= provenance()
     (runner.output_dir / f"{experiment}.json").write_text(json.dumps(contents, indent=1) + "\n")
     (runner.output_dir / f"{experiment}.md").write_text(table + "\n")
-    plot(rows, runner.output_dir / f"{experiment}.png")
+    plot(rows, runner.output_dir / f"{experiment}.png", timed=experiment in TIMED)
     return table
 
 

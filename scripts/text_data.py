@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from configuration import resolve
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value
+from records import RecordArguments, first, load_splits, parse_rows, read_text, refuse_two_sources
 
 
 @dataclass
-class DataArguments:
-    """Where the sentences come from. Give `train_file` or `dataset_name`."""
+class DataArguments(RecordArguments):
+    """Where the sentences come from. Give `train_file` or `dataset_name`; what is held out is stratified."""
 
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "CSV, TSV, JSON or JSON-lines file; package://PACKAGE/PATH names one of a package."},
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "File of held-out examples, as train_file."})
-    file_encoding: str = field(default="utf-8-sig", metadata={"help": "Character encoding of the files."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, or a folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, as `sst2` of `glue`."})
-    train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
-    validation_split: str = field(
-        default="validation", metadata={"help": "Split of dataset_name to hold out; where there is none: eval_size."}
-    )
     text_column: str = field(default="text", metadata={"help": "Column of the sentences."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels: strings or integers."})
     keep_labels: list[str] | None = field(
         default=None, metadata={"help": "Keep only examples with these labels, numbered in this order."}
     )
-    eval_size: float = field(
-        default=0.1,
-        metadata={"help": "Held out, stratified, where there is no validation data: a share, or a number from 1 up."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of that split; the run's own seed leaves it alone."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many only."})
     max_length: int = field(default=128, metadata={"help": "Tokens after which a sentence is cut off."})
 
 
@@ -86,34 +63,20 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
                 "Take them out, add training examples, or name the labels to keep (keep_labels)."
             )
         training, evaluation = _dataset(train, names), _dataset(held_out, names)
-    if args.max_train_samples is not None:
-        training = training.select(range(min(args.max_train_samples, len(training))))
-    if args.max_eval_samples is not None:
-        evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
-    return training, evaluation, names
+    return first(training, args.max_train_samples), first(evaluation, args.max_eval_samples), names
 
 
 def _read_files(args: DataArguments) -> tuple[Examples, Examples | None]:
-    if args.dataset_name:
-        raise ValueError("Both train_file and dataset_name are given, and only one can be trained on. Drop one.")
+    refuse_two_sources(args)
     train = _read_file(args.train_file, args)
     return train, _read_file(args.validation_file, args) if args.validation_file else None
 
 
 def _read_file(name: str, args: DataArguments) -> Examples:
-    path = Path(resolve(name))
-    if not path.is_file():
-        raise ValueError(f"There is no data file {path}. Name a .csv, .tsv, .json or .jsonl file.")
-    try:
-        text = path.read_bytes().decode(args.file_encoding)
-    except (UnicodeDecodeError, LookupError) as error:
-        raise ValueError(
-            f"{path} cannot be read as {args.file_encoding}: {error}. Set file_encoding to its encoding, for example "
-            "latin-1."
-        ) from error
+    path, text = read_text(name, args.file_encoding)
     if not text.strip():
         raise ValueError(f"{path} is empty. It needs the columns `{args.text_column}` and `{args.label_column}`.")
-    rows, columns = _parse(path, text)
+    rows, columns = parse_rows(path, text)
     _require_columns(str(path), columns, args)
     if not rows:
         raise ValueError(f"{path} has a header ({', '.join(columns)}) and no row. Add examples.")
@@ -121,47 +84,9 @@ def _read_file(name: str, args: DataArguments) -> Examples:
     return _examples(str(path), columns, texts, labels, args)
 
 
-def _parse(path: Path, text: str) -> tuple[list[dict], list[str]]:
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            delimiter = "\t" if suffix == ".tsv" else ","
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            rows = list(reader)
-            wide = next((number for number, row in enumerate(rows, 1) if None in row), None)
-            if wide is not None:
-                raise ValueError(f"row {wide} has more fields than the header (quote texts that hold a {delimiter!r})")
-            return rows, list(reader.fieldnames or [])
-        if suffix in (".json", ".jsonl"):
-            lines = not text.lstrip().startswith("[")
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it must be a list of objects, or one object a line")
-            return rows, list(dict.fromkeys(key for row in rows for key in row))
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path} is not a valid {suffix} file: {error}.") from error
-    raise ValueError(f"{path}: unknown kind of file {suffix!r}. Use .csv, .tsv, .json or .jsonl.")
-
-
 def _read_dataset(args: DataArguments) -> tuple[Examples, Examples | None]:
-    if args.validation_file or not args.dataset_name:
-        raise ValueError(
-            "There is no training data. Give train_file (a CSV or JSON file) or dataset_name (a data set on the Hub); "
-            "validation_file goes with train_file."
-        )
-    splits = load_dataset(args.dataset_name, args.dataset_config_name)
-    assert isinstance(splits, DatasetDict)
-    if args.train_split not in splits:
-        raise ValueError(
-            f"{args.dataset_name} has no split `{args.train_split}`, only {', '.join(splits)}. Set train_split."
-        )
-    held_out = splits.get(args.validation_split)
-    if held_out is None and args.validation_split != DataArguments.validation_split:
-        raise ValueError(
-            f"{args.dataset_name} has no split `{args.validation_split}`, only {', '.join(splits)}. Set "
-            "validation_split, or leave it out to hold out a part of the training split."
-        )
-    train = _of_split(splits[args.train_split], args.train_split, args)
+    train, held_out = load_splits(args)
+    train = _of_split(train, args.train_split, args)
     return train, None if held_out is None else _of_split(held_out, args.validation_split, args)
 
 

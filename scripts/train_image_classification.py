@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,12 @@ def evaluate(model: nn.Module, batches: Batches, autocast: Callable) -> tuple[fl
     return right / seen, loss / seen
 
 
+@lru_cache(maxsize=2)
+def images_of(arguments: tuple[tuple[str, Any], ...]) -> ImageSet:
+    """The images; a process that makes several runs reads them once."""
+    return load_images(ImageDataArguments(**dict(arguments)))
+
+
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
     """Trains and evaluates; the results in worker 0, None in the others.
 
@@ -340,7 +347,7 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.num_workers))
     output_dir = Path(values["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    images = load_images(ImageDataArguments(**{f.name: values[f.name] for f in fields(ImageDataArguments)}))
+    images = images_of(tuple((each.name, values[each.name]) for each in fields(ImageDataArguments)))
 
     torch.manual_seed(values["seed"])
     options = {} if values["model_width"] is None else {"width": values["model_width"]}

@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-import yaml
 from launch import accelerate_launch, write_script
 from PIL import Image
 from safetensors.torch import load_model
@@ -180,9 +179,9 @@ def test_what_cannot_be_done_is_said_first(tmp_path, data, settings, message):
     assert not (tmp_path / "out").exists()
 
 
-IMAGE_RECIPES = [
-    path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if "dataset" in yaml.safe_load(path.read_text())
-]
+IMAGE_RECIPES = sorted(
+    path for name in ("cifar10", "cifar100", "svhn") for path in ROOT.glob(f"recipes/{name}_*/*.yaml")
+)
 
 
 @pytest.mark.parametrize("path", IMAGE_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -969,6 +969,12 @@ def test_healthy_drift_is_not_reported(points):
     assert [signatures.observe(drift, 2.0, version, rate) for drift, version, rate in points] == [[]] * len(points)
 
 
+def test_drift_that_grows_slowly_without_end_is_reported():
+    signatures = FailureSignatures(num_workers=2)
+    warned = [bool(signatures.observe(0.3 * 1.04**k, 0.0, k, 0.1)) for k in range(1, 15)]
+    assert warned == [k == 12 for k in range(1, 15)]  # 1.04^11 = 1.54
+
+
 def test_drift_that_is_not_finite_is_reported_at_once():
     assert len(FailureSignatures(num_workers=1).observe(float("nan"), 0.0, 0, 0.1)) == 1
 

@@ -228,6 +228,8 @@ class Server:
             self.save()
         if self._absent and now > self._absent_until:
             logger.warning("workers %s did not come back", sorted(self._absent))
+            for worker in self._absent:
+                self._core.leave(worker)
             self._absent.clear()
             self._end_if_all_finished()
         if self.terminating and self._leave_by == float("inf"):

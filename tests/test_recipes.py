@@ -1,0 +1,450 @@
+"""The recipes as a user starts them: every YAML file, and the first steps of every script on data made here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import accelerate_launch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import train_causal_lm
+import train_seq2seq
+import train_sft
+import train_text_classification
+import train_token_classification
+import train_vision_trainer
+from configuration import parse_configuration
+from datasets import ClassLabel, Dataset, Features, List, Value
+from records import RecordArguments, load_records, read_records
+from training import byte_tokenizer, load_model, training_arguments
+
+from hf_lsam import LSAMConfig
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# Of each recipe the script, the class of the arguments of its Trainer, and a small model from scratch or a package's.
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+SCRIPT_OF = {
+    "causal_lm": (train_causal_lm, LSAMConfig),
+    "sft": (train_sft, train_sft.LSAMSFTConfig),
+    "seq2seq": (train_seq2seq, train_seq2seq.LSAMSeq2SeqConfig),
+    "token_classification": (train_token_classification, LSAMConfig),
+    "image_classification": (train_vision_trainer, LSAMConfig),
+    "text_classification": (train_text_classification, LSAMConfig),
+}
+FEW_STEPS = {"max_steps": 4, "logging_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "learning_rate": 1e-2}
+FEW_STEPS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+# trl's configs switch gradient checkpointing on, by the name that transformers is about to drop; peft asks for it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+]
+
+
+def command_line(recipe: str, method: str, folder: Path, **values) -> list[str]:
+    """The recipe's own YAML file, and on top of it what makes its run short."""
+    short = FEW_STEPS | ({"sync_steps": 2} if method == "lsam" else {}) | {"output_dir": folder, **values}
+    words = ["--config", str(RECIPES / recipe / f"{method}.yaml")]
+    for key, value in short.items():
+        words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
+
+
+def parse(recipe: str, words: list[str]) -> dict:
+    script, kind = SCRIPT_OF[recipe]
+    return parse_configuration((script.ModelArguments, script.DataArguments, kind), words)
+
+
+def start(recipe: str, method: str, folder: Path, **values) -> dict:
+    """The results of a run in this process."""
+    return SCRIPT_OF[recipe][0].run(parse(recipe, command_line(recipe, method, folder, **values)))
+
+
+def launch(recipe: str, method: str, folder: Path, **values) -> dict:
+    """The results of a run of two workers."""
+    script = Path(SCRIPT_OF[recipe][0].__file__)
+    done = accelerate_launch(script, *command_line(recipe, method, folder, num_workers=2, **values), timeout=280)
+    assert str(folder) in done.stdout
+    return json.loads((folder / "results.json").read_text())
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def check_lsam(results: dict, workers: int, key: str) -> None:
+    """What every run of LSAM reports."""
+    assert results["num_workers"] == workers
+    assert results["steps_per_worker"] == [4] * workers
+    assert results["anchor_version"] >= 1
+    assert len(results[f"{key}_workers"]) == workers
+    assert [step for step, _ in results["curves"][key]] == [0, 2, 4, 4]
+    assert results["curves"][key][-1][1] == results[key]
+    assert results["configuration"]["sync_steps"] == 2
+    assert {"commit", "date", "versions", "hardware"} <= set(results)
+
+
+# --- the YAML files ---
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_yaml_file_has_known_keys_and_is_what_its_name_says(path):
+    values = parse(path.parent.name, ["--config", str(path)])
+    assert values["method"] == (path.stem if path.stem in ("lsam", "sam", "sgd") else "lsam")
+    assert values["output_dir"].startswith("runs/")
+    if values["num_workers"] is None and not values.get("bf16"):  # bfloat16 asks for a GPU
+        script = SCRIPT_OF[path.parent.name][0]
+        training_arguments(values, *([script.TRAINERS] if hasattr(script, "TRAINERS") else []))
+
+
+@pytest.mark.parametrize("recipe", ["causal_lm", "sft", "seq2seq", "token_classification", "image_classification"])
+def test_the_methods_of_a_recipe_differ_in_the_method_alone(recipe):
+    own = ("method", "output_dir", "sam_rho", "sync_steps", "coupling_strength")
+    runs = [parse(recipe, ["--config", str(RECIPES / recipe / f"{name}.yaml")]) for name in ("lsam", "sam", "sgd")]
+    common = [{key: value for key, value in run.items() if key not in own} for run in runs]
+    assert common[0] == common[1] == common[2]
+    assert runs[0]["sam_rho"] == runs[1]["sam_rho"]
+
+
+# --- causal language models, and chats ---
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat and looked at the moon.\n" * 60)
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    def chat(a: int, b: int) -> dict:
+        question, answer = f"{a} + {b}?", str(a + b)
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    return write_lines(tmp_path / "chats.jsonl", [chat(a, b) for a in range(8) for b in range(5)])
+
+
+def test_causal_lm_with_two_workers(tmp_path, text):
+    results = launch("causal_lm", "lsam", tmp_path / "out", train_file=text, block_size=32, model_config=LLAMA)
+    check_lsam(results, 2, "eval_loss")
+    assert results["train_examples"] + results["eval_examples"] == (len(text.read_text()) + 1) // 32
+    assert results["eval_perplexity"] == pytest.approx(np.exp(results["eval_loss"]))
+    assert results["eval_loss"] < results["eval_loss_before"]
+
+    # What lies in the folder is what was measured, and the tokenizer gives back what it was given.
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text.read_text()
+    ids = torch.tensor([*ids, tokenizer.eos_token_id])
+    blocks = ids[: len(ids) // 32 * 32].view(-1, 32)[-results["eval_examples"] :]
+    with torch.no_grad():
+        assert model(input_ids=blocks, labels=blocks).loss.item() == pytest.approx(results["eval_loss"], rel=1e-4)
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A model and its tokenizer as most of them lie on the Hub, in bfloat16."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **LLAMA))
+    for part in (model.to(torch.bfloat16), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("recipe", ["causal_lm", "sft"])
+def test_an_adapter_on_a_pretrained_model(tmp_path, pretrained, text, chats, recipe):
+    own = {"train_file": text, "block_size": 32} if recipe == "causal_lm" else {"train_file": chats, "bf16": False}
+    common = {"model_name_or_path": pretrained, "use_lora": True, "use_cpu": True, "max_steps": 2, "sync_steps": 2}
+    common |= {"learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "output_dir": tmp_path / "out"}
+    words = [word for key, value in (common | own).items() for word in (f"--{key}", str(value))]
+    results = SCRIPT_OF[recipe][0].run(parse(recipe, words))
+    # Rank-8 factors of q, k, v, o (16x16) and of the three layers of the MLP (16x32); the head is left alone.
+    assert results["trainable_parameters"] == 8 * (4 * (16 + 16) + 3 * (16 + 32))
+    assert results["eval_loss"] < results["eval_loss_before"]
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == results["trainable_parameters"]
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["sam", "sgd"])
+def test_causal_lm_by_the_other_methods(tmp_path, text, method):
+    results = start("causal_lm", method, tmp_path / "out", train_file=text, block_size=32, model_config=LLAMA)
+    assert (results["method"], results["eval_loss_workers"]) == (method, None)
+    assert results["eval_loss"] < results["eval_loss_before"]
+
+
+def test_blocks_are_the_texts_in_order_with_an_end_after_each():
+    tokenizer = byte_tokenizer()
+    texts = Dataset.from_dict({"body": ["abcd", "", "ef", "ghijk"]})
+    blocks = train_causal_lm.to_blocks(texts, "body", tokenizer, 4)
+    joined = "".join(tokenizer.decode(ids) for ids in blocks["input_ids"])
+    assert joined == "abcd</s>ef</s>ghij"[: len(joined)]
+    assert [len(ids) for ids in blocks["input_ids"]] == [4, 4, 4]
+    assert list(blocks["labels"]) == list(blocks["input_ids"])
+    with pytest.raises(ValueError, match=r"4 texts of column `body` do not fill one block of block_size=99"):
+        train_causal_lm.to_blocks(texts, "body", tokenizer, 99)
+
+
+def test_sft_with_two_workers(tmp_path, chats):
+    results = launch("sft", "lsam", tmp_path / "out", train_file=chats, max_length=64, model_config=LLAMA)
+    check_lsam(results, 2, "eval_loss")
+    assert (results["train_examples"], results["eval_examples"]) == (36, 4)
+    assert results["eval_loss"] < results["eval_loss_before"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    question = [{"role": "user", "content": "hi"}]
+    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nhi</s>\n<|im_start|>assistant\n"
+
+
+def test_sft_by_data_parallel_sam_counts_tokens_once(tmp_path, chats, monkeypatch):
+    finished = []
+
+    def kept(kind):
+        class Kept(kind):
+            def train(self, *positional, **keywords):
+                finished.append(self)
+                return super().train(*positional, **keywords)
+
+        return Kept
+
+    trainers = {method: (kept(kind), config) for method, (kind, config) in train_sft.TRAINERS.items()}
+    monkeypatch.setattr(train_sft, "TRAINERS", trainers)
+    for method in ("sam", "sgd"):
+        short = {"train_file": chats, "max_length": 64, "model_config": LLAMA, "eval_strategy": "no"}
+        results = start("sft", method, tmp_path / method, **short)
+        assert results["method"] == method
+        assert results["eval_loss"] < results["eval_loss_before"]
+    sam, sgd = (
+        [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry] for trainer in finished
+    )
+    assert sam == sgd
+    assert sgd[-1] > 100
+
+
+# --- sequence to sequence ---
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    words = ["one", "two", "three", "four", "five", "six"]
+    texts = [f"{a} {b}" for a in words for b in words]
+    return write_lines(tmp_path / "pairs.jsonl", [{"source": text, "target": text.upper()} for text in texts])
+
+
+def test_seq2seq_generates_and_scores(tmp_path, pairs):
+    t5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    results = start(
+        "seq2seq", "lsam", tmp_path / "out", train_file=pairs, model_config=t5, generation_max_length=16, eval_size=4
+    )
+    check_lsam(results, 1, "eval_chrf")
+    assert (results["train_examples"], results["eval_examples"]) == (32, 4)
+    assert results["eval_loss"] < results["eval_loss_before"]
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForSeq2SeqLM, AutoTokenizer))
+    held_out = load_records(RecordArguments(train_file=str(pairs), eval_size=4), {"a": "source", "b": "target"})[1]
+    said = model.generate(**tokenizer(held_out["source"][:], return_tensors="pt", padding=True), max_length=16)
+    score = train_seq2seq.METRICS["chrf"](tokenizer.batch_decode(said, skip_special_tokens=True), held_out["target"][:])
+    assert score == pytest.approx(results["eval_chrf"])
+
+
+def test_metrics_of_generated_texts():
+    assert train_seq2seq.exact_match(["a b ", "c"], ["a b", "d"]) == 0.5
+    for name in ("bleu", "chrf"):
+        assert train_seq2seq.METRICS[name](["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
+        assert train_seq2seq.METRICS[name](["xyz"], ["the cat sat on the mat"]) == pytest.approx(0)
+
+
+def test_an_unknown_metric_is_an_error(tmp_path, pairs):
+    with pytest.raises(ValueError, match=r"`metric` must be one of exact_match, bleu, chrf, got 'rouge'"):
+        start("seq2seq", "lsam", tmp_path / "out", train_file=pairs, metric="rouge")
+
+
+# --- tags of words ---
+
+
+def tagged() -> list[dict]:
+    first, last = ["Anna", "Otto", "Lena", "Karl"], ["Berg", "Kahn", "Lang"]
+    names = [(a, b) for a in first for b in last]
+    tags = ["O", "O", "B-PER", "I-PER", "O", "B-LOC"]
+    return [{"tokens": ["Yesterday", "saw", *name, "visit", "Cologne"], "tags": tags} for name in names]
+
+
+def test_token_classification_of_minilm(tmp_path):
+    path = write_lines(tmp_path / "entities.jsonl", tagged())
+    held_out = write_lines(tmp_path / "held_out.jsonl", tagged()[:5])
+    short = {"train_file": path, "validation_file": held_out, "use_lora": True, "max_steps": 4}
+    results = start("token_classification", "lsam", tmp_path / "out", **short)
+    check_lsam(results, 1, "eval_f1")
+    assert results["labels"] == ["B-LOC", "B-PER", "I-PER", "O"]
+    assert results["eval_loss"] < results["eval_loss_before"]
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == results["trainable_parameters"]
+    assert any("classifier" in name for name in saved)
+
+
+def test_entities_are_spans():
+    entities = train_token_classification.entities
+    assert entities(["O", "B-PER", "I-PER", "B-PER", "O"]) == {("PER", 1, 3), ("PER", 3, 4)}
+    assert entities(["I-LOC", "I-LOC", "I-PER"]) == {("LOC", 0, 2), ("PER", 2, 3)}
+    assert entities(["NOUN", "NOUN", "O"]) == {("NOUN", 0, 1), ("NOUN", 1, 2)}
+    assert entities([]) == set()
+    scores = train_token_classification.entity_scores(
+        [["B-PER", "I-PER", "O", "B-LOC"], ["O", "O"]], [["B-PER", "I-PER", "O", "B-PER"], ["B-LOC", "O"]]
+    )
+    assert scores == pytest.approx({"f1": 2 / 5, "precision": 1 / 2, "recall": 1 / 3, "accuracy": 4 / 6})
+
+
+def test_a_word_is_labelled_at_its_first_token():
+    sentences = Dataset.from_dict({"words": [["ab", "ab", "c"]], "tags": [["B-X", "O", "I-X"]]})
+    row = train_token_classification.tokenize(sentences, byte_tokenizer(), ["O", "B-X", "I-X"], 32)[0]
+    assert row["labels"] == [1, -100, 0, -100, 2, -100]
+
+
+def test_bad_tags_are_errors(tmp_path):
+    def load(train, held_out):
+        files = [write_lines(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((train, held_out))]
+        arguments = train_token_classification.DataArguments(train_file=str(files[0]), validation_file=str(files[1]))
+        return train_token_classification.load_sentences(arguments)
+
+    good = {"tokens": ["a", "b"], "tags": ["O", "B-X"]}
+    with pytest.raises(ValueError, match=r"Sentence 2 has 2 words in column `tokens` and 1 tags in .*'a b'"):
+        load([good, {"tokens": ["a", "b"], "tags": ["O"]}], [good])
+    with pytest.raises(ValueError, match=r"held-out tags that no training sentence has: 'B-Y' \(there: 'B-X', 'O'\)"):
+        load([good], [{"tokens": ["a"], "tags": ["B-Y"]}])
+
+
+def test_tags_that_the_data_set_names_keep_their_numbers(tmp_path):
+    tags = ["O", "I-PER", "B-PER"]  # as CoNLL-2003 has them on the Hub: numbers, with names beside them
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=tags))})
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        rows = {"tokens": [["Anna", "Berg", "left"]], "ner_tags": [[2, 1, 0]]}
+        Dataset.from_dict(rows, features=features).to_parquet(data / f"{split}.parquet")
+    for source in ({"dataset_name": str(data)}, {"train_file": str(data / "train.parquet")}):
+        if "train_file" in source:
+            source["validation_file"] = str(data / "validation.parquet")
+        arguments = train_token_classification.DataArguments(tags_column="ner_tags", **source)
+        train, held_out, names = train_token_classification.load_sentences(arguments)
+        assert names == tags
+        assert train[0] == held_out[0] == {"words": ["Anna", "Berg", "left"], "tags": ["B-PER", "I-PER", "O"]}
+
+
+# --- images ---
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Dark and light noise in train/CLASS and test/CLASS, not all of one size."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name, level in (("dark", 60), ("light", 180)):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                side = 8 + 2 * (number % 2)
+                pixels = level + draw.integers(-50, 50, (side, side, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32}
+VIT |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_a_vit_from_scratch(tmp_path, images):
+    short = {"data_dir": images, "image_size": 8, "crop_padding": 1, "model_config": VIT, "learning_rate": 2e-3}
+    results = start("image_classification", "lsam", tmp_path / "out", **short)
+    check_lsam(results, 1, "eval_accuracy")
+    assert (results["train_examples"], results["eval_examples"], results["labels"]) == (24, 12, ["dark", "light"])
+    assert results["eval_loss"] < results["eval_loss_before"]
+
+    from transformers import pipeline
+
+    classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
+    files = sorted((images / "test").glob("*/*.png"))
+    found = [classify(Image.open(file))[0]["label"] == file.parent.name for file in files]
+    assert np.mean(found) == pytest.approx(results["eval_accuracy"], abs=0.1)  # its resizing is not the same
+
+
+def test_a_network_of_timm_begins_as_timm_makes_it(tmp_path, images):
+    config = {"model_type": "timm_wrapper", "architecture": "resnet10t"}
+    values = {"model_name_or_path": None, "model_config": config}
+    torch.manual_seed(0)
+    kind = train_vision_trainer.AutoModelForImageClassification
+    model = load_model(values, kind, id2label={0: "dark", 1: "light"}, label2id={"dark": 0, "light": 1})
+    # Kaiming's deviation; the wrapper alone would have given its linear layer 0.02 and left the others.
+    stem = model.timm_model.conv1[0].weight
+    assert stem.std().item() == pytest.approx((2 / (stem.shape[0] * 9)) ** 0.5, rel=0.1)
+    assert model.config.num_labels == 2
+    short = {"data_dir": images, "image_size": 32, "model_config": config, "max_steps": 2}
+    results = start("image_classification", "sgd", tmp_path / "out", **short)
+    assert results["steps_per_worker"] == [2]
+
+
+def test_statistics_must_be_given_together(tmp_path):
+    arguments = train_vision_trainer.DataArguments(image_mean=[0.5, 0.5, 0.5])
+    with pytest.raises(ValueError, match=r"three numbers each, got \[0.5, 0.5, 0.5\] and None"):
+        train_vision_trainer.statistics_of(arguments, torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+
+
+# --- what is common ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_config": None}, "Give one of `model_name_or_path`.*got neither"),
+        ({"model_config": LLAMA, "model_name_or_path": "x"}, "Give one of `model_name_or_path`.*got both"),
+        ({"model_config": {"hidden_size": 4}}, "does not say which model it is for"),
+        ({"model_config": {**LLAMA, "hiden_size": 4}}, "unknown field `hiden_size`: a llama would not use it"),
+        ({"model_config": LLAMA, "use_lora": True}, "use_lora saves the adapter alone"),
+    ],
+)
+def test_bad_models_are_errors(values, message):
+    with pytest.raises(ValueError, match=message):
+        load_model({"model_name_or_path": None, **values}, AutoModelForCausalLM)
+
+
+def test_records_of_every_kind_of_file(tmp_path):
+    rows = [{"text": {"en": f"e{n}", "fr": f"f{n}"}} for n in range(6)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    write_lines(tmp_path / "a.jsonl", rows)
+    for name in ("a.parquet", "a.jsonl"):
+        train, held_out = load_records(RecordArguments(train_file=str(tmp_path / name), eval_size=2), {"k": "text.fr"})
+        assert (len(train), len(held_out), train.column_names) == (4, 2, ["text.fr"])
+        assert sorted([*train["text.fr"], *held_out["text.fr"]]) == [f"f{n}" for n in range(6)]
+
+
+def test_bad_records_are_errors(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"a": "x"}, {"a": ""}])
+    for column, message in (
+        ("b", r"rows\.jsonl has no column `b`; its columns are 'a'. Set key to one of them"),
+        ("a", r"1 of 2 rows have nothing in column `a`, the first is row 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_records(RecordArguments(train_file=str(path)), {"key": column})
+    path = write_lines(tmp_path / "one.jsonl", [{"a": "x"}])
+    with pytest.raises(ValueError, match="would hold out 0 of 1 records, which leaves one side empty"):
+        load_records(RecordArguments(train_file=str(path)), {"key": "a"})
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty. It needs the columns 'a'"):
+        read_records(RecordArguments(train_file=str(tmp_path / "empty.jsonl")), {"key": "a"})
