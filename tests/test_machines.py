@@ -414,6 +414,9 @@ class Launches:
         self.folder, self.workers = folder, count * workers
         script = write_script(folder / "script.py", SCRIPT)
         address, port = ("127.0.0.1", free_port()) if on is None else (on[0].address, 29500)
+        memory = folder / "memory"  # a machine that is killed leaves its run folder behind
+        memory.mkdir()
+        fields["shared_memory_dir"] = str(memory)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
         self.processes = []
         for machine in range(count):
