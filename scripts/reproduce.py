@@ -287,8 +287,6 @@ def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
         "reset at each sync": {"reset_to_anchor": True},
         "reset, eta' = 2, beta = 0": {"reset_to_anchor": True, **full_step},
         "reset, Nesterov anchor, eta x 2": {"reset_to_anchor": True, **nesterov, "learning_rate": 2 * rate},
-        "rho = 0.02": {"sam_rho": 0.02},
-        "rho = 0": {"sam_rho": 0.0},
         "T = 1e-6": {"langevin_temperature": 1e-6},
         "rho decays with eta": {"rho_schedule": "learning_rate"},
     }.items():
