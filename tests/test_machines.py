@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -22,12 +23,17 @@ import torch
 from launch import write_script
 from netns import Machine, machines, why_not
 
+from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
+from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerCore, ServerSettings
 from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
+from hf_lsam.server.process import start_server
 from hf_lsam.server.relay import RelayCore, RelayServer
+from hf_lsam.transport.gloo import new_secret
 from hf_lsam.transport.link import MailboxLink, ServerGone
-from hf_lsam.transport.mailbox import RunFolder
+from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.worker import WorkerSettings
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -414,6 +420,9 @@ class Launches:
         self.folder, self.workers = folder, count * workers
         script = write_script(folder / "script.py", SCRIPT)
         address, port = ("127.0.0.1", free_port()) if on is None else (on[0].address, 29500)
+        memory = folder / "memory"  # a machine that is killed leaves its run folder behind
+        memory.mkdir()
+        fields["shared_memory_dir"] = str(memory)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
         self.processes = []
         for machine in range(count):
@@ -487,6 +496,86 @@ def test_two_launches_on_loopback_are_one_run(tmp_path):
     assert sum(sums) == 2 * 40
     # One a period of 2 * 4 steps; when the first of the two has finished, a period is the 4 steps of the other.
     assert len(sums) <= 2 * 40 // 8 + 1
+
+
+def run_folder(run: Launches, machine: int) -> Path:
+    """Of a launch, on one machine."""
+    for path in (run.folder / "memory").glob("hf_lsam-*"):
+        if json.loads((path / "run.json").read_text())["machines"]["number"] == machine:
+            return path
+    raise AssertionError(run.story())
+
+
+def test_the_servers_of_both_machines_are_killed_and_the_run_goes_on(tmp_path):
+    with launches(tmp_path, 2, 1, max_steps=200, pause=0.1, snapshot_seconds=0.5) as run:
+        for machine, step in ((1, 20), (0, 60)):  # the relay, then the global server
+            run.until(lambda step=step: run.has_reached(0, step) and run.has_reached(1, step))
+            folder = run_folder(run, machine)
+            secret = stat.S_IMODE((folder / "secret").stat().st_mode)
+            assert secret == 0o600
+            before = json.loads((folder / "server.json").read_text())["pid"]
+            os.kill(before, signal.SIGKILL)
+            again = "took the run up" if machine == 0 else "takes part as a machine"
+            run.until(lambda machine=machine, again=again: run.log(machine).count(again) == 2 - (machine == 0))
+        reports = run.reports(range(2))
+        for process in run.processes:
+            assert process.wait(60) == 0, run.story()
+    assert reports[0]["end"] == reports[1]["end"]
+    assert all(report["steps"] == 200 and report["error"] is None for report in reports)
+    assert all(report["versions"] == sorted(report["versions"]) for report in reports)
+    assert run.log(1).count("takes part as a machine") == 3  # at the start, as another relay, to another global server
+    assert "did not come back" not in run.log(0)
+
+
+# --- by hand ---
+
+
+def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does_not_get_in(tmp_path):
+    (tmp_path / "a").mkdir()
+    new_secret(tmp_path / "a" / "secret")
+    new_secret(tmp_path / "wrong")
+    address = f"127.0.0.1:{free_port()}"
+    places = {
+        "a": ["--listen", address, "--secret_file", str(tmp_path / "a" / "secret")],
+        "b": ["--connect", address, "--secret_file", str(tmp_path / "a" / "secret")],
+        "c": ["--connect", address, "--secret_file", str(tmp_path / "wrong")],
+    }
+    servers, links = {}, {}
+    patience = Patience(server_timeout=60.0)
+    try:
+        for name, options in places.items():
+            servers[name] = start_server(tmp_path / name / "run", tmp_path / f"{name}.log", None, options)
+        for name in places:
+            while not is_served(tmp_path / name / "run"):
+                assert servers[name].poll() is None, (tmp_path / f"{name}.log").read_text()
+                time.sleep(0.05)
+            run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / name / "run"), patience)
+            x = torch.nn.Parameter(torch.full((NUMEL,), float(len(links))))
+            links[name] = (run, None)
+            if name == "c":
+                with pytest.raises(ServerGone):
+                    run.join([("x", x)], WorkerSettings(TAU), SETTINGS)
+                assert "refused (SECRET)" in (tmp_path / "c.log").read_text()
+            else:
+                links[name] = (run, run.join([("x", x)], WorkerSettings(TAU), SETTINGS))
+        first, second = links["a"][1], links["b"][1]
+        assert torch.equal(second.anchor, torch.zeros(NUMEL))  # the first worker's on the first machine
+        while not re.search("with 1 workers|has 1 live workers", (tmp_path / "a.log").read_text()):
+            time.sleep(0.05)
+        for worker in (first, second):
+            worker.link.push(torch.full((NUMEL,), 0.1 * TAU), TAU, 0)
+        while min(first.version, second.version) < 1:
+            first.pull_newest()
+            second.pull_newest()
+            time.sleep(0.01)
+        assert torch.equal(first.anchor, second.anchor)
+        assert first.anchor[0].item() == pytest.approx(0.1)
+    finally:
+        for run, _ in links.values():
+            run.leave()
+        for server in servers.values():
+            server.terminate()
+            server.wait()
 
 
 needs_networks = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

@@ -224,7 +224,9 @@ class GlobalServer(Server):
         if header.kind != Say.JOIN:
             raise ValueError("the first message was no JOIN")
         if number == ANY_MACHINE:
-            number = next(n for n in itertools.count(self._across.count) if n not in self._machines)
+            again = (each.number for each in self._machines.values() if each.process == header.b)
+            free = (n for n in itertools.count(self._across.count) if n not in self._machines)
+            number = next(itertools.chain(again, free))
         before = self._machines.get(number)
         refusal = None
         if header.c != join_word(self._settings, live):
