@@ -5,7 +5,9 @@
 ResNet-20, SGD with momentum, random images, channels last. Two questions:
 
 1. A step of `LSAM` alone, of two forward-backward passes, against two of a plain PyTorch loop. The loops take turns, a
-   few steps each; the median over rounds of the ratio within a round is reported.
+   few steps each; the median over rounds of the ratio within a round is reported. Once with glibc's malloc as it
+   comes, which gives the memory of a pass back to the system and takes it again page by page, more often when
+   gradients outlive a pass, as SAM's do; and once told to keep it, for both loops.
 2. Images a second of two workers: two LSAM processes that know nothing of each other, two workers of one LSAM run with
    its server, and two processes of data-parallel SAM. They take turns too; a process has one thread.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +34,10 @@ from hf_lsam.identity import Identity
 
 RHO, SYNC_STEPS, LEARNING_RATE, MOMENTUM = 0.1, 16, 0.1, 0.9
 LSAM_FIELDS = {"sam_rho": RHO, "sync_steps": SYNC_STEPS}
+ALLOCATORS = {
+    "default": {},
+    "keeping": {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)},  # bytes
+}
 KINDS = {
     "independent": "two LSAM processes, nothing shared",
     "lsam": "two workers of one LSAM run",
@@ -104,6 +111,15 @@ def work(kind: str, batch: int, steps: int) -> float:
         return steps * batch / (time.perf_counter() - begin)
 
 
+def step_cost(allocator: str, batch: int, rounds: int, steps: int) -> dict:
+    """`step_ratios` in a process of its own: malloc reads its settings when a process starts."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", "step", "--batch", str(batch)]
+        command += ["--rounds", str(rounds), "--steps", str(steps), "--output", file.name]
+        subprocess.run(command, env={**os.environ, **ALLOCATORS[allocator]}, check=True)
+        return {"allocator": allocator, **json.load(file)}
+
+
 def throughput(kind: str, batch: int, steps: int) -> float:
     """Images a second of two processes together."""
     with tempfile.TemporaryDirectory() as folder:
@@ -128,15 +144,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a loop in a round")
     parser.add_argument("--throughput_rounds", type=int, default=4)
     parser.add_argument("--throughput_steps", type=int, default=64)
-    parser.add_argument("--work", choices=KINDS, help=argparse.SUPPRESS)  # what a process of `throughput` is told
+    parser.add_argument(
+        "--work", choices=["step", *KINDS], help=argparse.SUPPRESS
+    )  # what a process of `throughput` is told
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if arguments.work == "step":
+        arguments.output.write_text(json.dumps(step_ratios(arguments.batch, arguments.rounds, arguments.steps)))
+        return
     if arguments.work:
         rate = work(arguments.work, arguments.batch, arguments.steps)
         with tempfile.NamedTemporaryFile("w", suffix=".rate", dir=arguments.output, delete=False) as file:
             file.write(str(rate))
         return
-    step = step_ratios(arguments.batch, arguments.rounds, arguments.steps)
+    steps = [step_cost(each, arguments.batch, arguments.rounds, arguments.steps) for each in ALLOCATORS]
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(arguments.throughput_rounds):
         for kind in KINDS:
@@ -154,7 +175,7 @@ def main() -> None:
                 "n": len(ratios),
             }
         )
-    results = {"step": step, "throughput": rows}
+    results = {"step": steps, "throughput": rows}
     print(table(results))
     if arguments.output is not None:
         report = {
@@ -176,15 +197,11 @@ def main() -> None:
 
 
 def table(results: dict) -> str:
-    step = results["step"]
-    lines = [
-        [
-            "an LSAM step, of two forward-backward passes of a plain loop",
-            f"{step['lsam_step_s'] * 1e3:.0f} ms, {2 * step['plain_step_s'] * 1e3:.0f} ms",
-            f"{step['ratio']:.3f}",
-            str(step["n"]),
-        ]
-    ]
+    lines = []
+    for row in results["step"]:
+        measured = f"{row['lsam_step_s'] * 1e3:.0f} ms, {2 * row['plain_step_s'] * 1e3:.0f} ms"
+        what = f"an LSAM step, two passes of a plain loop (malloc: {row['allocator']})"
+        lines.append([what, measured, f"{row['ratio']:.3f}", str(row["n"])])
     for row in results["throughput"]:
         lines.append([row["label"], f"{row['images_per_second']:.0f} images/s", f"{row['ratio']:.3f}", str(row["n"])])
     return markdown_table(["what", "measured", "ratio", "n"], lines)
