@@ -543,6 +543,30 @@ def test_what_has_arrived_is_delivered_before_the_loss_is_told(listener):
             next_message(peers[0])
 
 
+def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(listener, monkeypatch):
+    go_on = threading.Event()
+    tell = Peer._tell
+
+    def pausing(peer, what, *rest):
+        tell(peer, what, *rest)
+        if what == gloo._ARRIVED:
+            go_on.wait(30)  # the thread that receives may be stopped anywhere
+
+    with serving(listener) as peers:
+        machine = join(listener.address)
+        monkeypatch.setattr(Peer, "_tell", pausing)
+        machine.post(Header(1))
+        arrived(machine)
+        machine.close()
+        while peers[0]._lost is None:
+            select.select([peers[0]], [], [], 0.01)
+        assert peers[0].poll() is None
+        go_on.set()
+        assert next_message(peers[0]) == (Header(1), None)
+        with pytest.raises(ConnectionError):
+            next_message(peers[0])
+
+
 # --- what goes wrong ---
 
 

@@ -189,6 +189,7 @@ class Peer:
         self._posted = 0
         self._arrived = 0
         self._ready = False  # the other side has a free buffer for the vector it was told of
+        self._delivering = False  # told the other side that a message has arrived, and about to put it into the inbox
         self._lost: str | None = None  # why
         self._closed = False
         self._told = False  # whether `poll` has raised the error
@@ -256,7 +257,7 @@ class Peer:
                 if self._lost is not None:
                     os.eventfd_write(self._wakeup, 1)
                 return header, self._held
-            if self._lost is not None and not self._told:
+            if self._lost is not None and not self._told and not self._delivering:
                 self._told = True
                 raise ConnectionError(f"Lost the machine at {self.address[0]}:{self.address[1]}: {self._lost}.")
             return None
@@ -361,10 +362,14 @@ class Peer:
                     digest.update(chunk.numpy())
                 if digest.digest() != announced:
                     raise ConnectionAbortedError("a vector arrived changed")
-            self._tell(_ARRIVED)  # before the owner sees it, who may then close
-            with self._changed:
-                self._inbox.append((header, vector))
-                os.eventfd_write(self._wakeup, 1)
+            self._delivering = True  # the other side may close as soon as it is told, and the message is to be read
+            try:
+                self._tell(_ARRIVED)  # before the owner sees it, who may then close
+            finally:
+                with self._changed:
+                    self._delivering = False
+                    self._inbox.append((header, vector))
+                    os.eventfd_write(self._wakeup, 1)
 
     def _until(self, condition: Callable[[], object]) -> bool:
         """Waits for the condition; False if the connection is lost."""
