@@ -34,6 +34,7 @@ from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, se
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
+from .record import RecordWriter, describe
 from .run import EndSignals, Run
 from .transport.link import ServerGone
 from .worker import Worker
@@ -44,6 +45,20 @@ WORKER_STATE = "lsam_worker.safetensors"
 SERVER_STATE = "lsam_server.safetensors"
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 _NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
+# Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
+_RECORDED = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 # Not part of transformers' public interface; tried on the versions that pyproject.toml admits.
 _SEAMS = {
@@ -125,6 +140,7 @@ class LSAMTrainerMixin:
             args.server_address,
             args.patience(),
         )
+        self._record = RecordWriter(Path(args.output_dir), args.identity.rank)
         self._signals = EndSignals()
         self.server_gone: ServerGone | None = None
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
@@ -305,6 +321,11 @@ class LSAMTrainerMixin:
                 logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
             ):
                 self._warn(warning)
+            self._record.log(self.state.global_step, logs)
+        elif self.args.identity.rank == 0 and not self._showing_local:
+            evaluation = {name: value for name, value in logs.items() if name.startswith("eval_")}
+            if evaluation:
+                self._record.log(self.state.global_step, evaluation)
         super().log(logs, start_time)
 
     def _warn(self, warning: str | None):
@@ -326,9 +347,14 @@ class LSAMTrainerMixin:
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
     def _inner_training_loop(self, *positional, **keywords):
+        error = None
         try:
             return super()._inner_training_loop(*positional, **keywords)
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
+            self._record.end(self.state.global_step, error)
             self._signals.restore()
             self._run.leave()
 
@@ -356,7 +382,22 @@ class LSAMTrainerMixin:
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self.server_gone = None
         self._signals.catch()
+        self._record.begin(resume_from_checkpoint is not None, self.state.global_step, self._description())
         return model, train_dataloader
+
+    def _description(self) -> dict[str, Any] | None:
+        if self.args.identity.rank != 0:
+            return None
+        trainer_fields = {name: getattr(self.args, name) for name in _RECORDED}
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        about = {
+            "name": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+            "class": type(base).__name__,
+            "adapter": base is not model,
+            "trainable_parameters": self.worker.layout.numel,
+        }
+        return describe(self.args.identity.num_workers, {**self.args.lsam_fields(), **trainer_fields}, about)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state

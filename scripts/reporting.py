@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-import hf_lsam
+from hf_lsam.record import hardware, versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
 
 def provenance() -> dict[str, Any]:
@@ -37,25 +32,10 @@ def provenance() -> dict[str, Any]:
     )
     return {
         "commit": git.stdout.strip() or None,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-            "hf_lsam": hf_lsam.__version__,  # which need not be installed to be used
-        },
-        "hardware": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        },
+        "versions": versions(),
+        "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def data_parallel_bytes(steps_per_worker: Sequence[int], trainable_parameters: int) -> int:

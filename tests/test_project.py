@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hf_lsam"
 
 # Top to bottom; each room imports only from rooms below it.
 ROOMS = [
+    "cli",
     "trainer",
     "loop",
     "vision",
@@ -23,6 +24,7 @@ ROOMS = [
     "run",
     "identity",
     "figures",
+    "record",
     "worker",
     "server",
     "transport",
