@@ -231,17 +231,44 @@ class Tail:
         return entries
 
 
-def read_record(run_dir: Path | str) -> Record:
-    """Reads the record of a run, also while the run goes on.
+class RecordReader:
+    """Reads the record of a run again and again while it grows; what was read is not read twice.
 
     Args:
         run_dir: the run's output_dir.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if run.json is damaged, or of a format that this version does not know.
     """
-    path = Path(run_dir) / FOLDER / "run.json"
+
+    def __init__(self, run_dir: Path | str):
+        self._run_dir = Path(run_dir)
+        self._tails: dict[int, Tail] = {}
+        self._record = Record({}, {})
+
+    def read(self) -> Record:
+        """The record as it is now.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if run.json is damaged, or of a format that this version does not know.
+        """
+        run = _read_run(self._run_dir)
+        if run["run_id"] != self._record.run.get("run_id"):  # a new run has begun in this folder
+            self._tails = {rank: Tail(worker_file(self._run_dir, rank)) for rank in range(run["num_workers"])}
+            self._record = Record({}, {})
+        workers = dict(self._record.workers)
+        for rank, tail in self._tails.items():
+            if entries := tail.new_entries():
+                workers[rank] = [*workers.get(rank, []), *entries]
+        self._record = Record(run, workers)
+        return self._record
+
+
+def read_record(run_dir: Path | str) -> Record:
+    """Reads the record of a run once, also while the run goes on; see `RecordReader.read`."""
+    return RecordReader(run_dir).read()
+
+
+def _read_run(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / FOLDER / "run.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{run_dir} holds no record of a run: there is no {path}. Name the output_dir of a run with LSAM that has "
@@ -249,19 +276,17 @@ def read_record(run_dir: Path | str) -> Record:
         )
     try:
         run = json.loads(path.read_bytes())
-        known = run["format"] == FORMAT
+        known = run["format"] == FORMAT and run["num_workers"] > 0 and run["run_id"] is not None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}): nothing can be said about this run. Resume it, which writes the file anew."
         ) from error
     if not known:
         raise ValueError(
-            f"{path} has format {run['format']}, and this hf_lsam {hf_lsam.__version__} reads format {FORMAT}. Use the "
-            "version that wrote it: " + str(run.get("versions", {}).get("hf_lsam"))
+            f"{path} has format {run['format']}, and this hf_lsam reads format {FORMAT}. Use the version that wrote it "
+            f"({run.get('versions', {}).get('hf_lsam')})."
         )
-    files = {rank: Tail(worker_file(Path(run_dir), rank)) for rank in range(run["num_workers"])}
-    read = {rank: tail.new_entries() for rank, tail in files.items()}
-    return Record(run, {rank: entries for rank, entries in read.items() if entries})
+    return run
 
 
 def worker_file(run_dir: Path, rank: int) -> Path:

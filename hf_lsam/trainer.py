@@ -53,7 +53,6 @@ _RECORDED = (
     "weight_decay",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "max_steps",
     "num_train_epochs",
     "bf16",
     "fp16",
@@ -382,13 +381,13 @@ class LSAMTrainerMixin:
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self.server_gone = None
         self._signals.catch()
-        self._record.begin(resume_from_checkpoint is not None, self.state.global_step, self._description())
+        self._record.begin(resume_from_checkpoint is not None, self.state.global_step, self._description(max_steps))
         return model, train_dataloader
 
-    def _description(self) -> dict[str, Any] | None:
+    def _description(self, max_steps: int) -> dict[str, Any] | None:
         if self.args.identity.rank != 0:
             return None
-        trainer_fields = {name: getattr(self.args, name) for name in _RECORDED}
+        trainer_fields = {name: getattr(self.args, name) for name in _RECORDED} | {"max_steps": max_steps}
         model = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         about = {
