@@ -77,8 +77,7 @@ def render(record: Record, now: float) -> Group:
     last = max((entries[-1]["time"] for entries in record.workers.values()), default=run["started"])
     ended = state not in ("training", "waiting", "away")
     head = Text.assemble(
-        f"run {run['run_id']}, {_count(run['num_workers'], 'worker')} on {run['host']}, begun "
-        f"{datetime.fromtimestamp(run['started']):%Y-%m-%d %H:%M:%S}: ",
+        f"run {run['run_id']}: ",
         (_sentence(record, state), f"bold {STYLES.get(state, '')}"),
         f" {'after' if ended else 'for'} {_duration((last if ended else now) - run['started'])}",
         _remaining(record) if state == "training" else "",
@@ -90,9 +89,11 @@ def render(record: Record, now: float) -> Group:
         table.add_column(name, justify="right")
     for rank in range(run["num_workers"]):
         table.add_row(*_row(record, rank, now))
+    begun = datetime.fromtimestamp(run["started"])
     exchanged = sum(_latest(record, rank, f"lsam/bytes_{way}") or 0 for rank in record.workers for way in _WAYS)
     version = max((point["lsam/anchor_version"] for point in points), default=0)
-    lines = [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {exchanged / 1e6:,.1f} MB exchanged"]
+    lines = [f"{_count(run['num_workers'], 'worker')} on {run['host']}, begun {begun:%Y-%m-%d %H:%M:%S}"]
+    lines += [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {exchanged / 1e6:,.1f} MB exchanged"]
     evaluated = [entry for entry in record.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
     if evaluated:
         figures = [f"{name} {value:.4g}" for name, value in evaluated[-1].items() if _is_result(name, value)]

@@ -1,0 +1,246 @@
+"""`hf-lsam` on the command line, on launches and runs that are real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+from launch import accelerate_launch, write_script
+
+from hf_lsam.cli import COMMANDS, main
+from hf_lsam.record import read_record, worker_state
+
+TESTS = Path(__file__).parent
+PATHS = f"{TESTS}{os.pathsep}{TESTS.parent}"
+
+# A run of two workers: sys.argv are its folder, its number of steps, seconds a step, and what reports it.
+RUN = """
+import sys, time
+from models import arguments, blobs, net
+from transformers import TrainerCallback
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+OUT, STEPS, SECONDS, TRACKER = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+
+
+class Slow(TrainerCallback):
+    def on_step_end(self, *positional, **keywords):
+        time.sleep(SECONDS)
+
+
+fields = dict(max_steps=STEPS, sync_steps=2, eval_strategy="steps", eval_steps=4, report_to=TRACKER, logging_steps=2)
+trainer = LSAMTrainer(
+    model=net(), args=arguments(LSAMConfig, OUT, **fields), train_dataset=blobs(), eval_dataset=blobs(16, 1),
+    callbacks=[Slow()],
+)
+trainer.train()
+"""
+
+
+def hf_lsam(*words: object) -> Result:
+    """Runs a command in this process."""
+    return CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run of two workers that has finished, reported to TensorBoard."""
+    folder = tmp_path_factory.mktemp("finished")
+    script = write_script(folder / "script.py", RUN)
+    accelerate_launch(script, str(folder / "run"), "8", "0", "tensorboard", PYTHONPATH=PATHS)
+    return folder / "run"
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts a run of two slow workers; yields its folder once each worker has logged, and ends what is left of it."""
+    script = write_script(tmp_path / "script.py", RUN)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(
+            [*command, str(script), str(tmp_path / "run"), "10000", "0.05", "none"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    processes, shared = [], []
+    try:
+        wait_until(lambda: logged(tmp_path / "run") == {0, 1}, lambda: (tmp_path / "log").read_text())
+        processes = psutil.Process(launcher.pid).children(recursive=True)
+        words = [word for process in processes for word in process.cmdline()]
+        shared = [word for word in words if word.startswith("/dev/shm/hf_lsam-")]  # which killed workers leave
+        yield tmp_path / "run"
+    finally:
+        launcher.kill()
+        launcher.wait()
+        for process in processes:
+            if process.is_running():
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+        for folder in shared:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def logged(run_dir: Path) -> set[int]:
+    try:
+        workers = read_record(run_dir).workers
+    except FileNotFoundError:
+        return set()
+    return {rank for rank, entries in workers.items() if sum("loss" in entry for entry in entries) > 2}
+
+
+def wait_until(condition, explain=str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.1)
+
+
+# --- the group ---
+
+
+def test_help_loads_nothing_that_a_command_needs():
+    script = (
+        "import sys\n"
+        "from hf_lsam.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'accelerate', 'rich'} & sys.modules.keys()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(name in run.stdout for name in COMMANDS)
+
+
+def test_the_entry_point_is_the_group():
+    import tomllib
+
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"hf-lsam": "hf_lsam.cli:main"}
+
+
+# --- doctor ---
+
+
+def test_doctor_counts_the_workers_that_really_start():
+    result = hf_lsam("doctor", "--trainable", 1000, "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
+    assert result.exit_code == 0, result.output
+    assert "2 workers would train (2 on cpu), with a server process" in result.output
+    assert "they fit" in result.output
+
+
+def test_doctor_sees_the_trap_of_the_cpu_launch_whatever_the_script():
+    result = hf_lsam("doctor", "--num_processes", 3, "--num_machines", 1, "train.py", "--max_steps", 3)
+    assert result.exit_code == 1
+    assert "3 processes were asked for, and 1 is started" in result.output
+    assert "--multi_gpu --num_processes 3" in result.output
+
+
+def test_doctor_reads_the_configuration_file_and_believes_the_launch(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 2\nuse_cpu: true\n")
+    result = hf_lsam("doctor", "--config_file", config)
+    assert result.exit_code == 1
+    assert "2 processes were asked for, and 1 is started" in result.output
+    assert str(config) in result.output
+
+
+def test_doctor_says_what_a_script_would_be_refused_for():
+    result = hf_lsam("doctor", "--use_fsdp", "--num_processes", 2, "--main_process_port", 0)
+    assert result.exit_code == 1
+    assert "LSAM cannot be combined with FSDP" in result.output
+
+
+def test_doctor_wants_the_other_machine_to_be_there():
+    options = ["--multi_gpu", "--num_machines", 2, "--machine_rank", 0, "--num_processes", 2]
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", 29871]
+    result = hf_lsam("doctor", "--wait", 15, *options, *address)
+    assert result.exit_code == 1
+    assert "on all 2 machines at the same time" in result.output
+
+
+def test_doctor_sees_a_taken_port_and_too_little_memory():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = hf_lsam(
+            "doctor", "--trainable", 10**13, "--multi_gpu", "--num_processes", 2, "--main_process_port", port
+        )
+    assert result.exit_code == 1
+    assert f"port {port} is taken" in result.output
+    assert "they do not fit" in result.output
+    assert "shared_memory_dir" in result.output
+
+
+def test_doctor_passes_on_what_accelerate_refuses():
+    result = hf_lsam("doctor", "--no_such_option")
+    assert result.exit_code == 1
+    assert "does not take these options" in result.output
+    assert "--no_such_option" in result.output
+
+
+# --- monitor ---
+
+
+def test_monitor_shows_a_run_that_goes_on_and_says_when_it_was_killed(started):
+    before = {path: path.stat().st_mtime_ns for path in started.rglob("*") if path.suffix == ".json"}
+    result = hf_lsam("monitor", started, "--once")
+    assert result.exit_code == 0
+    assert "2 workers" in result.output
+    assert "training for" in result.output
+    assert "to go of 10,000 steps" in result.output
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+    pids = [entries[0]["pid"] for entries in read_record(started).workers.values()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "training" not in [worker_state(e) for e in read_record(started).workers.values()])
+    result = hf_lsam("monitor", started)  # not a terminal: one snapshot
+    assert result.exit_code == 0
+    assert "dead" in result.output
+    assert "training" not in result.output
+
+
+def test_monitor_shows_a_finished_run(finished):
+    result = hf_lsam("monitor", finished, "--once")
+    assert "finished after" in result.output
+    assert "latest evaluation of the anchor, at step 8: eval_loss" in result.output
+    rows = [line.split() for line in result.output.splitlines() if line.strip()[:1] in ("0", "1")]
+    assert [(row[0], row[1], row[2]) for row in rows] == [("0", "finished", "8"), ("1", "finished", "8")]
+
+
+def test_monitor_lives_in_a_terminal_until_the_run_has_ended(finished):
+    """Through a pseudo-terminal, as over ssh."""
+    import pty
+
+    script = f"from hf_lsam.cli import main; main(['monitor', {str(finished)!r}])"
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:
+        pass  # its end has been closed
+    os.close(ours)
+    assert process.wait(timeout=30) == 0
+    assert b"finished" in seen
+    assert b"\x1b[" in seen
+
+
+def test_monitor_of_a_folder_without_a_run(tmp_path):
+    result = hf_lsam("monitor", tmp_path)
+    assert result.exit_code == 1
+    assert "holds no record of a run" in result.output
