@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
-from .callbacks import FailureSignatures, LSAMCallback
+from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
 from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
@@ -132,6 +132,7 @@ class LSAMTrainerMixin:
             args.eval_on_start = False
         self.worker: Worker | None = None
         self.steps_before_epoch = 0
+        self.others: OtherWorkers | None = None  # at worker 0, once there are any
         self._run = Run(
             args.identity,
             Path(args.shared_memory_dir),
@@ -335,6 +336,9 @@ class LSAMTrainerMixin:
 
     def train(self, resume_from_checkpoint=None, *positional, **keywords):
         self._common_checkpoint = None
+        identity = self.args.identity
+        if identity.rank == 0 and identity.num_workers > 1:
+            self.others = OtherWorkers(Path(self.args.output_dir), identity.num_workers)
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 newest = newest_sealed(Path(self.args.output_dir)) or get_last_checkpoint(self.args.output_dir)

@@ -244,3 +244,25 @@ def test_monitor_of_a_folder_without_a_run(tmp_path):
     result = hf_lsam("monitor", tmp_path)
     assert result.exit_code == 1
     assert "holds no record of a run" in result.output
+
+
+# --- trackers ---
+
+
+def test_one_tensorboard_run_holds_all_workers_and_the_anchor(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in finished.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    workers = read_record(finished).workers
+    for rank, prefix in ((0, "train/"), (1, "train/worker_1/")):
+        logged = [entry for entry in workers[rank] if "loss" in entry]
+        assert [entry["step"] for entry in logged] == [2, 4, 6, 8]
+        for name in ("loss", "learning_rate", "lsam/drift", "lsam/staleness", "lsam/bytes_pushed"):
+            scalars = events.Scalars(prefix + name)
+            assert [scalar.step for scalar in scalars] == [2, 4, 6, 8]
+            assert [scalar.value for scalar in scalars] == pytest.approx([entry[name] for entry in logged])
+    evaluated = [entry["eval_loss"] for entry in workers[0] if "eval_loss" in entry]
+    assert [scalar.value for scalar in events.Scalars("eval/loss")] == pytest.approx(evaluated)
+    assert [scalar.step for scalar in events.Scalars("eval/loss")] == [4, 8]
