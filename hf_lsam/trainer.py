@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
+from .card import facts_of_record, model_card
 from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
-from .record import RecordWriter, describe
+from .record import RecordWriter, describe, read_record
 from .run import EndSignals, Run
 from .transport.link import ServerGone
 from .worker import Worker
@@ -297,6 +299,39 @@ class LSAMTrainerMixin:
         with self.anchor():
             super().save_model(output_dir, _internal_call)
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """Writes the card that `hf-lsam card` would write of this run's record into `output_dir`, at worker 0.
+
+        Args: those of Trainer's and of trl's method of this name; `dataset_args` is not told.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        facts = facts_of_record(folder, read_record(folder))
+        names = _listed(dataset_tags)
+        facts = replace(
+            facts,
+            name=model_name or facts.name,
+            base=finetuned_from or facts.base,
+            data=next(iter([*names, *_listed(dataset), *_listed(dataset_name)]), None),
+            task=next(iter(_listed(tasks)), facts.task),
+        )
+        kinds = [*_listed(tags), *getattr(self, "_tag_names", []), *_listed(getattr(self.model, "model_tags", None))]
+        card = model_card(facts, language=language, license=license, tags=kinds, datasets=names or None)
+        (folder / "README.md").write_text(str(card))
+
     def _reestimate_batchnorm(self):
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
         if not self._batchnorm:
@@ -510,6 +545,10 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     trainer.save_model()    # the anchor
     ```
     """
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:

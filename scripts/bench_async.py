@@ -30,11 +30,12 @@ from pathlib import Path
 
 import torch
 from bench_step import LEARNING_RATE, MODEL_PACKAGE, RHO, SYNC_STEPS, SyntheticTokens, load_minilm
-from reporting import markdown_table, provenance
+from reporting import provenance
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.card import markdown_table
 
 KINDS = ("free", "sleep", "busy")
 METHODS = ("lsam", "ddp")

@@ -25,11 +25,12 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import markdown_table, provenance
+from reporting import provenance
 from torch.nn.functional import cross_entropy
 from train_image_classification import Asynchronous, DataParallel
 
 from hf_lsam import LSAM, vision
+from hf_lsam.card import markdown_table
 from hf_lsam.identity import Identity
 
 RHO, SYNC_STEPS, LEARNING_RATE, MOMENTUM = 0.1, 16, 0.1, 0.9

@@ -28,8 +28,9 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import markdown_table, provenance
+from reporting import provenance
 
+from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.process import start_server

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import bench_images
 import torch
-from reporting import markdown_table, provenance
+from reporting import provenance
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -48,6 +48,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.process import start_server

@@ -31,10 +31,11 @@ from typing import Any
 
 from configuration import parse_configuration
 from image_data import ImageDataArguments
-from reporting import REPOSITORY, markdown_table, provenance
+from reporting import REPOSITORY, provenance
 from train_image_classification import RunArguments, run
 
 from hf_lsam import LSAMArguments
+from hf_lsam.card import markdown_table
 
 # The paper's settings: 150 epochs, 4 workers, batch 128 each, eta 0.2, rho 0.1, tau 16, lambda0 0.1.
 PAPER = {"epochs": 150, "batch_size": 128, "learning_rate": 0.2, "sam_rho": 0.1, "sync_steps": 16}

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from configuration import parse_configuration
 from image_batches import Batches, channel_statistics
 from image_data import ImageDataArguments, ImageSet, load_images
-from reporting import data_parallel_bytes, provenance
+from reporting import provenance
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from hf_lsam import LSAM, LSAMArguments, sam, vision
 from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_statistics, tracking_layers
+from hf_lsam.card import data_parallel_bytes
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
 from hf_lsam.parameters import ParameterLayout, trainable_parameters

@@ -13,9 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import yaml
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from launch import accelerate_launch, write_script
+from models import arguments, blobs, net, sentences, tiny_bert
 
+from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.card import is_hub_name
 from hf_lsam.cli import COMMANDS, main
 from hf_lsam.record import read_record, worker_state
 
@@ -266,3 +273,119 @@ def test_one_tensorboard_run_holds_all_workers_and_the_anchor(finished):
     evaluated = [entry["eval_loss"] for entry in workers[0] if "eval_loss" in entry]
     assert [scalar.value for scalar in events.Scalars("eval/loss")] == pytest.approx(evaluated)
     assert [scalar.step for scalar in events.Scalars("eval/loss")] == [4, 8]
+
+
+# --- card ---
+
+
+def valid(card: ModelCard) -> ModelCardData:
+    """What the Hub asks of a card's header, as far as it can be asked without the Hub."""
+    data = card.data.to_dict()
+    assert yaml.safe_load(yaml.safe_dump(data)) == data
+    assert all(isinstance(tag, str) for tag in data["tags"])
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name
+    assert all(result.metric_value is not None and result.dataset_type for result in results)
+    assert data.get("library_name") in (None, "transformers", "peft")
+    if "base_model" in data:
+        assert is_hub_name(data["base_model"])
+    return card.data
+
+
+def test_card_of_a_run_of_two_workers(finished, tmp_path):
+    result = hf_lsam("card", finished, "--license", "apache-2.0", "--language", "en", "--output", tmp_path / "card.md")
+    assert result.exit_code == 0, result.output
+    card = ModelCard.load(tmp_path / "card.md")
+    data = valid(card)
+    assert (data.license, data.language, data.tags[0]) == ("apache-2.0", ["en"], "lsam")
+    evaluated = [entry for entry in read_record(finished).workers[0] if "eval_loss" in entry]
+    assert data.eval_results[0].metric_value == evaluated[-1]["eval_loss"]
+    assert "2 asynchronous workers" in card.text
+    assert '"sync_steps": 2' in card.text
+    assert "steps 8, 8" in card.text
+
+
+def test_card_compares_runs_and_says_in_what_they_differ(finished, tmp_path):
+    other = tmp_path / "other"
+    args = arguments(LSAMConfig, other, max_steps=4, sync_steps=4)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), eval_dataset=blobs(16, 1))
+    trainer.train()
+    trainer.evaluate()
+    result = hf_lsam("card", finished, "--against", other, "--output", tmp_path / "card.md")
+    assert result.exit_code == 0, result.output
+    text = ModelCard.load(tmp_path / "card.md").text
+    assert "| other | LSAM | 1 |" in text
+    assert "`other` differs in logging_steps" not in text
+    assert "max_steps (4), sync_steps (4)." in text
+
+
+def test_card_does_not_replace_what_was_written_by_hand(finished, tmp_path):
+    by_hand = tmp_path / "README.md"
+    by_hand.write_text("# Mine")
+    result = hf_lsam("card", finished, "--output", by_hand)
+    assert result.exit_code == 1
+    assert "written by hand" in result.output
+    assert by_hand.read_text() == "# Mine"
+    assert hf_lsam("card", finished, "--output", by_hand, "--overwrite").exit_code == 0
+    assert hf_lsam("card", finished, "--output", by_hand).exit_code == 0  # its own it may replace
+
+
+def test_card_of_what_is_no_run(tmp_path):
+    assert "holds no record of a run" in hf_lsam("card", tmp_path).output
+    (tmp_path / "results.json").write_text("[]")
+    result = hf_lsam("card", tmp_path)
+    assert result.exit_code == 1
+    assert "is no results of a run" in result.output
+
+
+def test_the_trainer_writes_the_same_card_and_its_code_loads_the_model(tmp_path, monkeypatch):
+    args = arguments(LSAMConfig, tmp_path / "tiny", max_steps=4, sync_steps=2)
+    model = tiny_bert()
+    model.add_model_tags("tiny")
+    trainer = LSAMTrainer(model=model, args=args, train_dataset=sentences(), eval_dataset=sentences(8, seed=1))
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card(license="mit", tags="mine", dataset_tags="imdb", finetuned_from="bert/tiny")
+    card = ModelCard.load(tmp_path / "tiny/README.md")
+    data = valid(card)
+    assert data.tags == ["lsam", "sharpness-aware-minimization", "mine", "tiny"]
+    assert (data.base_model, data.datasets, data.license) == ("bert/tiny", ["imdb"], "mit")
+    assert (data.pipeline_tag, data.library_name, data.model_name) == ("text-classification", "transformers", "tiny")
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    assert "AutoModelForSequenceClassification" in code
+    monkeypatch.chdir(tmp_path / "tiny")
+    exec("\n".join(line for line in code.splitlines() if "okenizer.from" not in line), loaded := {})
+    assert all(map(torch.equal, loaded["model"].state_dict().values(), trainer.model.state_dict().values()))
+
+
+def test_push_to_hub_pushes_that_card(tmp_path, monkeypatch):
+    args = arguments(LSAMConfig, tmp_path / "pushed", max_steps=2, sync_steps=2)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), eval_dataset=blobs(16, 1))
+    trainer.train()
+    trainer.evaluate()
+    trainer.hub_model_id = "someone/pushed"
+    uploaded = []
+
+    class Hub:
+        def upload_folder(self, **keywords):
+            uploaded.append((Path(keywords["folder_path"]) / "README.md").read_text())
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer.push_to_hub()
+    (text,) = uploaded
+    valid(ModelCard(text))
+    assert "written by hf-lsam" in text
+
+
+def test_the_published_cards_are_valid_and_up_to_date(tmp_path):
+    sys.path.insert(0, str(TESTS.parent / "scripts"))
+    try:
+        import write_cards
+    finally:
+        sys.path.pop(0)
+    write_cards.main(tmp_path)
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    published = {path.name: path.read_text() for path in (TESTS.parent / "model_cards").glob("*-*.md")}
+    assert written == published
+    assert all(valid(ModelCard(text)).eval_results for text in written.values())

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "hf_lsam"
 ROOMS = [
     "cli",
     "trainer",
+    "card",
     "loop",
     "vision",
     "arguments",
