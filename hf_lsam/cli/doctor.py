@@ -230,8 +230,10 @@ def launch_findings(
         )
     if code == 0 and not errors:
         where = ", ".join(f"{count} on {device}" for device, count in devices.items())
-        server = "a server process" if started > 1 else "no server process: the worker is alone with its anchor"
-        yield Finding("ok", f"{started} worker{'' if started == 1 else 's'} would train ({where}), with {server}.")
+        here = "here " if launch.machines > 1 else ""
+        server = "a server process a machine" if launch.machines > 1 else "a server process"
+        server = server if started > 1 else "no server process: the worker is alone with its anchor"
+        yield Finding("ok", f"{_count(started)} would train ({here}{where}), with {server}.")
         for report in reports:
             name = f", {report['device_name']}" if report["device_name"] else ""
             yield Finding("ok", f"worker {report['rank']}: {report['device']}{name}, host {report['host']}")
@@ -306,8 +308,7 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
     elif each > max(threads):
         yield Finding(
             "note",
-            f"{len(threads)} worker{'' if len(threads) == 1 else 's'} with {max(threads)} threads each leave cores of "
-            f"{cores} idle.",
+            f"{_count(len(threads))} with {max(threads)} threads each leave cores of {cores} idle.",
             f"--num_cpu_threads_per_process {each}.",
         )
     else:
@@ -368,6 +369,10 @@ def version_findings() -> Iterator[Finding]:
                 f"pip install '{requirement}'",
             )
     yield Finding("ok", f"python {sys.version.split()[0]}, hf-lsam {version('hf-lsam')}, {', '.join(found)}")
+
+
+def _count(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"
 
 
 def _is_taken(port: int) -> bool:
