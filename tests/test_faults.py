@@ -99,14 +99,14 @@ def test_guests_outlive_a_server_that_is_killed_and_started_again():
     assert len(outcome.reports) == 4
 
 
-def test_three_random_schedules_end_as_a_run_without_faults_does():
+def test_ten_random_schedules_end_as_a_run_without_faults_does():
     baseline = outcome_of()
     generator = random.Random(11)
-    for _ in range(3):
+    for _ in range(10):
         schedule = chaos.random_schedule(generator)
         outcome = run_schedule(schedule)
+        chaos.judge(outcome, baseline.loss)
         assert outcome.failures == [], schedule
-        assert outcome.loss <= 1.05 * baseline.loss, schedule
 
 
 def test_the_place_of_a_dead_guest_is_taken_by_a_new_one_that_begins_at_the_anchor(tmp_path):
