@@ -13,7 +13,7 @@ from typing import Any
 from reporting import REPOSITORY, markdown_table
 from summarize_results import write_between
 
-BENCHMARKS = ("async", "step", "images", "server")
+BENCHMARKS = ("async", "step", "images", "server", "faults")
 
 
 def load(path: Path) -> Any:

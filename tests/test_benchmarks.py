@@ -119,3 +119,12 @@ def test_bad_arguments_are_refused(script):
     done = run(script, *bad)
     assert done.returncode == 2
     assert "error: --" in done.stderr
+
+
+def test_bench_faults(tmp_path):
+    size = ("--kills", "2", "--seconds", "0.3", "--numel", "1000")
+    results = report_of("bench_faults.py", tmp_path / "faults.json", *size)["results"]
+    assert results["n"] == len(results["kills"]) == 2
+    for kill in results["kills"]:
+        assert kill["drop_s"] > 0
+        assert kill["slowest_after"] >= kill["ratio"] > 0
