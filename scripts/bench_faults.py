@@ -2,10 +2,10 @@
 
     python scripts/bench_faults.py --output benchmarks/faults.json
 
-Two guests of a server that was started by hand, one thread each. One makes local steps without a pause (matrix products,
-the coupling, an exchange every 4 steps). The other does the same until it is killed with SIGKILL; a new one takes its
-place, and so on. In between a process that shares nothing multiplies as many matrices: the machine is as loaded after
-a kill as before. Reported over the kills:
+Two guests of a server that was started by hand, one thread each. One makes local steps without a pause (products of
+matrices, the coupling, an exchange every 4 steps). The other does the same until it is killed with SIGKILL; a new one
+takes its place, and so on. In between a process that shares nothing multiplies as many matrices: the machine is as
+loaded after a kill as before. Reported over the kills:
 
 1. seconds from the kill until the server has dropped the worker,
 2. the survivor's median step in the time after a kill, until the next one joins, of its median step in as long a time
