@@ -30,7 +30,7 @@ from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback
-from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
+from .checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
@@ -40,8 +40,6 @@ from .worker import Worker
 
 logger = transformers_logging.get_logger(__name__)
 
-WORKER_STATE = "lsam_worker.safetensors"
-SERVER_STATE = "lsam_server.safetensors"
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 _NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
 
