@@ -573,6 +573,11 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
                 assert "refused (SECRET)" in (tmp_path / "c.log").read_text()
             else:
                 links[name] = (run, run.join([("x", x)], WorkerSettings(TAU), SETTINGS))
+        run_id = json.loads((tmp_path / "a" / "run" / "server.json").read_text())["run"]
+        server = start_server(tmp_path / "d" / "run", tmp_path / "d.log", None, places["a"])
+        assert server.wait(60) == 1
+        owner = f"The port belongs to run {run_id}, pid {servers['a'].pid}. Give this run another one, or end that."
+        assert owner in (tmp_path / "d.log").read_text()
         first, second = links["a"][1], links["b"][1]
         assert torch.equal(second.anchor, torch.zeros(NUMEL))  # the first worker's on the first machine
         while not re.search("with 1 workers|has 1 live workers", (tmp_path / "a.log").read_text()):

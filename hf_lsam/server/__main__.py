@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from ..transport.gloo import read_secret
-from .machines import GlobalServer
+from .machines import GlobalServer, refuse_taken_port
 from .process import Server, run_server
 from .relay import RelayServer
 
@@ -53,6 +53,7 @@ try:
     if arguments.listen or arguments.connect:
         secret = read_secret(arguments.secret_file)
     if arguments.listen:
+        refuse_taken_port(arguments.listen)
         remote = arguments.allow_remote
         make = functools.partial(GlobalServer, address=arguments.listen, secret=secret, allow_remote=remote)
     elif arguments.connect:
