@@ -29,9 +29,9 @@ from .server.core import ServerCore, ServerSettings
 from .server.local import LocalLink
 from .server.machines import MachineSettings, address_file
 from .server.process import SIGTERM_CODE, ServiceSettings, start_server
-from .transport.gloo import new_secret
 from .transport.link import MailboxLink, RefusedError, ServerGone
 from .transport.mailbox import ANY_NUMBER, RunFolder, is_served, make_launch_folder
+from .transport.secret import new_secret
 from .worker import Worker, WorkerSettings
 
 logger = logging.getLogger(__name__)

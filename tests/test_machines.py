@@ -31,9 +31,9 @@ from hf_lsam.server.core import ServerCore, ServerSettings
 from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
 from hf_lsam.server.process import start_server
 from hf_lsam.server.relay import RelayCore, RelayServer
-from hf_lsam.transport.gloo import new_secret
 from hf_lsam.transport.link import MailboxLink, ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.secret import new_secret
 from hf_lsam.worker import WorkerSettings
 
 TESTS = Path(__file__).parent

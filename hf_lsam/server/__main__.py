@@ -4,9 +4,8 @@ By hand, in an empty or a new folder, it waits for workers that join it by `serv
 long as they stay. It ends on SIGTERM or Ctrl-C, or after `--idle_timeout` seconds without a worker, and keeps its last
 snapshot; the same command with `--resume` goes on from there.
 
-With `--listen` it also serves the relays of other machines: `--connect` makes it one. A file with the secret
-(`python -c 'import sys, pathlib; from hf_lsam.transport.gloo import new_secret; new_secret(pathlib.Path(sys.argv[1]))'
-FILE`) proves who may take part.
+With `--listen` it also serves the relays of other machines: `--connect` makes it one. A file with the secret, that
+`hf_lsam.transport.secret.new_secret` writes, proves who may take part.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ..transport.gloo import read_secret
+from ..transport.secret import read_secret
 from .machines import GlobalServer, refuse_taken_port
 from .process import Server, run_server
 from .relay import RelayServer

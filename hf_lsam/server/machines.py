@@ -26,8 +26,9 @@ from pathlib import Path
 import psutil
 from torch import Tensor
 
-from ..transport.gloo import Header, Listener, Peer
+from ..transport.gloo import Listener
 from ..transport.mailbox import RunFolder
+from ..transport.peer import Header, Peer
 from .core import ServerSettings
 from .process import Server
 
@@ -125,7 +126,7 @@ class GlobalServer(Server):
         folder, rest: as `Server`'s.
         address: host and port to listen on; port 0 lets the system choose. Where it listens is written to address.json
             in the run folder.
-        secret: from `gloo.read_secret`.
+        secret: from `read_secret`.
         allow_remote: listen beyond this machine.
 
     Raises:
