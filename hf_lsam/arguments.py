@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -221,6 +222,10 @@ class LSAMArguments:
     def patience(self) -> Patience:
         service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
         return Patience(service, self.server_timeout, self.machine_timeout)
+
+    def lsam_fields(self) -> dict[str, Any]:
+        """LSAM's own fields by name, without those of the Trainer they are mixed into."""
+        return {each.name: getattr(self, each.name) for each in fields(LSAMArguments)}
 
     # --- validation ---
 

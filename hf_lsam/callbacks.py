@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import time
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from .record import Tail, worker_file
 from .transport.link import ServerGone
 
 if TYPE_CHECKING:
     from .trainer import LSAMTrainerMixin
 
 logger = logging.getLogger(__name__)
+
+_COUNT_THEIR_OWN_STEPS = ("dvclive",)
 
 
 class FailureSignatures:
@@ -96,6 +103,45 @@ def _keeps_growing(series: Sequence[float], factor: float, pace: float) -> bool:
     return rises and last > factor * first and last - middle > pace * (middle - first)
 
 
+class OtherWorkers:
+    """What the others log, for worker 0's trackers: one run there shows all workers.
+
+    The others' figures are read from the record (see `record`), so nobody waits for them; a worker on another machine
+    is seen where `output_dir` is shared.
+
+    Args:
+        output_dir: the run's folder.
+        num_workers: n.
+    """
+
+    def __init__(self, output_dir: Path, num_workers: int):
+        self._since = time.time()  # what stands there from a run before is not this one's
+        self._tails = {rank: Tail(worker_file(output_dir, rank)) for rank in range(1, num_workers)}
+
+    def tell(self, trackers: Sequence[TrainerCallback], args, state, control) -> None:
+        """Gives each tracker what is new, as `worker_<rank>/loss` and so on, at the steps of that worker."""
+        for rank, tail in self._tails.items():
+            try:
+                entries = tail.new_entries()
+            except OSError as error:
+                logger.warning("worker %d is not reported to the trackers: %s", rank, error)
+                continue
+            for entry in entries:
+                if "loss" not in entry or entry["time"] < self._since:
+                    continue
+                figures = {f"worker_{rank}/{name}": entry[name] for name in entry if name not in ("time", "step")}
+                then = copy.copy(state)
+                then.global_step = entry["step"]
+                for tracker in trackers:
+                    tracker.on_log(args, then, control, logs=figures)
+
+
+def trackers_among(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
+    """Those that send figures to TensorBoard, Weights & Biases, ... under the step that they are given."""
+    known = tuple(kind for name, kind in INTEGRATION_TO_CALLBACK.items() if name not in _COUNT_THEIR_OWN_STEPS)
+    return [callback for callback in callbacks if isinstance(callback, known)]
+
+
 class LSAMCallback(TrainerCallback):
     """Hands Trainer's events to the worker. Added by `LSAMTrainerMixin`, after all other callbacks."""
 
@@ -127,6 +173,11 @@ class LSAMCallback(TrainerCallback):
             control.should_evaluate = False
         elif self._trainer.worker.link.stop_requested:
             control.should_training_stop = True
+
+    def on_log(self, args, state, control, **kwargs):
+        # Trainer's summary is logged once all workers have finished: by then all that they have written is told.
+        if self._trainer.others is not None:
+            self._trainer.others.tell(trackers_among(self._trainer.callback_handler.callbacks), args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._leave_evaluation_to_worker_0(control)

@@ -24,6 +24,7 @@ from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .figures import Figures
 from .identity import detach
 from .parameters import trainable_parameters
+from .record import RecordWriter, describe
 from .run import EndSignals, Run
 from .worker import Worker
 
@@ -76,7 +77,8 @@ class LSAM:
         accelerator: takes care of the backward pass and of fp16 scaling.
         gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
-        output_dir: folder for the log of the server process.
+        output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
+            there is no record, and the log lies in the current folder.
         resume_from: folder that `save` has written; the run goes on from there. Model and optimizer are the caller's.
         **lsam: the fields of `LSAMArguments`, except those that concern Trainer's data loader.
 
@@ -97,7 +99,7 @@ class LSAM:
         accelerator: Accelerator | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
-        output_dir: str | Path = ".",
+        output_dir: str | Path | None = None,
         resume_from: str | Path | None = None,
         **lsam: Any,
     ):
@@ -145,10 +147,11 @@ class LSAM:
         self._run = Run(
             identity,
             Path(self.arguments.shared_memory_dir),
-            Path(output_dir) / "server.log",
+            Path(output_dir or ".") / "server.log",
             self.arguments.server_address,
             self.arguments.patience(),
         )
+        self._record = RecordWriter(None if output_dir is None else Path(output_dir), identity.rank)
         self._signatures = FailureSignatures(identity.num_workers)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest
@@ -178,6 +181,7 @@ class LSAM:
         self._signals.catch()
         if rank:
             torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
+        self._record.begin(resume_from is not None, self.worker.local_steps, None if rank else self._description())
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -188,7 +192,11 @@ class LSAM:
                 self.worker.finish()
                 self.worker.adopt_anchor()
                 self._finished = True
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
+            self._record.end(self.worker.local_steps, error)
             self._run.leave()
 
     def save(self, folder: str | Path) -> None:
@@ -297,15 +305,48 @@ class LSAM:
                 logger.warning("LSAM: %s", warning)
             yield
 
-    def log(self) -> dict[str, float]:
-        """LSAM's own figures since the last call; warns once of each way in which a run can be seen to go wrong."""
-        figures = self.figures.since_last_log()
+    def log(self, **measured: float) -> dict[str, float]:
+        """LSAM's own figures since the last call; warns once of each way in which a run can be seen to go wrong.
+
+        Args:
+            **measured: what else belongs into the run's record, such as loss=loss.item().
+
+        Returns:
+            LSAM's figures and `measured`.
+        """
+        figures = self.figures.since_last_log() | measured
         learning_rate = max(self._learning_rates(), default=0.0)
+        self._record.log(self.worker.local_steps, {**figures, "learning_rate": learning_rate})
         for warning in self._signatures.observe(
             figures["lsam/drift"], figures["lsam/staleness"], figures["lsam/anchor_version"], learning_rate
         ):
             logger.warning("LSAM, worker %d: %s", self.arguments.identity.rank, warning)
         return figures
+
+    def log_evaluation(self, step: int | None = None, **measured: float) -> None:
+        """Writes what was measured of the anchor into the run's record.
+
+        Args:
+            step: local step of worker 0 at which the anchor was taken; now if None.
+            **measured: under names that begin with eval_, such as eval_accuracy=0.9.
+        """
+        now = self.worker.local_steps if self.worker else 0
+        self._record.log(now if step is None else step, measured)
+
+    def _description(self) -> dict[str, Any]:
+        configuration = {
+            **self.arguments.lsam_fields(),
+            "learning_rate": max(self._learning_rates(), default=0.0),
+            "optim": type(self.optimizer).__name__,
+            "gradient_accumulation_steps": self._accumulation,
+        }
+        about = {
+            "name": None,
+            "class": type(_unwrapped(self._model)).__name__,
+            "adapter": False,
+            "trainable_parameters": self.worker.layout.numel,
+        }
+        return describe(self.arguments.identity.num_workers, configuration, about)
 
     # --- inside a step ---
 

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from transformers.utils import logging as transformers_logging
 from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
-from .callbacks import FailureSignatures, LSAMCallback
+from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
+from .card import facts_of_record, model_card
 from .checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
+from .record import RecordWriter, describe, read_record
 from .run import EndSignals, Run
 from .transport.link import ServerGone
 from .worker import Worker
@@ -42,6 +45,19 @@ logger = transformers_logging.get_logger(__name__)
 
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 _NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
+# Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
+_RECORDED = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 # Not part of transformers' public interface; tried on the versions that pyproject.toml admits.
 _SEAMS = {
@@ -116,6 +132,7 @@ class LSAMTrainerMixin:
             args.eval_on_start = False
         self.worker: Worker | None = None
         self.steps_before_epoch = 0
+        self.others: OtherWorkers | None = None  # at worker 0, once there are any
         self._run = Run(
             args.identity,
             Path(args.shared_memory_dir),
@@ -123,6 +140,7 @@ class LSAMTrainerMixin:
             args.server_address,
             args.patience(),
         )
+        self._record = RecordWriter(Path(args.output_dir), args.identity.rank)
         self._signals = EndSignals()
         self.server_gone: ServerGone | None = None
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
@@ -279,6 +297,39 @@ class LSAMTrainerMixin:
         with self.anchor():
             super().save_model(output_dir, _internal_call)
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """Writes the card that `hf-lsam card` would write of this run's record into `output_dir`, at worker 0.
+
+        Args: those of Trainer's and of trl's method of this name; `dataset_args` is not told.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        facts = facts_of_record(folder, read_record(folder))
+        names = _listed(dataset_tags)
+        facts = replace(
+            facts,
+            name=model_name or facts.name,
+            base=finetuned_from or facts.base,
+            data=next(iter([*names, *_listed(dataset), *_listed(dataset_name)]), None),
+            task=next(iter(_listed(tasks)), facts.task),
+        )
+        kinds = [*_listed(tags), *getattr(self, "_tag_names", []), *_listed(getattr(self.model, "model_tags", None))]
+        card = model_card(facts, language=language, license=license, tags=kinds, datasets=names or None)
+        (folder / "README.md").write_text(str(card))
+
     def _reestimate_batchnorm(self):
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
         if not self._batchnorm:
@@ -303,6 +354,11 @@ class LSAMTrainerMixin:
                 logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
             ):
                 self._warn(warning)
+            self._record.log(self.state.global_step, logs)
+        elif self.args.identity.rank == 0 and not self._showing_local:
+            evaluation = {name: value for name, value in logs.items() if name.startswith("eval_")}
+            if evaluation:
+                self._record.log(self.state.global_step, evaluation)
         super().log(logs, start_time)
 
     def _warn(self, warning: str | None):
@@ -313,6 +369,9 @@ class LSAMTrainerMixin:
 
     def train(self, resume_from_checkpoint=None, *positional, **keywords):
         self._common_checkpoint = None
+        identity = self.args.identity
+        if identity.rank == 0 and identity.num_workers > 1:
+            self.others = OtherWorkers(Path(self.args.output_dir), identity.num_workers)
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 newest = newest_sealed(Path(self.args.output_dir)) or get_last_checkpoint(self.args.output_dir)
@@ -324,9 +383,14 @@ class LSAMTrainerMixin:
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
     def _inner_training_loop(self, *positional, **keywords):
+        error = None
         try:
             return super()._inner_training_loop(*positional, **keywords)
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
+            self._record.end(self.state.global_step, error)
             self._signals.restore()
             self._run.leave()
 
@@ -354,7 +418,22 @@ class LSAMTrainerMixin:
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self.server_gone = None
         self._signals.catch()
+        self._record.begin(resume_from_checkpoint is not None, self.state.global_step, self._description(max_steps))
         return model, train_dataloader
+
+    def _description(self, max_steps: int) -> dict[str, Any] | None:
+        if self.args.identity.rank != 0:
+            return None
+        trainer_fields = {name: getattr(self.args, name) for name in _RECORDED} | {"max_steps": max_steps}
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        about = {
+            "name": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+            "class": type(base).__name__,
+            "adapter": base is not model,
+            "trainable_parameters": self.worker.layout.numel,
+        }
+        return describe(self.args.identity.num_workers, {**self.args.lsam_fields(), **trainer_fields}, about)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state
@@ -464,6 +543,10 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     trainer.save_model()    # the anchor
     ```
     """
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:

@@ -30,11 +30,13 @@ from pathlib import Path
 
 import torch
 from bench_step import LEARNING_RATE, MODEL_PACKAGE, RHO, SYNC_STEPS, SyntheticTokens, load_minilm
-from reporting import markdown_table, provenance
+from progress import add_quiet, track
+from reporting import provenance
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.card import markdown_table
 
 KINDS = ("free", "sleep", "busy")
 METHODS = ("lsam", "ddp")
@@ -210,6 +212,7 @@ def main():
     parser.add_argument("--block_seconds", type=float, default=12.0, help="length of a block of LSAM")
     parser.add_argument("--block_steps", type=int, default=6, help="length of a block of DDP")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_quiet(parser)
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)  # what the launched processes are given
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -218,7 +221,7 @@ def main():
         return
     if arguments.warmup < UNCOUNTED + 2:
         parser.error(f"--warmup must be at least {UNCOUNTED + 2}: the pause is set by the steps in it")
-    reports = {method: launch(method, arguments) for method in METHODS}
+    reports = {method: launch(method, arguments) for method in track(METHODS, "methods", arguments.quiet)}
     rows = [row for method in METHODS for row in summarize(method, reports[method])]
     print(table(rows))
     if arguments.output is not None:

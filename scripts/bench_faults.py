@@ -30,9 +30,10 @@ from pathlib import Path
 
 import torch
 from chaos import processes
-from reporting import markdown_table, provenance
+from reporting import provenance
 from torch import nn
 
+from hf_lsam.card import markdown_table
 from hf_lsam.coupling import pull_and_accumulate
 from hf_lsam.identity import Identity
 from hf_lsam.run import Run

@@ -25,11 +25,13 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import markdown_table, provenance
+from progress import add_quiet, pairs, track
+from reporting import provenance
 from torch.nn.functional import cross_entropy
 from train_image_classification import Asynchronous, DataParallel
 
 from hf_lsam import LSAM, vision
+from hf_lsam.card import markdown_table
 from hf_lsam.identity import Identity
 
 RHO, SYNC_STEPS, LEARNING_RATE, MOMENTUM = 0.1, 16, 0.1, 0.9
@@ -148,6 +150,7 @@ def main() -> None:
         "--work", choices=["step", *KINDS], help=argparse.SUPPRESS
     )  # what a process of `throughput` is told
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_quiet(parser)
     arguments = parser.parse_args()
     if arguments.work == "step":
         arguments.output.write_text(json.dumps(step_ratios(arguments.batch, arguments.rounds, arguments.steps)))
@@ -157,11 +160,11 @@ def main() -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".rate", dir=arguments.output, delete=False) as file:
             file.write(str(rate))
         return
-    steps = [step_cost(each, arguments.batch, arguments.rounds, arguments.steps) for each in ALLOCATORS]
+    costs = track(list(ALLOCATORS), "step costs", arguments.quiet)
+    steps = [step_cost(each, arguments.batch, arguments.rounds, arguments.steps) for each in costs]
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(arguments.throughput_rounds):
-        for kind in KINDS:
-            rates[kind].append(throughput(kind, arguments.batch, arguments.throughput_steps))
+    for _, kind in track(pairs(range(arguments.throughput_rounds), KINDS), "throughput rounds", arguments.quiet):
+        rates[kind].append(throughput(kind, arguments.batch, arguments.throughput_steps))
     rows = []
     for kind, label in KINDS.items():
         ratios = [own / alone for own, alone in zip(rates[kind], rates["independent"], strict=True)]

@@ -28,8 +28,10 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import markdown_table, provenance
+from progress import add_quiet, pairs, track
+from reporting import provenance
 
+from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.process import start_server
@@ -169,26 +171,25 @@ def require_room(shared_memory_dir: str, senders: int, megabytes: float) -> None
 def measure(arguments: argparse.Namespace) -> list[dict]:
     """One row a vector size, number of senders and mode; ratios are taken within a round, then their median."""
     rows = []
-    for megabytes in arguments.megabytes:
-        for senders in arguments.senders:
-            results = serve(senders, megabytes, arguments.rounds, arguments.seconds, arguments.shared_memory_dir)
-            copies = [result["bytes_per_s"] for result in results["copy"]]
-            for mode in MODES:
-                speeds = [result["bytes_per_s"] for result in results[mode]]
-                ratios = [speed / copy for speed, copy in zip(speeds, copies, strict=True)]
-                rows.append(
-                    {
-                        "megabytes": megabytes,
-                        "senders": senders,
-                        "mode": mode,
-                        "n": len(speeds),
-                        "pushes": sum(result["pushes"] for result in results[mode]),
-                        "median_bytes_per_s": statistics.median(speeds),
-                        "median_copy_bytes_per_s": statistics.median(copies),
-                        "ratio": statistics.median(ratios),
-                        "ratios": ratios,
-                    }
-                )
+    for megabytes, senders in track(pairs(arguments.megabytes, arguments.senders), "settings", arguments.quiet):
+        results = serve(senders, megabytes, arguments.rounds, arguments.seconds, arguments.shared_memory_dir)
+        copies = [result["bytes_per_s"] for result in results["copy"]]
+        for mode in MODES:
+            speeds = [result["bytes_per_s"] for result in results[mode]]
+            ratios = [speed / copy for speed, copy in zip(speeds, copies, strict=True)]
+            rows.append(
+                {
+                    "megabytes": megabytes,
+                    "senders": senders,
+                    "mode": mode,
+                    "n": len(speeds),
+                    "pushes": sum(result["pushes"] for result in results[mode]),
+                    "median_bytes_per_s": statistics.median(speeds),
+                    "median_copy_bytes_per_s": statistics.median(copies),
+                    "ratio": statistics.median(ratios),
+                    "ratios": ratios,
+                }
+            )
     return rows
 
 
@@ -211,6 +212,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a window")
     parser.add_argument("--shared_memory_dir", default="/dev/shm")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_quiet(parser)
     parser.add_argument("--send", type=Path, help=argparse.SUPPRESS)  # what a sender process is started with
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

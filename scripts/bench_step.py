@@ -35,7 +35,8 @@ from pathlib import Path
 
 import bench_images
 import torch
-from reporting import markdown_table, provenance
+from progress import add_quiet, pairs, track
+from reporting import provenance
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -48,6 +49,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.process import start_server
@@ -361,6 +363,7 @@ def main():
     parser.add_argument("--variants", nargs="+", help="default: all that can run here")
     parser.add_argument("--no_memory", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_quiet(parser)
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # what a fresh process is started with
     arguments = parser.parse_args()
     shape = (arguments.batch, arguments.length)
@@ -375,10 +378,10 @@ def main():
         variants.remove("pytorch_optimizer")
     model = load_minilm()
     turns: dict[str, list] = {variant: [] for variant in variants}
-    for _ in range(arguments.rounds):
-        for variant in variants:
-            turns[variant].append(run_turn(variant, model, shape, arguments.steps))
-    memory = {} if arguments.no_memory else {variant: measure_memory(variant, shape) for variant in variants}
+    for _, variant in track(pairs(range(arguments.rounds), variants), "turns", arguments.quiet):
+        turns[variant].append(run_turn(variant, model, shape, arguments.steps))
+    weighed = [] if arguments.no_memory else track(variants, "peaks of memory", arguments.quiet)
+    memory = {variant: measure_memory(variant, shape) for variant in weighed}
     rows = [summarize(variant, turns[variant], turns["plain"], memory) for variant in variants]
     if arguments.exchange_steps and "lsam server" in variants:
         # The share over whole periods: a round is shorter than one.

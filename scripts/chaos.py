@@ -36,6 +36,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+from progress import Progress, add_quiet
 from torch import Tensor, nn
 
 from hf_lsam.checkpoint import load_tensors
@@ -311,28 +312,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--schedules", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    add_quiet(parser)
     arguments = parser.parse_args()
     torch.optim.SGD([torch.zeros(1)])  # loads what every forked server would otherwise load by itself
     generator = random.Random(arguments.seed)
     baseline = run_schedule([])
-    print(f"without faults: loss {baseline.loss:.4f} {baseline.failures}", flush=True)
     failed = bool(baseline.failures)
-    for number in range(arguments.schedules):
-        schedule = random_schedule(generator)
-        print(f"schedule {number}: {json.dumps([asdict(fault) for fault in schedule])}", flush=True)
-        begin = time.monotonic()
-        outcome = run_schedule(schedule)
-        reason = judge(outcome, baseline.loss)
-        accepted = sum(report["accepted"] for report in outcome.reports)
-        failed = failed or bool(outcome.failures)
-        print(
-            f"  {'FAILED' if outcome.failures else 'held'}: loss {outcome.loss:.4f}, {len(outcome.reports)} ended, "
-            f"{accepted} of {possible_pushes(outcome)} pushes of theirs accepted, {outcome.restarts} restarts, "
-            f"{time.monotonic() - begin:.1f} s{reason}",
-            *outcome.failures,
-            sep="\n    ",
-            flush=True,
-        )
+    with Progress(arguments.schedules, "schedules", arguments.quiet) as progress:
+        progress.say(f"without faults: loss {baseline.loss:.4f} {baseline.failures}")
+        for number in range(arguments.schedules):
+            schedule = random_schedule(generator)
+            progress.say(f"schedule {number}: {json.dumps([asdict(fault) for fault in schedule])}")
+            begin = time.monotonic()
+            outcome = run_schedule(schedule)
+            reason = judge(outcome, baseline.loss)
+            accepted = sum(report["accepted"] for report in outcome.reports)
+            failed = failed or bool(outcome.failures)
+            said = [
+                f"  {'FAILED' if outcome.failures else 'held'}: loss {outcome.loss:.4f}, {len(outcome.reports)} ended, "
+                f"{accepted} of {possible_pushes(outcome)} pushes of theirs accepted, {outcome.restarts} restarts, "
+                f"{time.monotonic() - begin:.1f} s{reason}",
+                *outcome.failures,
+            ]
+            progress.say("\n    ".join(said))
+            progress.advance()
     return int(failed)
 
 

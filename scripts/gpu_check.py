@@ -30,12 +30,13 @@ if not torch.cuda.is_available():
     sys.exit(2)
 
 from bench_step import SYNC_STEPS, ServedRun, SyntheticTokens, make_trainer
-from reporting import markdown_table, provenance
+from reporting import provenance
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer, sam
+from hf_lsam.card import markdown_table
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import trainable_parameters
 from hf_lsam.server.core import ServerSettings

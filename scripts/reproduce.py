@@ -25,16 +25,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from configuration import parse_configuration
 from image_data import ImageDataArguments
-from reporting import REPOSITORY, markdown_table, provenance
+from progress import Progress, add_quiet
+from reporting import REPOSITORY, provenance
 from train_image_classification import RunArguments, run
 
 from hf_lsam import LSAMArguments
+from hf_lsam.card import markdown_table
+from hf_lsam.identity import Identity
 
 # The paper's settings: 150 epochs, 4 workers, batch 128 each, eta 0.2, rho 0.1, tau 16, lambda0 0.1.
 PAPER = {"epochs": 150, "batch_size": 128, "learning_rate": 0.2, "sam_rho": 0.1, "sync_steps": 16}
@@ -95,13 +99,15 @@ class Runner:
         overrides: command line keys for every run, as `--key value` words.
         runs_dir: one folder a run, named after what determines it.
         output_dir: where tables go, and where the tuned settings are read from.
+        quiet: plain lines instead of a progress bar.
     """
 
-    def __init__(self, budget: str, overrides: Sequence[str], runs_dir: Path, output_dir: Path):
+    def __init__(self, budget: str, overrides: Sequence[str], runs_dir: Path, output_dir: Path, quiet: bool = False):
         self.seeds = range(SEEDS[budget])
         self.seeds_of_methods = range(SEEDS_OF_METHODS[budget])
         self.output_dir = output_dir
         self._runs_dir = runs_dir
+        self._quiet = ["--quiet"] if quiet else []
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
         self._defaults = parse_configuration(KEYS, [])
         self.values({})  # unknown keys are errors before any time is spent
@@ -142,7 +148,7 @@ class Runner:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
             json.dump(batch, plan)
             plan.flush()
-            subprocess.run([*command, str(Path(__file__).resolve()), "--runs", plan.name], check=True)
+            subprocess.run([*command, str(Path(__file__).resolve()), "--runs", plan.name, *self._quiet], check=True)
 
 
 def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int = 4) -> list[Plan]:
@@ -418,25 +424,38 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
     return table
 
 
+def make_runs(several: list[dict[str, Any]], quiet: bool) -> None:
+    """Makes runs one after the other, as one process of their launch; process 0 shows how far they are.
+
+    Args:
+        several: the value of every key, of each run.
+    """
+    first = Identity.from_environment().rank == 0
+    with Progress(len(several), "runs", quiet) if first else nullcontext() as progress:
+        for values in several:
+            results = run(values)
+            if results is not None:
+                progress.say(f"{results['method']}, seed {values['seed']}: accuracy {results['accuracy']:.4f}")
+                progress.advance()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
     parser.add_argument("--budget", choices=BUDGETS, default="smoke")
+    add_quiet(parser)
     parser.add_argument("--runs_dir", type=Path, default=None, help="default: runs/reproduce/BUDGET")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/reproduce/tables/BUDGET")
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)  # a process of a launch: the runs to make
     args, overrides = parser.parse_known_args()
     if args.runs is not None:
-        for values in json.loads(args.runs.read_text()):
-            results = run(values)
-            if results is not None:
-                print(f"{results['method']}, seed {values['seed']}: accuracy {results['accuracy']:.4f}", flush=True)
+        make_runs(json.loads(args.runs.read_text()), args.quiet)
         return
     if args.experiment is None:
         parser.error("name an experiment")
     runs_dir = args.runs_dir or REPOSITORY / "runs/reproduce" / args.budget
     output_dir = args.output_dir or REPOSITORY / "runs/reproduce/tables" / args.budget
-    runner = Runner(args.budget, overrides, runs_dir, output_dir)
+    runner = Runner(args.budget, overrides, runs_dir, output_dir, args.quiet)
     plans, found = EXPERIMENTS[args.experiment](runner)
     print(report(args.experiment, args.budget, runner, plans, found))
 

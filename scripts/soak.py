@@ -20,12 +20,13 @@ from statistics import mean
 import psutil
 import torch
 from chaos import Cluster
+from progress import Progress, add_quiet
 
 WORKERS, ENDLESS = 8, 10**9
 MEMORY_GROWTH, DESCRIPTOR_GROWTH = 2.0, 1.0  # MiB and descriptors, from the first third to the last
 
 
-def soak(minutes: float, every: float, seed: int) -> dict:
+def soak(minutes: float, every: float, seed: int, progress: Progress) -> dict:
     """Runs it; returns the samples and what they say."""
     generator = random.Random(seed)
     samples: list[dict] = []
@@ -42,6 +43,7 @@ def soak(minutes: float, every: float, seed: int) -> dict:
                 cluster.look_after(0.2)
                 if now < next_kill:
                     continue
+                progress.advance((now - next_kill + every) / 60)
                 next_kill = now + every
                 victim = generator.choice(list(cluster.workers.values()))
                 victim.kill()
@@ -82,9 +84,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=3.0, help="seconds between two kills")
     parser.add_argument("--seed", type=int, default=0)
+    add_quiet(parser)
     arguments = parser.parse_args()
     torch.optim.SGD([torch.zeros(1)])  # loads what the forked server would otherwise load by itself, as growth
-    report = soak(arguments.minutes, arguments.every, arguments.seed)
+    with Progress(arguments.minutes, "minutes", arguments.quiet) as progress:
+        report = soak(arguments.minutes, arguments.every, arguments.seed, progress)
     print(json.dumps(report))
     return int(not report["flat"])
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import exchanged_bytes, markdown_table
+from hf_lsam.card import exchanged_bytes, markdown_table
 
 OWN_TO_A_RUN = ("seed", "output_dir")
 KEPT = (

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from configuration import parse_configuration
 from image_batches import Batches, channel_statistics
 from image_data import ImageDataArguments, ImageSet, load_images
-from reporting import data_parallel_bytes, provenance
+from reporting import provenance
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from hf_lsam import LSAM, LSAMArguments, sam, vision
 from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_statistics, tracking_layers
+from hf_lsam.card import data_parallel_bytes
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
 from hf_lsam.parameters import ParameterLayout, trainable_parameters
@@ -138,8 +139,12 @@ class Asynchronous:
                 )
         return worker.anchor.cpu().clone()
 
-    def drift(self) -> float:
-        return self._lsam.log()["lsam/drift"]
+    def drift(self, loss: float) -> float:
+        return self._lsam.log(loss=loss)["lsam/drift"]
+
+    def log_points(self, points: list[dict[str, Any]]) -> None:
+        for point in points:
+            self._lsam.log_evaluation(point["step"], eval_loss=point["loss"], eval_accuracy=point["accuracy"])
 
     def bytes(self, workers: int) -> int:
         link = self._lsam.worker.link
@@ -212,7 +217,7 @@ class DataParallel:
     def vector(self) -> Tensor:
         return self.layout.read([t.cpu() for t in self.tensors], torch.empty(self.layout.numel))
 
-    def drift(self) -> None:
+    def drift(self, loss: float) -> None:
         return None
 
     def bytes(self, workers: int) -> int:
@@ -403,7 +408,8 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
                 time.sleep(pause)
                 slept += pause
             if (step + 1) % values["log_steps"] == 0:
-                curve.append((step + 1, loss.item(), method_run.drift()))
+                measured = loss.item()
+                curve.append((step + 1, measured, method_run.drift(measured)))
             if identity.rank == 0 and step + 1 in due:
                 sent = method_run.bytes(identity.num_workers)
                 vector, kept = method_run.vector(), [buffer.cpu().clone() for buffer in buffers]
@@ -435,6 +441,8 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     if device.type == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
     curves = list(evaluate_points(points, model, method_run, values, images, batches, autocast, identity.num_workers))
+    if method["server_rule"]:
+        method_run.log_points(curves)
     if values["save_model"]:
         save_model(model, str(output_dir / "model.safetensors"))
     results = {

@@ -25,7 +25,7 @@ import numpy as np
 from configuration import resolve
 from datasets import Dataset, disable_progress_bars
 from peft import TaskType, get_peft_model
-from reporting import REPOSITORY, write_model_card, write_report
+from reporting import REPOSITORY, write_report
 from text_data import DataArguments, load_examples
 from training import (
     LoraArguments,
@@ -160,7 +160,6 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     results = measured_run(trainer, timer, values, "accuracy", **facts)
     if results is not None:
         write_report(Path(args.output_dir), results)
-        write_model_card(Path(args.output_dir), results)
     return results
 
 

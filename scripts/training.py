@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from configuration import parse_configuration, resolve
 from peft import LoraConfig, TaskType
-from reporting import data_parallel_bytes, provenance, result_table
+from reporting import provenance, result_table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -37,6 +37,7 @@ from transformers import (
 
 from hf_lsam import LSAMConfig, LSAMTrainer, sam
 from hf_lsam.batchnorm import tracking_layers
+from hf_lsam.card import data_parallel_bytes
 from hf_lsam.identity import Identity
 from hf_lsam.trainer import uncounted
 

@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from reporting import REPOSITORY, markdown_table
+from reporting import REPOSITORY
 from summarize_results import write_between
+
+from hf_lsam.card import markdown_table
 
 BENCHMARKS = ("async", "step", "images", "server", "faults")
 

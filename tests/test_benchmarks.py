@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,3 +132,26 @@ def test_bench_faults(tmp_path):
     for kill in results["kills"]:
         assert kill["drop_s"] > 0
         assert kill["slowest_after"] >= kill["ratio"] > 0
+
+
+@pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
+def test_long_work_shows_how_long_it_will_take(terminal, quiet):
+    script = f"import time\nfrom progress import track\nfor _ in track(range(4), 'runs', {quiet}): time.sleep(0.2)"
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+    errors = theirs if terminal else subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=errors)
+    out, said = process.communicate(timeout=60)
+    os.close(theirs)
+    if terminal:
+        said = b""
+        with suppress(OSError):  # its end has been closed
+            while chunk := os.read(ours, 4096):
+                said += chunk
+    os.close(ours)
+    assert (process.returncode, out) == (0, b"")
+    if terminal and not quiet:
+        assert b"%|" in said
+        assert b"to go" in said
+    else:
+        assert said.split() == b"runs: 4 of 4".split()

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "hf_lsam"
 
 # Top to bottom; each room imports only from rooms below it.
 ROOMS = [
+    "cli",
     "trainer",
+    "card",
     "loop",
     "vision",
     "arguments",
@@ -23,6 +25,7 @@ ROOMS = [
     "run",
     "identity",
     "figures",
+    "record",
     "worker",
     "server",
     "transport",

@@ -1,0 +1,212 @@
+"""`hf-lsam monitor`: a run in the terminal, while it goes on or after. It reads the run's record and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..record import Record, RecordReader, worker_state
+
+RATE_POINTS = 6  # log points over which a rate is taken
+PIPE_WIDTH = 120  # columns where there is no terminal to ask
+# A process that lives and has not logged for as many of its usual intervals is called silent.
+SILENT_INTERVALS, SILENT_SECONDS = 10, 60.0
+
+STYLES = {"training": "green", "finished": "cyan", "failed": "red", "dead": "red", "silent": "yellow"}
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--once", is_flag=True, help="Print one plain snapshot and end.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between looks."
+)
+def monitor(run_dir: Path, once: bool, interval: float) -> None:
+    """Shows a run: its workers, its anchor, its latest evaluation. Ends with the run, or with Ctrl-C.
+
+    RUN_DIR is the run's output_dir. The run is only looked at: nothing is written, nobody is asked.
+    """
+    reader = RecordReader(run_dir)
+    try:
+        if once or not Console().is_terminal:
+            console = Console(color_system=None, width=None if Console().is_terminal else PIPE_WIDTH)
+            console.print(render(reader.read(), time.time()))
+            return
+        with Live(render(reader.read(), time.time()), auto_refresh=False) as live:
+            while run_state(reader.read()) in ("training", "waiting"):
+                live.update(render(reader.read(), time.time()), refresh=True)
+                time.sleep(interval)
+            live.update(render(reader.read(), time.time()), refresh=True)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        pass  # the run goes on
+
+
+def run_state(record: Record) -> str:
+    """How the run is as a whole: "waiting" (not all workers have joined), or the state that tells most."""
+    states = _states(record)
+    if "training" in states:
+        return "training"
+    for state in ("dead", "failed", "away"):
+        if state in states:
+            return state
+    return "finished" if len(states) == record.run["num_workers"] else "waiting"
+
+
+def render(record: Record, now: float) -> Group:
+    """What is shown.
+
+    Args:
+        now: unix seconds.
+    """
+    run, state = record.run, run_state(record)
+    points = [point for rank in record.workers for point in log_points(record, rank)]
+    last = max((entries[-1]["time"] for entries in record.workers.values()), default=run["started"])
+    ended = state not in ("training", "waiting", "away")
+    head = Text.assemble(
+        f"run {run['run_id']}: ",
+        (_sentence(record, state), f"bold {STYLES.get(state, '')}"),
+        f" {'after' if ended else 'for'} {_duration((last if ended else now) - run['started'])}",
+        _remaining(record) if state == "training" else "",
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("worker")
+    table.add_column("state")
+    for name in ("step", "loss", "steps/s", "drift", "stale", "seen", "skipped", "refused", "MB out", "MB in"):
+        table.add_column(name, justify="right")
+    for rank in range(run["num_workers"]):
+        table.add_row(*_row(record, rank, now))
+    begun = datetime.fromtimestamp(run["started"])
+    exchanged = sum(_latest(record, rank, f"lsam/bytes_{way}") or 0 for rank in record.workers for way in _WAYS)
+    version = max((point["lsam/anchor_version"] for point in points), default=0)
+    lines = [f"{_count(run['num_workers'], 'worker')} on {run['host']}, begun {begun:%Y-%m-%d %H:%M:%S}"]
+    lines += [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {exchanged / 1e6:,.1f} MB exchanged"]
+    evaluated = [entry for entry in record.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
+    if evaluated:
+        figures = [f"{name} {value:.4g}" for name, value in evaluated[-1].items() if _is_result(name, value)]
+        lines.append(f"latest evaluation of the anchor, at step {evaluated[-1]['step']:,}: {', '.join(figures)}")
+    for rank, entries in record.workers.items():
+        if entries[-1].get("error"):
+            lines.append(f"worker {rank} left with {entries[-1]['error']}")
+    return Group(head, table, *lines)
+
+
+_WAYS = ("pushed", "pulled")
+
+
+def log_points(record: Record, rank: int) -> list[dict[str, Any]]:
+    """A worker's log points since it last joined."""
+    entries = record.workers.get(rank, [])
+    begun = max((index for index, entry in enumerate(entries) if entry.get("begin")), default=0)
+    return [entry for entry in entries[begun:] if "lsam/drift" in entry]
+
+
+def _states(record: Record) -> list[str]:
+    return [worker_state(entries) for entries in record.workers.values()]
+
+
+def _row(record: Record, rank: int, now: float) -> list[str | Text]:
+    entries = record.workers.get(rank)
+    if entries is None:
+        return [str(rank), "waiting", *["-"] * 10]
+    points = log_points(record, rank)
+    state = worker_state(entries)
+    seen = now - entries[-1]["time"]
+    if state == "training" and len(points) > 1 and seen > max(SILENT_SECONDS, SILENT_INTERVALS * _interval(points)):
+        state = "silent"
+    point = points[-1] if points else {}
+    loss, drift, stale = (point.get(name) for name in ("loss", "lsam/drift", "lsam/staleness"))
+    sent, received = (_latest(record, rank, f"lsam/bytes_{way}") for way in _WAYS)
+    return [
+        str(rank),
+        Text(state, STYLES.get(state, "")),
+        f"{entries[-1]['step']:,}",
+        _number(loss, ".4f"),
+        _number(_rate([(each["time"], each["step"]) for each in points]), ".2f"),
+        _number(drift, ".4f"),
+        _number(stale, ".2f"),
+        f"{_duration(seen)} ago",
+        _number(point.get("lsam/skipped_pushes"), ",.0f"),
+        _number(point.get("lsam/refused_pushes"), ",.0f"),
+        _number(None if sent is None else sent / 1e6, ",.1f"),
+        _number(None if received is None else received / 1e6, ",.1f"),
+    ]
+
+
+def _sentence(record: Record, state: str) -> str:
+    states = _states(record)
+    gone = [f"{_count(states.count(word), 'worker')} {word}" for word in ("dead", "failed") if word in states]
+    finished = states.count("finished")
+    if finished and state != "finished":
+        gone.append(f"{_count(finished, 'worker')} finished")
+    return f"{state} ({', '.join(gone)})" if gone else state
+
+
+def _remaining(record: Record) -> str:
+    steps = record.run["configuration"].get("max_steps") or -1
+    seconds = []
+    for rank in record.workers:
+        points = log_points(record, rank)
+        rate = _rate([(point["time"], point["step"]) for point in points])
+        if rate and steps > 0:
+            seconds.append((steps - points[-1]["step"]) / rate)
+    return f", about {_duration(max(seconds))} to go of {steps:,} steps" if seconds else ""
+
+
+def _update_rate(record: Record) -> str:
+    rates = [
+        _rate([(point["time"], point["lsam/anchor_version"]) for point in log_points(record, rank)])
+        for rank in record.workers
+    ]
+    return _number(max((rate for rate in rates if rate is not None), default=None), ".2f")
+
+
+def _rate(series: Sequence[tuple[float, float]]) -> float | None:
+    """Of (time, value) pairs, how much the value grows a second over the last few."""
+    (first, low), (last, high) = (series[-RATE_POINTS:][0], series[-1]) if len(series) > 1 else ((0, 0), (0, 0))
+    return (high - low) / (last - first) if last > first else None
+
+
+def _interval(points: Sequence[dict[str, Any]]) -> float:
+    recent = points[-RATE_POINTS:]
+    return median(later["time"] - earlier["time"] for earlier, later in pairwise(recent))
+
+
+def _latest(record: Record, rank: int, name: str) -> float | None:
+    points = log_points(record, rank)
+    return points[-1][name] if points else None
+
+
+def _is_result(name: str, value: Any) -> bool:
+    timing = ("_runtime", "_per_second", "_preparation_time")
+    return name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(timing)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

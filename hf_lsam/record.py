@@ -1,0 +1,337 @@
+"""The record of a run, in `output_dir/lsam/`: what it was, and what each worker saw, for whoever looks at it.
+
+    run.json             what the run is, written by worker 0 when it has joined (see `describe`)
+    worker-<rank>.jsonl  one JSON object a line, appended at each log point
+
+Lines of a worker, all with "time" (unix seconds) and "step" (its local step):
+
+    {"begin": true, "pid": ..., "process_started": ..., "host": ...}     it has joined, or joined again
+    {"loss": ..., "learning_rate": ..., "lsam/drift": ..., ...}          a log point
+    {"eval_loss": ..., "eval_accuracy": ..., ...}                        worker 0: an evaluation of the anchor
+    {"end": true, "error": null or a text}                               it has left
+
+JSON has no word for what is not finite: such numbers are written as the strings "NaN", "Infinity" and "-Infinity", and
+`read_record` gives them back as numbers. Each line is one write; a line that a killed worker or a full disk has torn is
+passed over by the reader.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import hf_lsam
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER = "lsam"
+PACKAGES = ("torch", "transformers", "accelerate", "peft")
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+class RecordWriter:
+    """Writes one worker's part of the record. What cannot be written is warned of once and never ends a run.
+
+    Args:
+        output_dir: the run's folder; None writes nothing.
+        rank: of this worker.
+
+    Process: the training thread. Blocking: on the disk, for one short line.
+    """
+
+    def __init__(self, output_dir: Path | None, rank: int):
+        self._folder = None if output_dir is None else output_dir / FOLDER
+        self._rank = rank
+        self._begun = False
+        self._before: list[dict[str, Any]] = []  # evaluations of a run that has not begun
+        self._warned = False
+
+    def begin(self, resumed: bool, step: int, run: dict[str, Any] | None = None) -> None:
+        """Opens the record: a resumed run's goes on, any other starts anew.
+
+        Args:
+            resumed: whether training goes on from a checkpoint.
+            step: the local step at which it begins.
+            run: worker 0: what `describe` gives.
+        """
+        if self._folder is None:
+            return
+        self._begun = True
+        process = {"begin": True, "pid": os.getpid(), "process_started": psutil.Process().create_time()}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if run is not None:
+                self._write_run(run, resumed)
+            if not resumed:
+                self._path.write_bytes(b"")
+        except OSError as error:
+            self._warn(error)
+        self._append({"time": time.time(), "step": step, **process, "host": socket.gethostname()})
+        for entry in self._before:
+            self._append(entry)
+        self._before = []
+
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        """One log point. Before `begin` it is kept, and written then."""
+        entry = {"time": time.time(), "step": step, **figures}
+        if self._begun:
+            self._append(entry)
+        else:
+            self._before.append(entry)
+
+    def end(self, step: int, error: BaseException | None) -> None:
+        """The last line of a worker that leaves, with the error that it leaves with."""
+        if self._begun:
+            text = None if error is None else f"{type(error).__name__}: {error}"
+            self._append({"time": time.time(), "step": step, "end": True, "error": text})
+
+    @property
+    def _path(self) -> Path:
+        return worker_file(self._folder.parent, self._rank)
+
+    def _write_run(self, run: dict[str, Any], resumed: bool) -> None:
+        path = self._folder / "run.json"
+        if resumed and path.exists():
+            try:
+                before = json.loads(path.read_bytes())
+                run = {**run, "run_id": before["run_id"], "started": before["started"]}
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s is damaged: the resumed run gets a new one.", path)
+        beside = path.with_name(".run.json")
+        beside.write_text(json.dumps(run, indent=2, default=str) + "\n")
+        beside.replace(path)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps({key: _to_json(value) for key, value in entry.items()}, default=str).encode() + b"\n"
+        try:
+            with self._path.open("ab+", buffering=0) as file:
+                if file.tell() and not _ends_a_line(file):
+                    line = b"\n" + line
+                if file.write(line) < len(line):
+                    raise OSError("the disk took a part of a line only")
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "The record of the run in %s cannot be written (%s): `hf-lsam monitor` will not see all of it. "
+                "Training goes on. Make room there, or let this user write there.",
+                self._folder,
+                error,
+            )
+
+
+def describe(num_workers: int, configuration: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds.
+
+    Args:
+        num_workers: n.
+        configuration: LSAM's fields and the others that matter.
+        model: "name" (None where it has none), "class" and "trainable_parameters".
+
+    Returns:
+        format, run_id, started (unix seconds), num_workers, host and pid (of worker 0; each worker's stand in its own
+        file), model, configuration, versions and hardware.
+    """
+    return {
+        "format": FORMAT,
+        "run_id": secrets.token_hex(8),
+        "started": time.time(),
+        "num_workers": num_workers,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "model": model,
+        "configuration": configuration,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "hf_lsam": hf_lsam.__version__,  # which need not be installed to be used
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """`cpu`, `cores` that this process may use, `memory_gib` and `gpus` (names)."""
+    import torch  # not at the top: whoever only reads a record need not wait for it
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `read_record` has read.
+
+    Args:
+        run: the contents of run.json.
+        workers: of each rank that has written, its lines in the order in which they were written.
+    """
+
+    run: dict[str, Any]
+    workers: dict[int, list[dict[str, Any]]]
+
+
+class Tail:
+    """Reads the lines that are added to a worker's file.
+
+    Args:
+        path: the file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = 0
+
+    def new_entries(self) -> list[dict[str, Any]]:
+        """The whole lines since the last call; torn ones are passed over."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:  # a new run has begun in this folder
+                    self._offset = 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        entries = []
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                entries.append({key: float(v) if v in _NOT_FINITE else v for key, v in entry.items()})
+        return entries
+
+
+class RecordReader:
+    """Reads the record of a run again and again while it grows; what was read is not read twice.
+
+    Args:
+        run_dir: the run's output_dir.
+    """
+
+    def __init__(self, run_dir: Path | str):
+        self._run_dir = Path(run_dir)
+        self._tails: dict[int, Tail] = {}
+        self._record = Record({}, {})
+
+    def read(self) -> Record:
+        """The record as it is now.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if run.json is damaged, or of a format that this version does not know.
+        """
+        run = _read_run(self._run_dir)
+        if run["run_id"] != self._record.run.get("run_id"):  # a new run has begun in this folder
+            self._tails = {rank: Tail(worker_file(self._run_dir, rank)) for rank in range(run["num_workers"])}
+            self._record = Record({}, {})
+        workers = dict(self._record.workers)
+        for rank, tail in self._tails.items():
+            if entries := tail.new_entries():
+                workers[rank] = [*workers.get(rank, []), *entries]
+        self._record = Record(run, workers)
+        return self._record
+
+
+def read_record(run_dir: Path | str) -> Record:
+    """Reads the record of a run once, also while the run goes on; see `RecordReader.read`."""
+    return RecordReader(run_dir).read()
+
+
+def _read_run(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / FOLDER / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{run_dir} holds no record of a run: there is no {path}. Name the output_dir of a run with LSAM that has "
+            "joined its server; it appears when training begins."
+        )
+    try:
+        run = json.loads(path.read_bytes())
+        known = run["format"] == FORMAT and run["num_workers"] > 0 and run["run_id"] is not None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): nothing can be said about this run. Resume it, which writes the file anew."
+        ) from error
+    if not known:
+        raise ValueError(
+            f"{path} has format {run['format']}, and this hf_lsam reads format {FORMAT}. Use the version that wrote it "
+            f"({run.get('versions', {}).get('hf_lsam')})."
+        )
+    return run
+
+
+def worker_file(run_dir: Path, rank: int) -> Path:
+    """Where a worker's lines stand."""
+    return run_dir / FOLDER / f"worker-{rank}.jsonl"
+
+
+def worker_state(entries: Sequence[dict[str, Any]]) -> str:
+    """How a worker is: "training", "finished", "failed" (it left with an error), "dead" (its process is gone without a
+    word) or "away" (of another machine or container, where nothing can be asked).
+
+    Args:
+        entries: its lines.
+    """
+    begin = next((index for index in reversed(range(len(entries))) if entries[index].get("begin")), None)
+    if begin is None:
+        return "away"
+    ended = next((entry for entry in entries[begin:] if entry.get("end")), None)
+    if ended is not None:
+        return "finished" if ended["error"] is None else "failed"
+    process = entries[begin]
+    if process["host"] != socket.gethostname():
+        return "away"
+    try:
+        running = psutil.Process(process["pid"])
+        same = abs(running.create_time() - process["process_started"]) < 2 and running.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        same = False
+    return "training" if same else "dead"
+
+
+def _to_json(value: Any) -> Any:
+    if hasattr(value, "item"):  # a number of numpy or torch
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _ends_a_line(file) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

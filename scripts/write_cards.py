@@ -1,0 +1,134 @@
+"""Writes the cards of the published results in model_cards/ from the JSON they come from.
+
+python scripts/write_cards.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from reporting import REPOSITORY
+
+from hf_lsam.card import CardFacts, model_card, provenance_line
+
+QUICKSTART = REPOSITORY / "recipes/text_classification/results/quickstart.json"
+EXPERIMENTS = REPOSITORY / "recipes/cifar10_resnet20/results/cpu"
+
+
+def mean_and_std(values: Sequence[float], scale: float = 1.0) -> str:
+    """For example 89.93 ± 0.42."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{scale * statistics.fmean(values):.2f} ± {scale * spread:.2f}"
+
+
+def of_quickstart(path: Path) -> Iterator[CardFacts]:
+    """One card a method of the quickstart."""
+    for row in json.loads(path.read_text()):
+        runs, configuration = row["runs"], row["configuration"]
+
+        def each(key, runs=runs):
+            return [run[key] for run in runs]
+
+        own = [value for run in runs for value in run["eval_accuracy_workers"]]
+        parallel = statistics.fmean(each("bytes_data_parallel"))
+        rows = [
+            ("Workers", f"{row['num_workers']}, of {runs[0]['steps_per_worker'][0]} steps each"),
+            ("Trained parameters", f"{row['trainable_parameters']:,}"),
+            ("Held-out examples", f"{row['eval_examples']:,}"),
+            ("Accuracy at the anchor, %", mean_and_std(each("eval_accuracy"), 100)),
+            ("Training time, s", mean_and_std(each("train_runtime_s"))),
+            ("Bytes exchanged", f"{row['bytes_exchanged'] / 1e6:,.0f} MB"),
+        ]
+        compared = [
+            ("the anchor", mean_and_std(each("eval_accuracy"), 100), f"{row['bytes_exchanged'] / 1e6:,.0f}"),
+            ("the workers' own parameters", mean_and_std(own, 100), "-"),
+            ("the model before training", mean_and_std(each("eval_accuracy_before"), 100), "-"),
+            ("data-parallel training, as many steps", "not measured", f"{parallel / 1e6:,.0f}"),
+        ]
+        yield CardFacts(
+            f"quickstart-{row['method']}",
+            row["method"],
+            row["num_workers"],
+            [("accuracy", row["eval_accuracy"]["mean"]), ("loss", statistics.fmean(each("eval_loss")))],
+            rows,
+            configuration,
+            provenance_line({**row, "commit": runs[0]["commit"], "date": runs[-1]["date"]}),
+            compared=(("", "held-out accuracy, %", "MB exchanged"), compared),
+            against="The bytes of data-parallel training are computed, for a ring all-reduce of the same gradients.",
+            base=configuration["base_model_id"],
+            data=Path(configuration["train_file"]).name,
+            task="text-classification",
+            library="peft" if configuration["use_lora"] else "transformers",
+            seeds=each("seed"),
+        )
+
+
+def of_experiment(path: Path) -> Iterator[CardFacts]:
+    """One card a method of the comparison of methods; of any other experiment, one of its best setting of LSAM."""
+    report = json.loads(path.read_text())
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        groups.setdefault(run["label"], []).append(run)
+
+    def accuracy(label: str) -> float:
+        return statistics.fmean(run["accuracy"] for run in groups[label])
+
+    compares_methods = report["experiment"] == "methods"
+    asynchronous = [label for label, runs in groups.items() if runs[0]["settings"]["method"] == "lsam"]
+    header = ("", "accuracy, %", "MB exchanged", "seconds", "seeds")
+    compared = [
+        (
+            label,
+            mean_and_std([run["accuracy"] for run in runs], 100),
+            f"{runs[0]['bytes'] / 1e6:,.1f}",
+            f"{statistics.fmean(run['seconds'] for run in runs):,.0f}",
+            str(len(runs)),
+        )
+        for label, runs in groups.items()
+    ]
+    for label in groups if compares_methods else [max(asynchronous, key=accuracy)]:
+        runs = groups[label]
+        first = runs[0]
+        rows = [
+            ("Setting", label),
+            ("Workers", f"{first['workers']}, of {first['steps_per_worker']:,} steps each"),
+            ("Held-out images", f"{first['eval_images']:,} of the {first['evaluated_on']}"),
+            ("Accuracy, %", mean_and_std([run["accuracy"] for run in runs], 100)),
+        ]
+        name = f"cifar10_resnet20-{report['experiment']}"
+        yield CardFacts(
+            f"{name}-{label}" if compares_methods else name,
+            first["settings"]["method"],
+            first["workers"],
+            [("accuracy", accuracy(label)), ("loss", statistics.fmean(run["eval_loss"] for run in runs))],
+            rows,
+            {**report["configuration"], **first["settings"]},
+            provenance_line(first),
+            compared=(header, compared),
+            against="All were trained on the same part of the data; what they mean is in the recipe's README.",
+            data="cifar10",
+            examples=first["train_images"],
+            task="image-classification",
+            seeds=[run["seed"] for run in runs],
+        )
+
+
+def main(folder: Path = REPOSITORY / "model_cards") -> None:
+    """Writes all cards.
+
+    Args:
+        folder: where to.
+    """
+    found = [*of_quickstart(QUICKSTART)]
+    for path in sorted(EXPERIMENTS.glob("*.json")):
+        found += of_experiment(path)
+    for facts in found:
+        (folder / f"{facts.name}.md").write_text(str(model_card(facts)))
+
+
+if __name__ == "__main__":
+    main()

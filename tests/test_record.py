@@ -1,0 +1,158 @@
+"""The record of a run: what real workers write, what a reader makes of what they could not finish."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+from models import arguments, blobs, net
+
+from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
+from hf_lsam.record import RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
+
+FIGURES = {"lsam/drift", "lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "lsam/refused_pushes"}
+
+
+def trainer_of(tmp_path: Path, **fields) -> LSAMTrainer:
+    args = arguments(LSAMConfig, tmp_path, sync_steps=2, **{"max_steps": 4, **fields})
+    return LSAMTrainer(model=net(), args=args, train_dataset=blobs(), eval_dataset=blobs(16, 1))
+
+
+def writer(tmp_path: Path, resumed: bool = False) -> RecordWriter:
+    writer = RecordWriter(tmp_path, 0)
+    writer.begin(resumed, 0, describe(1, {"sync_steps": 2}, {"name": None}))
+    return writer
+
+
+def test_a_trainer_writes_what_it_logs_and_what_it_evaluates(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=0.02)
+    before = trainer.evaluate()
+    trainer.train()
+    with trainer.local():
+        trainer.evaluate()  # of a worker, which is not the anchor
+    after = trainer.evaluate()
+    record = read_record(tmp_path)
+
+    assert record.run["num_workers"] == 1
+    assert record.run["configuration"].items() >= {"sync_steps": 2, "learning_rate": 0.02, "max_steps": 4}.items()
+    assert record.run["model"]["trainable_parameters"] == trainer.worker_summary()["trainable_parameters"]
+    entries = record.workers[0]
+    logged = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
+    assert all(entry.keys() >= FIGURES | {"learning_rate", "time"} for entry in logged)
+    assert [entry["loss"] for entry in logged] == [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+    assert evaluated == [(0, before["eval_loss"]), (4, after["eval_loss"])]
+    assert [entry["error"] for entry in entries if "end" in entry] == [None]
+    assert worker_state(entries) == "finished"
+
+
+def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=2).train()
+    first = read_record(tmp_path)
+    trainer_of(tmp_path, max_steps=6).train(resume_from_checkpoint=True)
+    resumed = read_record(tmp_path)
+    assert resumed.run["run_id"] == first.run["run_id"]
+    assert resumed.run["started"] == first.run["started"]
+    assert [entry["step"] for entry in resumed.workers[0] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert sum("begin" in entry for entry in resumed.workers[0]) == 2
+
+    trainer_of(tmp_path).train()
+    anew = read_record(tmp_path)
+    assert anew.run["run_id"] != first.run["run_id"]
+    assert sum("begin" in entry for entry in anew.workers[0]) == 1
+
+
+def test_an_error_is_the_last_line(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.compute_loss = lambda *args, **keywords: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    entries = read_record(tmp_path).workers[0]
+    assert entries[-1]["error"] == "ZeroDivisionError: division by zero"
+    assert worker_state(entries) == "failed"
+
+
+def test_a_loop_writes_what_it_logs(tmp_path):
+    import torch
+
+    model, rows = net(), blobs()
+    batch = {key: torch.stack([row[key] for row in rows.rows[:8]]) for key in ("x", "labels")}
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), output_dir=tmp_path, sync_steps=2)
+    with lsam:
+        for _ in range(3):
+            loss = lsam.step(lambda: model(**batch)["loss"])
+            assert lsam.log(loss=loss.item())["loss"] == loss.item()
+    lsam.log_evaluation(eval_accuracy=0.5)
+    entries = read_record(tmp_path).workers[0]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3]
+    assert entries[1].keys() >= FIGURES
+    assert entries[1]["learning_rate"] == 0.1
+    assert worker_state(entries) == "finished"
+    assert (entries[-1]["step"], entries[-1]["eval_accuracy"]) == (3, 0.5)
+
+
+def test_a_loop_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    with LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sync_steps=2) as lsam:
+        lsam.log()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path):
+    writer(tmp_path).log(1, {"loss": math.nan, "a": math.inf, "b": -math.inf})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    for line in worker_file(tmp_path, 0).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    entry = read_record(tmp_path).workers[0][-1]
+    assert math.isnan(entry["loss"])
+    assert (entry["a"], entry["b"]) == (math.inf, -math.inf)
+
+
+def test_torn_lines_are_passed_over_wherever_they_stand(tmp_path):
+    writer(tmp_path).log(1, {"loss": 1.0})
+    path = worker_file(tmp_path, 0)
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        writer(tmp_path, resumed=True).log(2, {"loss": 2.0})
+        losses = [entry["loss"] for entry in read_record(tmp_path).workers[0] if "loss" in entry]
+        assert losses in ([2.0], [1.0, 2.0])
+    path.write_bytes(whole + b'{"loss": 3.0')
+    reader = RecordReader(tmp_path)
+    assert [entry.get("loss") for entry in reader.read().workers[0]] == [None, 1.0]
+    path.write_bytes(whole + b'{"loss": 3.0}\n')  # the rest of the line has come
+    assert [entry.get("loss") for entry in reader.read().workers[0]] == [None, 1.0, 3.0]
+
+
+def test_a_full_disk_is_warned_of_once_and_training_goes_on(tmp_path, caplog):
+    (tmp_path / "lsam").mkdir()
+    worker_file(tmp_path, 0).symlink_to("/dev/full")
+    with caplog.at_level(logging.WARNING, "hf_lsam"):
+        trainer_of(tmp_path).train()
+    warnings = [message for message in caplog.messages if "record of the run" in message]
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
+
+
+def test_what_is_no_record_is_an_error_with_a_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Name the output_dir"):
+        read_record(tmp_path)
+    writer(tmp_path)
+    path = tmp_path / "lsam/run.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({**run, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        read_record(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        read_record(tmp_path)
