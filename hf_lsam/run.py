@@ -26,9 +26,10 @@ from .checkpoint import load_tensors
 from .identity import Identity, LaunchStore
 from .parameters import ParameterLayout
 from .server.core import ServerCore, ServerSettings
+from .server.lifetime import SIGTERM_CODE, start_server
 from .server.local import LocalLink
 from .server.machines import MachineSettings, address_file
-from .server.process import SIGTERM_CODE, ServiceSettings, start_server
+from .server.process import ServiceSettings
 from .transport.link import MailboxLink, RefusedError, ServerGone
 from .transport.mailbox import ANY_NUMBER, RunFolder, is_served, make_launch_folder
 from .transport.secret import new_secret

@@ -38,7 +38,7 @@ from hf_lsam.coupling import pull_and_accumulate
 from hf_lsam.identity import Identity
 from hf_lsam.run import Run
 from hf_lsam.server.core import ServerSettings
-from hf_lsam.server.process import run_server
+from hf_lsam.server.lifetime import run_server
 from hf_lsam.transport.mailbox import is_served
 from hf_lsam.worker import WorkerSettings
 

@@ -43,7 +43,8 @@ from hf_lsam.checkpoint import load_tensors
 from hf_lsam.identity import Identity
 from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerSettings
-from hf_lsam.server.process import SIGTERM_CODE, ServiceSettings, run_server
+from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
+from hf_lsam.server.process import ServiceSettings
 from hf_lsam.transport.mailbox import is_served
 from hf_lsam.worker import WorkerSettings
 

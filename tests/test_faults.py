@@ -29,8 +29,8 @@ from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.lifetime import run_server
 from hf_lsam.server.local import LocalLink
-from hf_lsam.server.process import run_server
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served, make_launch_folder
 from hf_lsam.worker import Worker, WorkerSettings

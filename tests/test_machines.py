@@ -28,8 +28,8 @@ from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
-from hf_lsam.server.process import start_server
 from hf_lsam.server.relay import RelayCore, RelayServer
 from hf_lsam.transport.link import MailboxLink, ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from ..transport.secret import read_secret
+from .lifetime import run_server
 from .machines import GlobalServer, refuse_taken_port
-from .process import Server, run_server
+from .process import Server
 from .relay import RelayServer
 
 
