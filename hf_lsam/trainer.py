@@ -32,7 +32,7 @@ from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
 from .card import facts_of_record, model_card
-from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
+from .checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .parameters import trainable_parameters
@@ -43,8 +43,6 @@ from .worker import Worker
 
 logger = transformers_logging.get_logger(__name__)
 
-WORKER_STATE = "lsam_worker.safetensors"
-SERVER_STATE = "lsam_server.safetensors"
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 _NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
 # Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
