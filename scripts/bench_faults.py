@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from chaos import processes
+from progress import add_quiet, track
 from reporting import provenance
 from torch import nn
 
@@ -87,7 +88,7 @@ def multiply(begin: Event, numel: int) -> None:
         pull_and_accumulate([x], [y], [total], 0.1)
 
 
-def measure(kills: int, seconds: float, numel: int) -> dict:
+def measure(kills: int, seconds: float, numel: int, quiet: bool) -> dict:
     """Kills `kills` workers beside one that goes on; what that one and the server's log say of it."""
     with tempfile.TemporaryDirectory(prefix="hf_lsam-bench-", dir="/dev/shm") as scratch:
         folder, log = Path(scratch) / "run", Path(scratch) / "log"
@@ -107,7 +108,7 @@ def measure(kills: int, seconds: float, numel: int) -> dict:
         processes.Process(target=multiply, args=(idle_core, numel), daemon=True).start()
         survivor, pipe = start()
         killed = []
-        for _ in range(kills):
+        for _ in track(range(kills), "kills", quiet):
             idle_core.clear()
             victim, _ = start()
             time.sleep(seconds)
@@ -161,9 +162,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="measured before each kill, and after it")
     parser.add_argument("--numel", type=int, default=1_000_000, help="parameters of a worker, float32")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_quiet(parser)
     arguments = parser.parse_args()
     torch.optim.SGD([torch.zeros(1)])  # loads what every forked process would otherwise load by itself
-    results = measure(arguments.kills, arguments.seconds, arguments.numel)
+    results = measure(arguments.kills, arguments.seconds, arguments.numel, arguments.quiet)
     print(table(results))
     if arguments.output is not None:
         report = {

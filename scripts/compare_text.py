@@ -19,17 +19,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from configuration import parse_configuration
+from progress import Progress, add_quiet
 from reporting import REPOSITORY
 from summarize_results import summarize, table, write_between
 from text_data import DataArguments
 from train_text_classification import ModelArguments, run
 
 from hf_lsam import LSAMConfig
+from hf_lsam.identity import Identity
 
 KEYS = (ModelArguments, DataArguments, LSAMConfig)
 RHOS = (0.01, 0.03, 0.1)
@@ -44,7 +47,7 @@ def trials(learning_rate: float) -> dict[str, list[dict[str, float]]]:
     return {"lsam": rhos, "sam": rhos, "sgd": [{"learning_rate": learning_rate * factor} for factor in RATES]}
 
 
-def results(runs: list[dict[str, Any]], runs_dir: Path) -> list[dict[str, Any]]:
+def results(runs: list[dict[str, Any]], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
     """The results of the runs, in their order; those that are missing are run, one launch a method."""
     folders, missing = [], {}
     for values in runs:
@@ -59,27 +62,30 @@ def results(runs: list[dict[str, Any]], runs_dir: Path) -> list[dict[str, Any]]:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(batch, file)
             file.flush()
-            subprocess.run([*command, file.name], check=True)
+            subprocess.run([*command, file.name, *(["--quiet"] if quiet else [])], check=True)
     return [json.loads((folder / "results.json").read_text()) for folder in folders]
 
 
-def work(runs: list[dict[str, Any]]) -> None:
+def work(runs: list[dict[str, Any]], quiet: bool) -> None:
     """What a process of a launch does: the runs, of which the results stay and not the models."""
-    for values in runs:
-        found = run(values)
-        if found is not None:
-            print(f"{values['method']}, seed {values['seed']}: {found['eval_accuracy']:.4f}", flush=True)
-            for weights in Path(values["output_dir"]).glob("*.safetensors"):
-                weights.unlink()
+    first = Identity.from_environment().rank == 0
+    with Progress(len(runs), "runs", quiet) if first else nullcontext() as progress:
+        for values in runs:
+            found = run(values)
+            if found is not None:
+                progress.say(f"{values['method']}, seed {values['seed']}: {found['eval_accuracy']:.4f}")
+                progress.advance()
+                for weights in Path(values["output_dir"]).glob("*.safetensors"):
+                    weights.unlink()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def compare(values: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
+def compare(values: dict[str, Any], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
     """Tunes, and runs the seeds; the summaries, the trials and the paired differences of LSAM to the others."""
     tried = trials(values["learning_rate"])
     plans = [{**values, **TRIAL, "method": method, **own} for method, several in tried.items() for own in several]
-    found = results(plans, runs_dir)
+    found = results(plans, runs_dir, quiet)
     report: dict[str, Any] = {"trials": [], "chosen": {}}
     for plan, result in zip(plans, found, strict=True):
         own = {key: plan[key] for key in tried[plan["method"]][0]}
@@ -88,7 +94,7 @@ def compare(values: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
         best = max((t for t in report["trials"] if t["method"] == method), key=lambda trial: trial["accuracy"])
         report["chosen"][method] = {key: best[key] for key in several[0]}
     final = [{**values, "method": m, **own, "seed": s} for m, own in report["chosen"].items() for s in SEEDS]
-    runs = results(final, runs_dir)
+    runs = results(final, runs_dir, quiet)
     accuracy = {(run["method"], run["seed"]): run["eval_accuracy"] for run in runs}
     report["paired_differences"] = {
         f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in SEEDS]
@@ -115,17 +121,18 @@ def text(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="of the comparison")
+    add_quiet(parser)
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/compare_text")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/compare_text/tables")
     parser.add_argument("--readme", type=Path, help="file to write the table into, between the markers NAME")
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)  # a process of a launch: the runs to make
     arguments, words = parser.parse_known_args()
     if arguments.runs is not None:
-        work(json.loads(arguments.runs.read_text()))
+        work(json.loads(arguments.runs.read_text()), arguments.quiet)
         return
     if arguments.name is None:
         parser.error("name the comparison")
-    report = compare(parse_configuration(KEYS, words), arguments.runs_dir)
+    report = compare(parse_configuration(KEYS, words), arguments.runs_dir, arguments.quiet)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / f"{arguments.name}.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")

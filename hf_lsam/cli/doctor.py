@@ -317,6 +317,8 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
     """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
+    from ..transport.mailbox import dead_launches  # loads torch, for which --help need not wait
+
     folder = Path("/dev/shm")
     elsewhere = "Name a folder on a local disk in shared_memory_dir; in a container, raise --shm-size."
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -333,17 +335,12 @@ def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
             yield Finding("ok", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they fit.")
         else:
             yield Finding("wrong", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they do not fit.", elsewhere)
-    from ..transport.mailbox import is_served
-
-    left = [path for path in folder.glob("hf_lsam-*") if path.is_dir() and os.access(path, os.R_OK)]
-    left = [path for path in left if not is_served(path)]
-    if left:
+    if left := dead_launches(folder):
         size = sum(file.stat().st_size for path in left for file in path.rglob("*") if file.is_file())
         yield Finding(
             "note",
-            f"{len(left)} run folder{'' if len(left) == 1 else 's'} without a server hold {size / 2**20:.1f} MiB of "
-            f"/dev/shm: {', '.join(map(str, left))}.",
-            "A run that was killed has left them; delete them when none is just starting.",
+            f"launches that were killed hold {size / 2**20:.1f} MiB of /dev/shm: {', '.join(map(str, left))}.",
+            "The next launch removes what they have left.",
         )
 
 

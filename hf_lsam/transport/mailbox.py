@@ -444,17 +444,27 @@ def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
     Returns:
         the folder, and an open file to be closed when the run is left.
     """
-    for stale in parent.glob(f"{LAUNCH_PREFIX}*"):
-        lock = stale / "launch"
-        if lock.exists() and stale.stat().st_uid == os.getuid() and not _is_locked(lock) and not is_served(stale):
-            logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
-            shutil.rmtree(stale, ignore_errors=True)
+    for stale in dead_launches(parent):
+        logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
+        shutil.rmtree(stale, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
     beside = path / "launch.new"
     held = beside.open("w")
     fcntl.flock(held, fcntl.LOCK_EX)
     beside.rename(path / "launch")  # whoever finds it finds it locked
     return path, held
+
+
+def dead_launches(parent: Path) -> list[Path]:
+    """The folders in `parent` of this user's launches of which nothing lives."""
+    return [
+        folder
+        for folder in parent.glob(f"{LAUNCH_PREFIX}*")
+        if (lock := folder / "launch").exists()
+        and folder.stat().st_uid == os.getuid()
+        and not _is_locked(lock)
+        and not is_served(folder)
+    ]
 
 
 def _is_locked(path: Path) -> bool:
