@@ -1,4 +1,4 @@
-"""Figures as inline SVG with their numbers beside them: lines, bands and maps. Colours and dashes are the page's CSS."""
+"""Figures as inline SVG with their numbers beside them: lines, bands, maps."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def map_chart(
     for share in (0, 0.5, 1):
         y = TOP + side - share * side + (4 if share == 0.5 else 0 if share == 0 else 10)
         parts.append(f'<text x="{bar + 22}" y="{y:.1f}">{number(low + share * (high - low))}</text>')
-    for label, a, b, style in marks:
+    for _, a, b, style in marks:
         marker = STAR if style is None else MARKERS[style % STYLES]
         place = f"translate({x_axis(a):.1f},{y_axis(b):.1f}) scale(1.3)"
         parts.append(f'<path class="mark" d="{marker}" transform="{place}"/>')

@@ -1,4 +1,4 @@
-"""`hf-lsam report`: runs as one HTML page that asks the network for nothing. It reads their records and nothing else."""
+"""`hf-lsam report`: runs as one HTML page that asks the network for nothing."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def _comparison(groups: Sequence[Group]) -> str:
         rows.append([group.label, str(len(group.runs)), seeds, *cells])
     return (
         '<section id="compared"><h2>Compared</h2><p>Runs that differ in the seed alone are one group. Lines are means '
-        "at the steps that all runs of a group have, bands and ± one standard deviation (n − 1) on each side; a group "
+        "at the steps that all runs of a group have, bands and ± one standard deviation (n - 1) on each side; a group "
         f'of one run has none.</p>{table(head, rows, "Groups compared")}<div class="figures">{"".join(figures)}</div>'
         "</section>"
     )
@@ -324,7 +324,7 @@ def _curves(name: str, run: RunFacts) -> list[str]:
 
 def _coupling(name: str, run: RunFacts) -> list[str]:
     shown = [
-        ("lsam/drift", "Drift: distance to the anchor", "‖x − y‖ / ‖y‖", "seconds"),
+        ("lsam/drift", "Drift: distance to the anchor", "‖x-y‖ / ‖y‖", "seconds"),
         ("lsam/staleness", "Staleness of the differences handed in", "anchor versions", "seconds"),
         ("lsam/sharpness", "Sharpness: loss of pass 2 minus loss of pass 1", "loss", "step"),
     ]
@@ -352,8 +352,8 @@ def _landscape(name: str, run: RunFacts) -> str:
     measured = run.landscape
     if measured is None:
         return (
-            '<p class="absent">It was not measured. Train with landscape_points=17 (LSAMTrainer) to have the loss along '
-            "the lines to the workers and on the plane through two of them.</p>"
+            '<p class="absent">It was not measured. Train with landscape_points=17 (LSAMTrainer) to have the loss '
+            "along the lines to the workers and on the plane through two of them.</p>"
         )
     series = [
         Series(f"to worker {rank}", list(zip(measured["fractions"], losses, strict=True)), int(rank))
@@ -391,7 +391,7 @@ def _plane(name: str, measured: dict[str, Any]) -> str:
         return charts + absent(title, "There is no kernel: the coupling strength is 0, or the rule is not LSAM's.")
     width, half = 1 / math.sqrt(measured["strength"]), plane["coordinates"][-1]
     note = (
-        f"f(y) = −log ∫ exp(−f(x)) N(x; y, 1/λ) dx over the part of the plane that is shown, with λ = λ₀/(ητ) = "
+        f"f(y) = -log ∫ exp(-f(x)) N(x; y, 1/λ) dx over the part of the plane that is shown, with λ = λ₀/(ητ) = "
         f"{number(measured['strength'])}, η the configured learning rate: a kernel of standard deviation "
         f"{number(width)}, beside a map that reaches {number(half)} from the anchor."
     )
