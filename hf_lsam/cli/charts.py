@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
-WIDTH, HEIGHT = 460, 300  # of a figure, in units of which a phone shows about one a pixel
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 44
+WIDTH, HEIGHT = 360, 250  # of a figure, in units of which a phone shows about one a pixel
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 42
 STYLES = 7  # of workers or groups; the CSS has as many colours and dashes
 POINTS, ROWS = 400, 30  # that a curve draws and that its table shows at most
 MARKERS = (
@@ -137,12 +137,12 @@ def map_chart(
     if not flat:
         return absent(title, "There is nothing to draw: the loss is NaN or infinite everywhere.")
     low, high = min(flat), max(flat)
-    half, side = coordinates[-1], 250
+    half, side = coordinates[-1], HEIGHT - TOP - BOTTOM
     cell = side / len(coordinates)
     reach = half * len(coordinates) / (len(coordinates) - 1)  # to the outer edges of the outer cells
     x_axis = _Axis(-reach, reach, LEFT, LEFT + side, exact=True)
     y_axis = _Axis(-reach, reach, TOP + side, TOP, exact=True)
-    parts = []
+    parts = ['<g shape-rendering="crispEdges">']
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             x, y = LEFT + j * cell, TOP + side - (i + 1) * cell
@@ -150,19 +150,20 @@ def map_chart(
             parts.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell + 0.3:.1f}" height="{cell + 0.3:.1f}" fill="{fill}"/>'
             )
-    parts.append(_frame(x_axis, y_axis, "along the first worker's difference", "across it", grid=False))
     bar = LEFT + side + 26
     for step in range(50):
         y = TOP + side - (step + 1) * side / 50
         parts.append(
             f'<rect x="{bar}" y="{y:.1f}" width="16" height="{side / 50 + 0.3:.1f}" fill="{_map_colour(step / 49)}"/>'
         )
+    parts.append("</g>")
     for share in (0, 0.5, 1):
         y = TOP + side - share * side + (4 if share == 0.5 else 0 if share == 0 else 10)
         parts.append(f'<text x="{bar + 22}" y="{y:.1f}">{number(low + share * (high - low))}</text>')
+    parts.append(_frame(x_axis, y_axis, "along the first difference", "across it", grid=False))
     for _, a, b, style in marks:
         marker = STAR if style is None else MARKERS[style % STYLES]
-        place = f"translate({x_axis(a):.1f},{y_axis(b):.1f}) scale(1.3)"
+        place = f"translate({x_axis(a):.1f},{y_axis(b):.1f}) scale({1.1 if style is not None else 2})"
         parts.append(f'<path class="mark" d="{marker}" transform="{place}"/>')
     said = " ".join(f"{label} at ({number(a)}, {number(b)})." for label, a, b, _ in marks)
     lowest = min(
@@ -182,7 +183,7 @@ def map_chart(
     )
     head = ["across \\ along", *map(number, coordinates)]
     rows = [[number(coordinates[i]), *map(number, values[i])] for i in reversed(range(len(values)))]
-    numbers = f"<details><summary>Numbers of: {escape(title)}</summary>{table(head, rows, title)}</details>"
+    numbers = f"<details>{_summary(title)}{table(head, rows, title)}</details>"
     return _figure(title, _svg(name, title, said, "".join(parts)) + legend + numbers)
 
 
@@ -302,7 +303,11 @@ def _numbers(title: str, x_label: str, y_label: str, series: Sequence[Series]) -
     thinned = any(len(each.points) > ROWS for each in series)
     note = f"<p>At most {ROWS} rows of each curve, evenly spread.</p>" if thinned else ""
     content = table(["curve", x_label, y_label], rows, title)
-    return f"<details><summary>Numbers of: {escape(title)}</summary>{note}{content}</details>"
+    return f"<details>{_summary(title)}{note}{content}</details>"
+
+
+def _summary(title: str) -> str:
+    return f'<summary>Numbers<span class="spoken"> of: {escape(title)}</span></summary>'
 
 
 def _map_colour(share: float) -> str:

@@ -230,7 +230,7 @@ def render(runs: Sequence[RunFacts]) -> str:
     parts = [f"<header><h1>{escape(title)}</h1>{_contents(runs)}</header><main>"]
     if len(runs) > 1:
         parts.append(_comparison(grouped(runs)))
-    parts += [_run_section(index, run) for index, run in enumerate(runs)]
+    parts += [_run_section(index, run, len(runs) == 1) for index, run in enumerate(runs)]
     template = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.substitute(title=escape(title), body="".join(parts) + "</main>")
 
@@ -280,7 +280,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{number(mean(values))} ± {number(stdev(values))}" if len(values) > 1 else number(values[0])
 
 
-def _run_section(index: int, run: RunFacts) -> str:
+def _run_section(index: int, run: RunFacts, alone: bool) -> str:
     about, name = run.record.run, f"run{index}"
     model = about.get("model") or {}
     began = datetime.fromtimestamp(about["started"], UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -293,7 +293,7 @@ def _run_section(index: int, run: RunFacts) -> str:
         f'<h3>Curves</h3><div class="figures">{"".join(_curves(name, run))}</div>'
         f'<h3>Workers and anchor</h3><div class="figures">{"".join(_coupling(name, run))}</div>'
         f"<h3>The loss around the anchor</h3>{_landscape(name, run)}"
-        f"<h3>Configuration and provenance</h3>{_provenance(run)}</section>"
+        f"<h3>Configuration and provenance</h3>{_provenance(run, alone)}</section>"
     )
 
 
@@ -325,8 +325,8 @@ def _curves(name: str, run: RunFacts) -> list[str]:
 def _coupling(name: str, run: RunFacts) -> list[str]:
     shown = [
         ("lsam/drift", "Drift: distance to the anchor", "‖x-y‖ / ‖y‖", "seconds"),
-        ("lsam/staleness", "Staleness of the differences handed in", "anchor versions", "seconds"),
-        ("lsam/sharpness", "Sharpness: loss of pass 2 minus loss of pass 1", "loss", "step"),
+        ("lsam/staleness", "Staleness of what is handed in", "anchor versions", "seconds"),
+        ("lsam/sharpness", "Sharpness: SAM's loss minus the loss", "pass 2 - pass 1", "step"),
     ]
     return [
         line_chart(
@@ -378,15 +378,15 @@ def _plane(name: str, measured: dict[str, Any]) -> str:
     plane = measured["plane"]
     if plane is None:
         reason = "There is none: it takes two workers that do not lie on one line with the anchor."
-        return absent("Loss on the plane through the anchor and two workers", reason)
+        return absent("Loss on the plane of two workers", reason)
     marks = [("anchor", 0.0, 0.0, None)]
     marks += [
         (f"worker {rank}", a, b, style)
         for style, (rank, (a, b)) in enumerate(zip(plane["workers"], plane["positions"], strict=True))
     ]
-    title = "Loss on the plane through the anchor and two workers"
+    title = "Loss on the plane of two workers"
     charts = map_chart(f"{name}-plane", title, plane["coordinates"], plane["losses"], marks)
-    title = "The same, as LSAM smooths it"
+    title = "The same plane, as LSAM smooths it"
     if plane["smoothed"] is None:
         return charts + absent(title, "There is no kernel: the coupling strength is 0, or the rule is not LSAM's.")
     width, half = 1 / math.sqrt(measured["strength"]), plane["coordinates"][-1]
@@ -401,7 +401,7 @@ def _plane(name: str, measured: dict[str, Any]) -> str:
     return charts + smooth.replace("</figure>", f'<p class="note">{escape(note)}</p></figure>')
 
 
-def _provenance(run: RunFacts) -> str:
+def _provenance(run: RunFacts, alone: bool) -> str:
     about = run.record.run
     facts = {key: about.get(key) for key in ("run_id", "started", "host", "num_workers")}
     facts["started"] = datetime.fromtimestamp(about["started"], UTC).isoformat(timespec="seconds")
@@ -409,13 +409,20 @@ def _provenance(run: RunFacts) -> str:
         facts |= {f"{key}: {name}": value for name, value in (about.get(key) or {}).items()}
     tables = table(["provenance", "value"], _rows(facts), f"Provenance of {run.name}")
     configuration = table(["field", "value"], _rows(run.configuration), f"Configuration of {run.name}")
-    tables += f"<details open><summary>Configuration</summary>{configuration}</details>"
+    shown = "open" if alone else ""
+    tables += f"<details {shown}><summary>Configuration</summary>{configuration}</details>"
     if run.results is not None:
         plain = {key: value for key, value in run.results.items() if not isinstance(value, dict)}
         content = table(["result", "value"], _rows(plain), f"Results of {run.name}")
-        tables += f"<details open><summary>results.json</summary>{content}</details>"
+        tables += f"<details {shown}><summary>results.json</summary>{content}</details>"
     return tables
 
 
 def _rows(facts: dict[str, Any]) -> list[list[str]]:
-    return [[key, number(value) if type(value) is float else str(value)] for key, value in facts.items()]
+    return [[key, _cell(value)] for key, value in facts.items()]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or "none"
+    return number(value) if value is None or type(value) is float else str(value)
