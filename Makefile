@@ -8,10 +8,12 @@ TORCH_FOR_TESTS ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test style quality clean
+.PHONY: help setup quickstart test style quality clean
 
 help:  ## Lists the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.recipes  ## Installs everything into .venv, for runs of your own
 
 quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (5 minutes on 2 cores)
 	$(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \

@@ -22,7 +22,7 @@ from .rules import RULES
 from .run import Patience
 from .server.core import ServerSettings
 from .server.process import ServiceSettings
-from .transport.gloo import HEARTBEAT
+from .transport.peer import HEARTBEAT
 from .worker import WorkerSettings
 
 _SHARDING_VARIABLES = {

@@ -113,12 +113,14 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
     given = {key: value for key, value in metadata.items() if value is not None}
     tags += [tag for tag in given.pop("tags", []) if tag not in tags]
     data = {key: value for key, value in {**data, **given, "tags": tags}.items() if value}
-    told = {key: value for key, value in facts.configuration.items() if value is not None and key not in NOT_TOLD}
+    configuration = facts.configuration.items()
+    told = {key: _told(value) for key, value in configuration if value is not None and key not in NOT_TOLD}
     return ModelCard.from_template(
         ModelCardData(**data),
         template_path=str(TEMPLATE),
         mark=MARK,
         facts=facts,
+        base=_told(facts.base),
         method=METHODS.get(facts.method, facts.method),
         table=markdown_table(("", ""), facts.results),
         comparison=markdown_table(*facts.compared) if facts.compared else None,
@@ -387,6 +389,11 @@ def provenance_line(origin: dict[str, Any]) -> str:
 def is_hub_name(name: str | None) -> bool:
     """Whether a name may be that of a repository on the Hub, and is no path here."""
     return bool(name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
+
+
+def _told(value: Any) -> Any:
+    """Of a file on this machine its name alone: a card is published."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _iso(seconds: float) -> str:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+WORKER_STATE = "lsam_worker.safetensors"
+SERVER_STATE = "lsam_server.safetensors"
 SEAL = "lsam_complete.json"
 
 

@@ -61,7 +61,7 @@ class Identity:
 
         Raises:
             ValueError: if the workers are spread over several machines and the launcher does not say which is which,
-                or if it was asked for more processes than it started.
+                or would restart one of them alone; or if it was asked for more processes than it started.
         """
 
         def number(name: str, default: int) -> int:
@@ -76,6 +76,12 @@ class Identity:
                 f"{workers} workers were started, {here} of them on this machine, and the launcher does not say which "
                 "machine this is (GROUP_RANK, GROUP_WORLD_SIZE): no server could be found. Start them with torchrun or "
                 "`accelerate launch --num_machines`."
+            )
+        if machines > 1 and number("TORCHELASTIC_MAX_RESTARTS", 0):
+            raise ValueError(
+                "--max_restarts is set, and with several machines the launcher starts the workers of one machine anew "
+                "without the others: they would wait for a run that nobody else joins. Leave it out. When a machine "
+                "fails, the others go on; start all again with resume_from_checkpoint to have it back."
             )
         asked = _processes_asked_of_launcher()
         if asked is not None and asked > identity.num_workers:

@@ -20,11 +20,12 @@ from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures
+from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .figures import Figures
 from .identity import detach
 from .parameters import trainable_parameters
 from .record import RecordWriter, describe
-from .run import Run
+from .run import EndSignals, Run
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,14 @@ class LSAM:
     by it or not: a DistributedDataParallel wrapper stays around the model and no longer synchronises, and the default
     process group is closed. Without one, `step` runs the closure under whatever autocast the caller has opened.
 
+    SIGTERM and Ctrl-C set `stop_requested`; a loop that does not end then is ended by the next `step`:
+
+    ```python
+            if lsam.stop_requested:
+                lsam.save("checkpoint")  # and the optimizer's state, and the place in the data
+                break
+    ```
+
     Args:
         model: the model, on its device.
         optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
@@ -76,11 +85,13 @@ class LSAM:
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
         output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
             there is no record, and the log lies in the current folder.
+        resume_from: folder that `save` has written; the run goes on from there. Model and optimizer are the caller's.
         **lsam: the fields of `LSAMArguments`, except those that concern Trainer's data loader.
 
     Raises:
         TypeError: for an unknown field.
         ValueError: for a value out of range, an unstable configuration, or a model that LSAM cannot train.
+        FileNotFoundError: if `resume_from` is no folder that `save` has written.
 
     Process: the training thread. Blocking: entering `with lsam` until all workers have joined, and leaving it until all
     have finished; `step` never.
@@ -95,6 +106,7 @@ class LSAM:
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         output_dir: str | Path | None = None,
+        resume_from: str | Path | None = None,
         **lsam: Any,
     ):
         known = {field.name for field in fields(LSAMArguments)}.difference(NOT_IN_A_LOOP)
@@ -107,6 +119,12 @@ class LSAM:
                 "every batch."
             )
         self.arguments = _LoopArguments(**lsam)
+        self._resume_from = None if resume_from is None else Path(resume_from)
+        if self._resume_from is not None and not (self._resume_from / SERVER_STATE).exists():
+            raise FileNotFoundError(
+                f"resume_from={resume_from} holds no {SERVER_STATE}: there is no anchor to go on from. Name a folder "
+                "that `LSAM.save` has written, or leave it out to begin anew."
+            )
         named = trainable_parameters(_unwrapped(model))
         if self.arguments.batchnorm_statistics == "average":
             named += running_statistics(_unwrapped(model))
@@ -128,6 +146,8 @@ class LSAM:
         self._batchnorm = tracking_layers(model)
         self._micro_step = 0
         self._finished = False
+        self._signals = EndSignals()
+        self._signal_was_shown = False
         identity = self.arguments.identity
         detach(identity, named[0][1].device)
         self._run = Run(
@@ -148,25 +168,33 @@ class LSAM:
     # --- the run ---
 
     def __enter__(self) -> LSAM:
-        self._finished = False
+        self._finished = self._signal_was_shown = False
+        rank, resume_from = self.arguments.identity.rank, self._resume_from
+        server_state = None if resume_from is None else resume_from / SERVER_STATE
         try:
             self.worker = self._run.join(
-                self._named, self.arguments.worker_settings(), self.arguments.server_settings()
+                self._named, self.arguments.worker_settings(), self.arguments.server_settings(), server_state
             )
+            self.worker.adopt_anchor()
+            if resume_from is not None and (own := resume_from / str(rank) / WORKER_STATE).exists():
+                self.worker.load_state_tensors(load_tensors(own))
+            elif resume_from is not None:
+                logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
         except BaseException:
             self._run.leave()
             raise
-        self.worker.adopt_anchor()
         self.figures = Figures(self.worker)
-        rank = self.arguments.identity.rank
+        self._signals.catch()
         if rank:
             torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
-        self._record.begin(resumed=False, step=0, run=None if rank else self._description())
+        self._record.begin(resume_from is not None, self.worker.local_steps, None if rank else self._description())
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._signals.restore()
         try:
             if error is None:
+                self._signals.obey()
                 self.worker.finish()
                 self.worker.adopt_anchor()
                 self._finished = True
@@ -176,6 +204,22 @@ class LSAM:
         finally:
             self._record.end(self.worker.local_steps, error)
             self._run.leave()
+
+    def save(self, folder: str | Path) -> None:
+        """Saves what LSAM has to know to go on: this worker's x, y and sum; at worker 0 also the server's state.
+
+        Model weights, optimizer, scheduler and the place in the data are the caller's to save. Every worker calls it,
+        with the same folder.
+
+        Raises:
+            OSError: if there is no room, or no server.
+        """
+        folder = Path(folder)
+        own = folder / str(self.arguments.identity.rank)
+        own.mkdir(parents=True, exist_ok=True)
+        if self.arguments.identity.rank == 0 and not self.worker.link.snapshot(folder / SERVER_STATE):
+            raise OSError(f"There is no server at the moment: the anchor's state was not saved to {folder}. Try again.")
+        save_tensors(own / WORKER_STATE, self.worker.state_tensors())
 
     def step(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
@@ -189,6 +233,9 @@ class LSAM:
         Raises:
             RuntimeError: outside `with lsam`.
         """
+        if self._signal_was_shown:
+            self._signals.obey()
+        self._signal_was_shown = self._signals.received is not None
         if self.worker is None or self._finished:
             raise RuntimeError("`LSAM.step` works inside `with lsam:`, where the worker takes part in a run.")
         parameters = self.worker.parameters
@@ -223,8 +270,9 @@ class LSAM:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether another worker, or whoever ends the server, has asked all to stop."""
-        return self.worker is not None and self.worker.link.stop_requested
+        """Whether another worker, whoever ends the server, or a signal has asked for the end."""
+        asked = self.worker is not None and self.worker.link.stop_requested
+        return asked or self._signals.received is not None
 
     # --- data, evaluation, logging ---
 

@@ -96,7 +96,7 @@ class RecordWriter:
     def end(self, step: int, error: BaseException | None) -> None:
         """The last line of a worker that leaves, with the error that it leaves with."""
         if self._begun:
-            text = None if error is None else f"{type(error).__name__}: {error}"
+            text = None if error is None else f"{type(error).__name__}: {error}".removesuffix(": ")
             self._append({"time": time.time(), "step": step, "end": True, "error": text})
 
     @property

@@ -12,13 +12,12 @@ import os
 import secrets
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +26,13 @@ from .checkpoint import load_tensors
 from .identity import Identity, LaunchStore
 from .parameters import ParameterLayout
 from .server.core import ServerCore, ServerSettings
+from .server.lifetime import SIGTERM_CODE, start_server
 from .server.local import LocalLink
 from .server.machines import MachineSettings, address_file
-from .server.process import SIGTERM_CODE, ServiceSettings, start_server
-from .transport.gloo import new_secret
+from .server.process import ServiceSettings
 from .transport.link import MailboxLink, RefusedError, ServerGone
-from .transport.mailbox import ANY_NUMBER, RunFolder, is_served
+from .transport.mailbox import ANY_NUMBER, RunFolder, is_served, make_launch_folder
+from .transport.secret import new_secret
 from .worker import Worker, WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class Run:
         self._store: LaunchStore | None = None
         self._link: LocalLink | MailboxLink | None = None
         self._folder: RunFolder | None = None
+        self._launch_lock: TextIO | None = None
         self._server: subprocess.Popen | None = None
         self._server_options: list[str] = []
 
@@ -181,7 +182,7 @@ class Run:
         self, layout: ParameterLayout, tensors: list[Tensor], contents: dict[str, Any], number: int, state: Path | None
     ) -> None:
         """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
-        path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=self._shared_memory_dir))
+        path, self._launch_lock = make_launch_folder(self._shared_memory_dir)
         here, key = self._identity, f"machines/{number}"
         meeting = None
         if here.num_machines > 1:
@@ -277,6 +278,9 @@ class Run:
                 self._server.wait()
             self._server = None
             self._folder.remove()
+        if self._launch_lock is not None:
+            self._launch_lock.close()
+            self._launch_lock = None
         self._folder = None
 
     def gather(self, key: str, value: Any) -> list[Any] | None:

@@ -40,7 +40,7 @@ from .batchnorm import (
 )
 from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
 from .card import facts_of_record, model_card
-from .checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
+from .checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
 from .landscape import survey
@@ -52,8 +52,6 @@ from .worker import Worker
 
 logger = transformers_logging.get_logger(__name__)
 
-WORKER_STATE = "lsam_worker.safetensors"
-SERVER_STATE = "lsam_server.safetensors"
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 _NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
 # Of the Trainer's arguments, what the record of a run tells beside LSAM's own.

@@ -34,7 +34,7 @@ from reporting import provenance
 from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerSettings
-from hf_lsam.server.process import start_server
+from hf_lsam.server.lifetime import start_server
 from hf_lsam.transport.link import MailboxLink
 from hf_lsam.transport.mailbox import FLOAT_BYTES, RunFolder
 

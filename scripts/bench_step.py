@@ -52,7 +52,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
-from hf_lsam.server.process import start_server
+from hf_lsam.server.lifetime import start_server
 from hf_lsam.transport.link import MailboxLink
 from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.worker import Worker

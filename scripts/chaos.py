@@ -43,7 +43,8 @@ from hf_lsam.checkpoint import load_tensors
 from hf_lsam.identity import Identity
 from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerSettings
-from hf_lsam.server.process import SIGTERM_CODE, ServiceSettings, run_server
+from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
+from hf_lsam.server.process import ServiceSettings
 from hf_lsam.transport.mailbox import is_served
 from hf_lsam.worker import WorkerSettings
 
@@ -279,6 +280,23 @@ def check(outcome: Outcome, cluster: Cluster, schedule: list[Fault]) -> None:
     outcome.loss = mean_loss(state["anchor"])
 
 
+def judge(outcome: Outcome, baseline: float) -> str:
+    """Adds to `outcome.failures` if the loss is not that of a run without faults; the reason why it need not be."""
+    if outcome.loss <= 1.05 * baseline:
+        return ""
+    accepted = sum(report["accepted"] for report in outcome.reports)
+    above = f"loss {outcome.loss:.4f}, without faults {baseline:.4f}"
+    if outcome.restarts and accepted < possible_pushes(outcome) / 2:  # a restart took longer than the steps they had
+        return f" ({above}: most steps fell into the time without a server)"
+    outcome.failures.append(above)
+    return ""
+
+
+def possible_pushes(outcome: Outcome) -> int:
+    """How many the workers that reached their end could have handed in."""
+    return len(outcome.reports) * (STEPS // SYNC_STEPS)
+
+
 def random_schedule(generator: random.Random) -> list[Fault]:
     """Two to four faults. Worker 0 is never killed, so that some run always reaches its end; no worker dies twice."""
     faults: list[Fault] = []
@@ -308,19 +326,12 @@ def main() -> int:
             progress.say(f"schedule {number}: {json.dumps([asdict(fault) for fault in schedule])}")
             begin = time.monotonic()
             outcome = run_schedule(schedule)
+            reason = judge(outcome, baseline.loss)
             accepted = sum(report["accepted"] for report in outcome.reports)
-            possible = len(outcome.reports) * (STEPS // SYNC_STEPS)
-            reason = ""
-            if not outcome.loss <= 1.05 * baseline.loss:
-                above = f"loss {outcome.loss:.4f}, without faults {baseline.loss:.4f}"
-                if outcome.restarts and accepted < possible / 2:  # a restart takes longer than these workers have steps
-                    reason = f" ({above}: most steps fell into the time without a server)"
-                else:
-                    outcome.failures.append(above)
             failed = failed or bool(outcome.failures)
             said = [
                 f"  {'FAILED' if outcome.failures else 'held'}: loss {outcome.loss:.4f}, {len(outcome.reports)} ended, "
-                f"{accepted} of {possible} pushes of theirs accepted, {outcome.restarts} restarts, "
+                f"{accepted} of {possible_pushes(outcome)} pushes of theirs accepted, {outcome.restarts} restarts, "
                 f"{time.monotonic() - begin:.1f} s{reason}",
                 *outcome.failures,
             ]

@@ -15,7 +15,7 @@ from summarize_results import write_between
 
 from hf_lsam.card import markdown_table
 
-BENCHMARKS = ("async", "step", "images", "server")
+BENCHMARKS = ("async", "step", "images", "server", "faults")
 
 
 def load(path: Path) -> Any:

@@ -153,6 +153,9 @@ def test_several_machines_are_told_apart_by_the_launcher_or_refused(tmp_path, mo
     assert config(tmp_path).identity == Identity(3, 1, 4, machine=1, num_machines=2, local_workers=2)
     with pytest.raises(ValueError, match="server_rule='elastic' works on one machine only"):
         config(tmp_path, server_rule="elastic")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ValueError, match=r"--max_restarts is set, and with several machines.*Leave it out"):
+        config(tmp_path)
 
 
 def test_a_worker_is_a_job_of_its_own_to_accelerate_and_keeps_its_rank(tmp_path, monkeypatch):

@@ -125,6 +125,15 @@ def test_bad_arguments_are_refused(script):
     assert "error: --" in done.stderr
 
 
+def test_bench_faults(tmp_path):
+    size = ("--kills", "2", "--seconds", "0.3", "--numel", "1000")
+    results = report_of("bench_faults.py", tmp_path / "faults.json", *size)["results"]
+    assert results["n"] == len(results["kills"]) == 2
+    for kill in results["kills"]:
+        assert kill["drop_s"] > 0
+        assert kill["slowest_after"] >= kill["ratio"] > 0
+
+
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
 def test_long_work_shows_how_long_it_will_take(terminal, quiet):
     script = f"import time\nfrom progress import track\nfor _ in track(range(4), 'runs', {quiet}): time.sleep(0.2)"

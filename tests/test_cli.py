@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from launch import accelerate_launch, write_script
 from models import arguments, blobs, net, sentences, tiny_bert
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.card import is_hub_name
+from hf_lsam.card import facts_of_run, is_hub_name, model_card
 from hf_lsam.cli import COMMANDS, main
 from hf_lsam.record import read_record, worker_state
 
@@ -303,6 +304,15 @@ def test_card_of_a_run_of_two_workers(finished, tmp_path):
     assert "2 asynchronous workers" in card.text
     assert '"sync_steps": 2' in card.text
     assert "steps 8, 8" in card.text
+
+
+def test_card_publishes_no_path_of_this_machine(finished, tmp_path):
+    facts = facts_of_run(finished)
+    here = {"train_file": str(tmp_path / "train.csv"), "output_dir": str(tmp_path)}
+    card = model_card(replace(facts, base=str(tmp_path / "base"), configuration=here))
+    assert str(tmp_path) not in str(card)
+    assert "`base`, fine-tuned" in card.text
+    assert '"train_file": "train.csv"' in card.text
 
 
 def test_card_compares_runs_and_says_in_what_they_differ(finished, tmp_path):

@@ -19,8 +19,8 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.coupling import add_langevin_noise, add_pull_to_gradient, anchor_lr_bound, pull_and_accumulate
 from hf_lsam.sam import perturb, restore
 from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.local import LocalLink
-from hf_lsam.server.process import start_server
 from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.worker import Worker, WorkerSettings
 

@@ -29,10 +29,10 @@ from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.lifetime import run_server
 from hf_lsam.server.local import LocalLink
-from hf_lsam.server.process import run_server
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
-from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served
+from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served, make_launch_folder
 from hf_lsam.worker import Worker, WorkerSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -99,14 +99,14 @@ def test_guests_outlive_a_server_that_is_killed_and_started_again():
     assert len(outcome.reports) == 4
 
 
-def test_three_random_schedules_end_as_a_run_without_faults_does():
+def test_ten_random_schedules_end_as_a_run_without_faults_does():
     baseline = outcome_of()
     generator = random.Random(11)
-    for _ in range(3):
+    for _ in range(10):
         schedule = chaos.random_schedule(generator)
         outcome = run_schedule(schedule)
+        chaos.judge(outcome, baseline.loss)
         assert outcome.failures == [], schedule
-        assert outcome.loss <= 1.05 * baseline.loss, schedule
 
 
 def test_the_place_of_a_dead_guest_is_taken_by_a_new_one_that_begins_at_the_anchor(tmp_path):
@@ -582,7 +582,8 @@ from transformers import TrainerCallback
 from hf_lsam import LSAMConfig, LSAMTrainer
 
 OUT, FAULT, RANK = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
-ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+# Of one launch with --max_restarts, or of two: nobody begins before all have come this far.
+ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) or int((OUT / "begin0.0").exists())
 
 
 class Strike(TrainerCallback):
@@ -599,10 +600,16 @@ class Strike(TrainerCallback):
             os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
         if FAULT == "launcher" and RANK == 1:
             os.kill(os.getppid(), signal.SIGTERM)
+        if FAULT == "all" and RANK == 1:
+            record = next((OUT / "shared").glob("*/server.json"))
+            launcher = os.getppid()
+            workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+            for process in (launcher, json.loads(record.read_text())["pid"], *map(int, workers)):
+                os.kill(process, signal.SIGKILL)
 
 
 (OUT / "shared").mkdir(exist_ok=True)
-steps = {"worker": 40, "server": 4000, "launcher": 1_000_000}[FAULT]
+steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000)
 saves = 4 if FAULT == "worker" else 10**6
 args = arguments(
     LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy="steps", save_steps=saves,
@@ -627,8 +634,15 @@ def launch(tmp_path: Path, fault: str, *extra: str):
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
 
 
-def test_a_launch_whose_worker_is_killed_goes_on_from_its_last_checkpoint(tmp_path):
-    run, reports = launch(tmp_path, "worker", "--max_restarts", "1")
+@pytest.mark.parametrize("again", ["restarted by the launcher", "launched again"])
+def test_a_launch_whose_worker_is_killed_goes_on_from_its_last_checkpoint(tmp_path, again):
+    if again == "launched again":
+        run, reports = launch(tmp_path, "worker")
+        assert run.returncode != 0
+        assert reports == []
+        run, reports = launch(tmp_path, "worker")
+    else:
+        run, reports = launch(tmp_path, "worker", "--max_restarts", "1")
     assert run.returncode == 0, run.stderr[-3000:]
     assert [report["steps"] for report in reports] == [40, 40]
     assert reports[0]["weights"] == reports[1]["weights"]
@@ -649,3 +663,23 @@ def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path):
     assert reports == []
     assert newest_sealed(tmp_path / "run") is not None
     assert newest_sealed(tmp_path / "run" / "workers" / "1") is not None
+
+
+def test_what_a_launch_leaves_that_was_killed_with_all_its_processes_is_removed_by_the_next(tmp_path):
+    script = write_script(tmp_path / "script.py", LAUNCHED)
+    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
+    run = accelerate_launch(script, str(tmp_path), "all", check=False, PYTHONPATH=path)
+    assert run.returncode == -signal.SIGKILL
+    shared = tmp_path / "shared"
+    (left,) = shared.iterdir()
+    while is_served(left):  # killed, but not yet gone
+        time.sleep(0.01)
+    first, lock = make_launch_folder(shared)
+    with lock:
+        assert list(shared.iterdir()) == [first]
+        second, other = make_launch_folder(shared)
+        other.close()
+        assert sorted(shared.iterdir()) == sorted([first, second])  # the first lives
+    third, other = make_launch_folder(shared)
+    other.close()
+    assert list(shared.iterdir()) == [third]

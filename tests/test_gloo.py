@@ -19,8 +19,11 @@ import pytest
 import torch
 from netns import machines, why_not
 
-from hf_lsam.transport import gloo
-from hf_lsam.transport.gloo import Header, JoinRefused, Listener, Peer, Refusal, connect, new_secret, read_secret
+from hf_lsam.transport import gloo, peer
+from hf_lsam.transport.gloo import JoinRefused, Listener, Refusal, connect
+from hf_lsam.transport.peer import Header, Peer
+from hf_lsam.transport.secret import new_secret, read_secret
+from hf_lsam.transport.wire import MACHINE
 
 SECRET = bytes(range(32))
 FINGERPRINT = b"f" * 32
@@ -30,8 +33,8 @@ SILENCE = 2.0  # seconds
 # The other side, as a process of its own: `node.py ROLE HOST PORT NUMEL`. It says on stdout what has happened.
 NODE = """
 import select, sys, time, torch
-from hf_lsam.transport import gloo
-from hf_lsam.transport.gloo import Header, Listener, connect
+from hf_lsam.transport.gloo import Listener, connect
+from hf_lsam.transport.peer import Header, Peer
 
 role, host, port, numel = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 run = dict(secret=bytes(range(32)), run_id="run", fingerprint=b"f" * 32, numel=numel, silence=2.0)
@@ -78,8 +81,8 @@ if role == "global":
             send_back(peer)
             peer.close()
 if role == "liar":
-    tell = gloo.Peer._tell
-    gloo.Peer._tell = lambda self, what, header=Header(0), digest=None: tell(self, what, header, digest and bytes(32))
+    tell = Peer._tell
+    Peer._tell = lambda self, what, header=Header(0), digest=None: tell(self, what, header, digest and bytes(32))
 peer = connect((host, port), **run)
 say("joined")
 if role == "machine":
@@ -213,7 +216,7 @@ def stranger(listener: Listener) -> tuple[socket.socket, bytes]:
 def join_bytes(challenge: bytes, numel: int = NUMEL) -> bytes:
     """What a machine that knows the secret would say."""
     fields = gloo._JOIN.pack(gloo._MAGIC, b"n" * 32, gloo._run_digest("run"), FINGERPRINT, numel)
-    return fields + gloo._proof(SECRET, gloo._MACHINE, challenge[8:] + fields)
+    return fields + gloo._proof(SECRET, MACHINE, challenge[8:] + fields)
 
 
 def closed_by_listener(listener: Listener, connection: socket.socket) -> bool:
@@ -547,9 +550,9 @@ def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(l
     go_on = threading.Event()
     tell = Peer._tell
 
-    def pausing(peer, what, *rest):
-        tell(peer, what, *rest)
-        if what == gloo._ARRIVED:
+    def pausing(self, what, *rest):
+        tell(self, what, *rest)
+        if what == peer._ARRIVED:
             go_on.wait(30)  # the thread that receives may be stopped anywhere
 
     with serving(listener) as peers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -301,3 +303,91 @@ def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
     loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True))
     seen = torch.cat([x for x, _ in loader])
     assert sorted(seen[:, 0].tolist()) == sorted(data().tensors[0][:, 0].tolist())
+
+
+def train_until(stop: int, signal_at: int, folder: Path, heeds: bool = True, resume_from: Path | None = None):
+    """From step `resume_from` says to `stop`, with a signal on the way; what a caller saves is saved."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    lsam = LSAM(model, optimizer, resume_from=resume_from, **LSAM_FIELDS)
+    begin = 0
+    torch.manual_seed(5)
+    with lsam:
+        if resume_from is not None:
+            kept = torch.load(resume_from / "own.pt", weights_only=True)
+            begin = kept["step"]
+            optimizer.load_state_dict(kept["optimizer"])
+            torch.set_rng_state(kept["generator"])
+        for step, (x, labels) in enumerate(batches(stop)):
+            if step < begin:
+                continue
+            lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+            if step == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if heeds and lsam.stop_requested:
+                lsam.save(folder)
+                own = {"step": step + 1, "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}
+                torch.save(own, folder / "own.pt")
+                break
+    return lsam, model
+
+
+def test_a_signal_lets_the_loop_save_and_what_was_saved_goes_on_with_the_same_bits(tmp_path):
+    handlers = signal.getsignal(signal.SIGTERM)
+    _, straight = train_until(30, -1, tmp_path / "never")
+    with pytest.raises(SystemExit) as ended:
+        train_until(30, 13, tmp_path / "stopped")
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == handlers
+    lsam, resumed = train_until(30, -1, tmp_path / "never", resume_from=tmp_path / "stopped")
+    assert lsam.worker.local_steps == 30
+    for a, b in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loop_that_does_not_heed_a_signal_is_ended_by_its_next_steps(tmp_path):
+    with pytest.raises(SystemExit):
+        train_until(30, 13, tmp_path, heeds=False)
+
+
+def test_what_cannot_be_gone_on_from_is_an_error(tmp_path):
+    model = network()
+    with pytest.raises(FileNotFoundError, match=r"holds no lsam_server\.safetensors.*that `LSAM\.save` has written"):
+        LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), resume_from=tmp_path, **LSAM_FIELDS)
+
+
+RESUMED = """
+import json, sys
+from pathlib import Path
+
+import torch
+from test_loop import LSAM, LSAM_FIELDS, batches, network, nn
+
+out, again = Path(sys.argv[1]), sys.argv[2] == "again"
+model = network()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+lsam = LSAM(model, optimizer, resume_from=out if again else None, output_dir=out, **LSAM_FIELDS)
+with lsam:
+    begin = lsam.worker.own_parameters.tolist()
+    version = lsam.worker.version
+    for x, labels in batches(20):
+        lsam.step(lambda: nn.functional.cross_entropy(model(x), labels))
+    lsam.save(out)
+    end = lsam.worker.own_parameters.tolist()
+rank = lsam.arguments.identity.rank
+report = dict(begin=begin, end=end, version=version, steps=lsam.worker.local_steps)
+(out / f"report{rank}.json").write_text(json.dumps(report))
+"""
+
+
+def test_two_workers_go_on_each_from_its_own_state_and_the_server_from_its(tmp_path):
+    script = write_script(tmp_path / "loop.py", RESUMED)
+    runs = []
+    for word in ("first", "again"):
+        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=str(Path(__file__).parent))
+        runs.append([json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in (0, 1)])
+    for first, again in zip(*runs, strict=True):
+        assert again["begin"] == first["end"]
+        assert again["version"] > 0
+        assert (first["steps"], again["steps"]) == (20, 40)
+    assert runs[1][0]["begin"] != runs[1][1]["begin"]

@@ -23,16 +23,17 @@ import torch
 from launch import write_script
 from netns import Machine, machines, why_not
 
+from hf_lsam.checkpoint import newest_sealed
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
 from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
-from hf_lsam.server.process import start_server
 from hf_lsam.server.relay import RelayCore, RelayServer
-from hf_lsam.transport.gloo import new_secret
 from hf_lsam.transport.link import MailboxLink, ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.secret import new_secret
 from hf_lsam.worker import WorkerSettings
 
 TESTS = Path(__file__).parent
@@ -497,6 +498,21 @@ def test_two_launches_on_loopback_are_one_run(tmp_path):
     assert min(sums_handed_on(re.split(r"worker \d+ finished", run.log(1))[0])) >= 2 * 4
 
 
+def test_sigterm_to_the_global_server_has_the_workers_of_all_machines_save_and_leave(tmp_path):
+    with launches(tmp_path, 2, 1, max_steps=1_000_000, pause=0.02) as run:
+        run.until(lambda: run.has_reached(0, 10) and run.has_reached(1, 10))
+        os.kill(json.loads((run_folder(run, 0) / "server.json").read_text())["pid"], signal.SIGTERM)
+        reports = run.reports(range(2))
+        for process in run.processes:
+            assert process.wait(60) == 0, run.story()
+    for report, folder in zip(reports, ("0", "1/workers/1"), strict=True):
+        assert report["error"] is None, run.story()
+        newest = newest_sealed(tmp_path / "out" / folder)
+        assert newest is not None
+        assert newest.name == f"checkpoint-{report['steps']}"
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
 def run_folder(run: Launches, machine: int) -> Path:
     """Of a launch, on one machine."""
     for path in (run.folder / "memory").glob("hf_lsam-*"):
@@ -557,6 +573,11 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
                 assert "refused (SECRET)" in (tmp_path / "c.log").read_text()
             else:
                 links[name] = (run, run.join([("x", x)], WorkerSettings(TAU), SETTINGS))
+        run_id = json.loads((tmp_path / "a" / "run" / "server.json").read_text())["run"]
+        server = start_server(tmp_path / "d" / "run", tmp_path / "d.log", None, places["a"])
+        assert server.wait(60) == 1
+        owner = f"The port belongs to run {run_id}, pid {servers['a'].pid}. Give this run another one, or end that."
+        assert owner in (tmp_path / "d.log").read_text()
         first, second = links["a"][1], links["b"][1]
         assert torch.equal(second.anchor, torch.zeros(NUMEL))  # the first worker's on the first machine
         while not re.search("with 1 workers|has 1 live workers", (tmp_path / "a.log").read_text()):
@@ -582,30 +603,32 @@ needs_networks = pytest.mark.skipif(why_not() is not None, reason=str(why_not())
 
 @needs_networks
 def test_a_link_that_is_slow_and_then_cut_comes_back_and_all_machines_end_at_one_anchor(tmp_path):
-    fields = {"max_steps": 240, "pause": 0.1, "machine_timeout": 4.0, "server_timeout": 120.0}
+    fields = {"max_steps": 400, "pause": 0.1, "machine_timeout": 4.0, "server_timeout": 120.0}
     with machines(3) as network, launches(tmp_path, 3, 1, network, **fields) as run:
         if shutil.which("tc"):
             rate = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "64kbit", "burst", "4kb"]
             subprocess.run([*network[1].prefix, *rate, "latency", "2s"], check=True, capture_output=True)
         run.until(lambda: all(run.has_reached(rank, 20) for rank in range(3)))
         network[2].cut()
+        back = time.monotonic() + 20
         run.until(lambda: "machine 2 is gone" in run.log(0))
         assert "no sign of life in 4 s" in run.log(0)
         here = int((tmp_path / "progress0").read_text())
         run.until(lambda: run.has_reached(0, here + 10))  # nobody waits for it
+        run.until(lambda: time.monotonic() > back)
         network[2].restore()
         run.until(lambda: run.log(0).count("machine 2 joined from") == 2)
         reports = run.reports(range(3))
         for process in run.processes:
             assert process.wait(60) == 0, run.story()
     assert len({report["end"] for report in reports}) == 1
-    assert all(report["steps"] == 240 and report["error"] is None for report in reports)
+    assert all(report["steps"] == 400 and report["error"] is None for report in reports)
     assert all(report["versions"] == sorted(report["versions"]) for report in reports)
     assert "did not come back" not in run.log(0)
     for machine in (1, 2):
         sums = sums_handed_on(run.log(machine))
-        assert len(sums) <= 240 // 4
-    assert sum(sums_handed_on(run.log(1))) == 240  # each of its steps crossed once, in one push a period
+        assert len(sums) <= 400 // 4
+    assert sum(sums_handed_on(run.log(1))) == 400  # each of its steps crossed once, in one push a period
 
 
 @needs_networks

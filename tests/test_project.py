@@ -94,7 +94,7 @@ def test_the_package_needs_neither_datasets_nor_evaluate_and_the_server_no_trans
     script = (
         "import sys\n"
         "for name in ('datasets', 'evaluate', 'matplotlib', 'yaml_blocked'): sys.modules[name] = None\n"
-        "import hf_lsam.server.process\n"
+        "import hf_lsam.server.lifetime\n"
         "assert 'transformers' not in sys.modules and 'accelerate' not in sys.modules\n"
         "from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin\n"
     )

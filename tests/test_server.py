@@ -20,8 +20,8 @@ from torch import nn
 from hf_lsam.checkpoint import load_tensors, save_tensors
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.local import LocalLink
-from hf_lsam.server.process import start_server
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
 from hf_lsam.worker import Worker, WorkerSettings

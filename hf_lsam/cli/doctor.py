@@ -230,8 +230,10 @@ def launch_findings(
         )
     if code == 0 and not errors:
         where = ", ".join(f"{count} on {device}" for device, count in devices.items())
-        server = "a server process" if started > 1 else "no server process: the worker is alone with its anchor"
-        yield Finding("ok", f"{started} worker{'' if started == 1 else 's'} would train ({where}), with {server}.")
+        here = "here " if launch.machines > 1 else ""
+        server = "a server process a machine" if launch.machines > 1 else "a server process"
+        server = server if started > 1 else "no server process: the worker is alone with its anchor"
+        yield Finding("ok", f"{_count(started)} would train ({here}{where}), with {server}.")
         for report in reports:
             name = f", {report['device_name']}" if report["device_name"] else ""
             yield Finding("ok", f"worker {report['rank']}: {report['device']}{name}, host {report['host']}")
@@ -306,8 +308,7 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
     elif each > max(threads):
         yield Finding(
             "note",
-            f"{len(threads)} worker{'' if len(threads) == 1 else 's'} with {max(threads)} threads each leave cores of "
-            f"{cores} idle.",
+            f"{_count(len(threads))} with {max(threads)} threads each leave cores of {cores} idle.",
             f"--num_cpu_threads_per_process {each}.",
         )
     else:
@@ -316,6 +317,8 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
     """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
+    from ..transport.mailbox import dead_launches  # loads torch, for which --help need not wait
+
     folder = Path("/dev/shm")
     elsewhere = "Name a folder on a local disk in shared_memory_dir; in a container, raise --shm-size."
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -332,17 +335,12 @@ def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
             yield Finding("ok", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they fit.")
         else:
             yield Finding("wrong", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they do not fit.", elsewhere)
-    from ..transport.mailbox import is_served
-
-    left = [path for path in folder.glob("hf_lsam-*") if path.is_dir() and os.access(path, os.R_OK)]
-    left = [path for path in left if not is_served(path)]
-    if left:
+    if left := dead_launches(folder):
         size = sum(file.stat().st_size for path in left for file in path.rglob("*") if file.is_file())
         yield Finding(
             "note",
-            f"{len(left)} run folder{'' if len(left) == 1 else 's'} without a server hold {size / 2**20:.1f} MiB of "
-            f"/dev/shm: {', '.join(map(str, left))}.",
-            "A run that was killed has left them; delete them when none is just starting.",
+            f"launches that were killed hold {size / 2**20:.1f} MiB of /dev/shm: {', '.join(map(str, left))}.",
+            "The next launch removes what they have left.",
         )
 
 
@@ -368,6 +366,10 @@ def version_findings() -> Iterator[Finding]:
                 f"pip install '{requirement}'",
             )
     yield Finding("ok", f"python {sys.version.split()[0]}, hf-lsam {version('hf-lsam')}, {', '.join(found)}")
+
+
+def _count(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"
 
 
 def _is_taken(port: int) -> bool:

@@ -4,9 +4,8 @@ By hand, in an empty or a new folder, it waits for workers that join it by `serv
 long as they stay. It ends on SIGTERM or Ctrl-C, or after `--idle_timeout` seconds without a worker, and keeps its last
 snapshot; the same command with `--resume` goes on from there.
 
-With `--listen` it also serves the relays of other machines: `--connect` makes it one. A file with the secret
-(`python -c 'import sys, pathlib; from hf_lsam.transport.gloo import new_secret; new_secret(pathlib.Path(sys.argv[1]))'
-FILE`) proves who may take part.
+With `--listen` it also serves the relays of other machines: `--connect` makes it one. A file with the secret, that
+`hf_lsam.transport.secret.new_secret` writes, proves who may take part.
 """
 
 import argparse
@@ -15,9 +14,10 @@ import logging
 import sys
 from pathlib import Path
 
-from ..transport.gloo import read_secret
-from .machines import GlobalServer
-from .process import Server, run_server
+from ..transport.secret import read_secret
+from .lifetime import run_server
+from .machines import GlobalServer, refuse_taken_port
+from .process import Server
 from .relay import RelayServer
 
 
@@ -53,6 +53,7 @@ try:
     if arguments.listen or arguments.connect:
         secret = read_secret(arguments.secret_file)
     if arguments.listen:
+        refuse_taken_port(arguments.listen)
         remote = arguments.allow_remote
         make = functools.partial(GlobalServer, address=arguments.listen, secret=secret, allow_remote=remote)
     elif arguments.connect:

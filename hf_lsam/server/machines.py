@@ -8,12 +8,14 @@ link is lost, its workers leave n at once; the end of the launch waits for it as
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import os
 import selectors
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +23,12 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+import psutil
 from torch import Tensor
 
-from ..transport.gloo import Header, Listener, Peer
+from ..transport.gloo import Listener
 from ..transport.mailbox import RunFolder
+from ..transport.peer import Header, Peer
 from .core import ServerSettings
 from .process import Server
 
@@ -122,7 +126,7 @@ class GlobalServer(Server):
         folder, rest: as `Server`'s.
         address: host and port to listen on; port 0 lets the system choose. Where it listens is written to address.json
             in the run folder.
-        secret: from `gloo.read_secret`.
+        secret: from `read_secret`.
         allow_remote: listen beyond this machine.
 
     Raises:
@@ -144,7 +148,7 @@ class GlobalServer(Server):
         try:
             self._gate = Listener(*address, secret, run, self._fingerprint, folder.numel, allow_remote, silence)
         except (OSError, ValueError) as error:
-            raise RuntimeError(f"Cannot listen to other machines at {address[0]}:{address[1]}: {error}") from error
+            raise RuntimeError(_cannot_listen(address, error)) from error
         self._selector.register(self._gate, selectors.EVENT_READ, self._let_in)
         logger.info("listening to other machines at %s:%d", *self._gate.address)
         (folder.path / "address.json.new").write_text(json.dumps(self._gate.address))
@@ -359,3 +363,28 @@ class GlobalServer(Server):
 def address_file(run_dir: Path) -> Path:
     """Where a server writes the host and port at which it listens to other machines."""
     return run_dir / "address.json"
+
+
+def refuse_taken_port(address: tuple[str, int]) -> None:
+    """Tells early what `GlobalServer` could only tell once there is a run.
+
+    Raises:
+        RuntimeError: if it could not listen at `address`; names the process that does, and its run.
+    """
+    try:
+        socket.create_server(address).close()
+    except OSError as error:
+        raise RuntimeError(_cannot_listen(address, error)) from error
+
+
+def _cannot_listen(address: tuple[str, int], error: Exception) -> str:
+    text = f"Cannot listen to other machines at {address[0]}:{address[1]}: {error}."
+    if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
+        return text
+    for connection in psutil.net_connections("tcp"):  # other users' have no pid here
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == address[1] and connection.pid:
+            words = [*psutil.Process(connection.pid).cmdline(), ""]
+            record = Path(words[words.index("--run_dir") + 1] if "--run_dir" in words else "") / "server.json"
+            run = f"run {json.loads(record.read_text())['run']}, " if record.exists() else ""
+            text += f" The port belongs to {run}pid {connection.pid}."
+    return text + " Give this run another one, or end that."

@@ -1,4 +1,4 @@
-"""The server process: one thread, one selector, one `ServerCore`.
+"""What the server does: one thread, one selector, one `ServerCore`. `lifetime` makes a process of it.
 
 Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
 on nobody waits for anybody until the end. Guests, who join by the folder's address, are welcomed as they come and leave
@@ -16,11 +16,8 @@ import itertools
 import logging
 import os
 import selectors
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_tensors, save_tensors
-from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder, served_by_this_process
+from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder
 from .core import ServerCore, ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -38,7 +35,6 @@ STRANGERS = 64  # connections at a time that have not joined yet
 STRANGER_SECONDS = 10.0  # how long they may take
 REMEMBERED = 4096  # processes whose last counted push is kept
 GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
-SIGTERM_CODE = 143
 UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
 
 
@@ -82,7 +78,7 @@ class Server:
         parent: the process that started this one and will be its first worker; None by hand.
 
     State: the core's, the last counted push of each process, and who took part.
-    Process: its own, started by `start_server` or `python -m hf_lsam.server`.
+    Process: its own, see `lifetime`.
     """
 
     def __init__(
@@ -447,99 +443,3 @@ class Server:
     def _publish_if_newer(self) -> None:
         if self._core.anchor.version > self._folder.version:
             self._folder.publish(self._core.anchor.vector, self._core.anchor.version)
-
-
-def run_server(
-    run_dir: Path,
-    resume: Path | bool | None = None,
-    join_timeout: float = 600.0,
-    idle_timeout: float = 600.0,
-    parent: int | None = None,
-    make: Callable[..., Server] = Server,
-) -> None:
-    """Serves the run in `run_dir` in this process; waits for its first worker to found it, if there is none yet.
-
-    At the end the folder of a launch is removed. A folder that others join keeps its last snapshot.
-
-    Args:
-        make: called with the run folder and `Server`'s other arguments.
-
-    Raises:
-        RuntimeError: if another process serves the folder, or if it holds a run that is not to be resumed.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
-    torch.set_num_threads(1)
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with served_by_this_process(run_dir):
-        folder = _open(run_dir, resume is True, idle_timeout)
-        launched = bool(folder.run["num_workers"])
-        server = make(folder, resume, join_timeout, idle_timeout, parent)
-
-        def end(*_) -> None:
-            server.terminating = True
-
-        signal.signal(signal.SIGTERM, end)
-        signal.signal(signal.SIGINT, signal.SIG_IGN if launched else end)  # a launch's workers get Ctrl-C themselves
-        server.serve()
-        if launched:
-            folder.remove()
-        elif server.save():  # without room for it, the anchor itself stays
-            folder.clear()
-    if server.terminating:
-        sys.exit(SIGTERM_CODE)
-
-
-def _open(run_dir: Path, resume: bool, idle_timeout: float) -> RunFolder:
-    """The run in `run_dir`; where there is none yet, the one that its first worker will found."""
-    if resume and (run_dir / "run.json").exists():
-        return RunFolder.reopen(run_dir)
-    if (run_dir / "run.json").exists():
-        folder = RunFolder(run_dir) if (run_dir / "version").exists() else None
-        if folder is None or not folder.run["num_workers"]:
-            raise RuntimeError(
-                f"{run_dir} holds a run already, and a new one would begin with its anchor. Go on with it (--resume), "
-                "or choose another folder."
-            )
-        return folder
-    logger.info("%s waits for its first worker", run_dir)
-    deadline = time.monotonic() + idle_timeout
-    while not (run_dir / "run.json").exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"No worker came to {run_dir} within {idle_timeout:g} s.")
-        time.sleep(0.05)
-    return RunFolder(run_dir)
-
-
-def start_server(
-    run_dir: Path, log: Path, resume: Path | bool | None = None, options: Sequence[str] = ()
-) -> subprocess.Popen:
-    """Starts `python -m hf_lsam.server` for the run in `run_dir`.
-
-    Not multiprocessing: its spawn would import the user's script again.
-
-    Args:
-        run_dir: a folder made by `RunFolder.create`.
-        log: file that receives the server's log, appended to.
-        resume: a server state to begin with, True to go on from the folder's own snapshot, or None.
-        options: further words of its command line.
-
-    Returns:
-        the process; it ends by itself when the last worker has left.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
-    if resume is not None:
-        command += ["--resume"] if resume is True else ["--resume", str(resume)]
-    command += options
-    # The package may lie where only the user's script finds it.
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with log.open("a") as stream:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )

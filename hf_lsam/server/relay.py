@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..anchor import Anchor
 from ..transport import gloo
-from ..transport.gloo import Header, JoinRefused, Peer
+from ..transport.gloo import JoinRefused
 from ..transport.mailbox import Kind, Message, RunFolder
+from ..transport.peer import Header, Peer
 from .core import ServerSettings
 from .machines import Refused, Say, join_word, machine_settings
 from .process import UNKNOWN_PUSHES, Server
@@ -147,7 +148,7 @@ class RelayServer(Server):
     Args:
         folder, rest: as `Server`'s.
         address: host and port of the global server.
-        secret: from `gloo.read_secret`.
+        secret: from `read_secret`.
 
     Raises:
         RuntimeError: if the rule of the run is one of a single machine.

@@ -24,22 +24,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 FLOAT_BYTES = 4
+LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
 ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
 
 
@@ -427,8 +433,43 @@ def served_by_this_process(path: Path) -> Iterator[None]:
 
 def is_served(path: Path) -> bool:
     """Whether a living process serves the folder."""
+    return _is_locked(path / "lock")
+
+
+def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
+    """A new folder in `parent` for the run of a launch, and the lock that tells that its first worker lives.
+
+    Folders of launches that were killed with all their processes, so that none could remove them, are removed.
+
+    Returns:
+        the folder, and an open file to be closed when the run is left.
+    """
+    for stale in dead_launches(parent):
+        logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
+        shutil.rmtree(stale, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
+    beside = path / "launch.new"
+    held = beside.open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    beside.rename(path / "launch")  # whoever finds it finds it locked
+    return path, held
+
+
+def dead_launches(parent: Path) -> list[Path]:
+    """The folders in `parent` of this user's launches of which nothing lives."""
+    return [
+        folder
+        for folder in parent.glob(f"{LAUNCH_PREFIX}*")
+        if (lock := folder / "launch").exists()
+        and folder.stat().st_uid == os.getuid()
+        and not _is_locked(lock)
+        and not is_served(folder)
+    ]
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        with (path / "lock").open("r") as lock:
+        with path.open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

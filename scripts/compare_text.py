@@ -1,0 +1,145 @@
+"""LSAM against data-parallel SAM and plain data parallelism on sentences of your own, two workers, each tuned alike.
+
+    python scripts/compare_text.py NAME --config recipes/text_classification/compare.yaml \\
+        --train_file train.csv --validation_file test.csv [--use_lora true --learning_rate 2e-3] [--key value ...]
+
+The keys are those of train_text_classification.py. Three trials a method, on a part of the training file that is held
+out for them: rho in {0.01, 0.03, 0.1} for LSAM and SAM; for plain data parallelism, which has none, the learning rate,
+half, once and twice what is given. Then five seeds of the best, evaluated on the validation file. Runs are kept in
+`--runs_dir`; one that has finished is not run again. `--output_dir` receives NAME.json; `--readme` a table between the
+markers NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from configuration import parse_configuration
+from progress import Progress, add_quiet
+from reporting import REPOSITORY
+from summarize_results import summarize, table, write_between
+from text_data import DataArguments
+from train_text_classification import ModelArguments, run
+
+from hf_lsam import LSAMConfig
+from hf_lsam.identity import Identity
+
+KEYS = (ModelArguments, DataArguments, LSAMConfig)
+RHOS = (0.01, 0.03, 0.1)
+RATES = (0.5, 1.0, 2.0)  # of the learning rate that is given
+SEEDS = range(5)
+TRIAL = {"validation_file": None, "eval_size": 0.1, "seed": 100}
+
+
+def trials(learning_rate: float) -> dict[str, list[dict[str, float]]]:
+    """What each method tries."""
+    rhos = [{"sam_rho": rho} for rho in RHOS]
+    return {"lsam": rhos, "sam": rhos, "sgd": [{"learning_rate": learning_rate * factor} for factor in RATES]}
+
+
+def results(runs: list[dict[str, Any]], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
+    """The results of the runs, in their order; those that are missing are run, one launch a method."""
+    folders, missing = [], {}
+    for values in runs:
+        folder = runs_dir / hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        if not (folder / "results.json").exists():
+            missing.setdefault(values["method"], []).append({**values, "output_dir": str(folder)})
+        folders.append(folder)
+    for batch in missing.values():
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        command += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0", str(Path(__file__).resolve()), "--runs"]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(batch, file)
+            file.flush()
+            subprocess.run([*command, file.name, *(["--quiet"] if quiet else [])], check=True)
+    return [json.loads((folder / "results.json").read_text()) for folder in folders]
+
+
+def work(runs: list[dict[str, Any]], quiet: bool) -> None:
+    """What a process of a launch does: the runs, of which the results stay and not the models."""
+    first = Identity.from_environment().rank == 0
+    with Progress(len(runs), "runs", quiet) if first else nullcontext() as progress:
+        for values in runs:
+            found = run(values)
+            if found is not None:
+                progress.say(f"{values['method']}, seed {values['seed']}: {found['eval_accuracy']:.4f}")
+                progress.advance()
+                for weights in Path(values["output_dir"]).glob("*.safetensors"):
+                    weights.unlink()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def compare(values: dict[str, Any], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
+    """Tunes, and runs the seeds; the summaries, the trials and the paired differences of LSAM to the others."""
+    tried = trials(values["learning_rate"])
+    plans = [{**values, **TRIAL, "method": method, **own} for method, several in tried.items() for own in several]
+    found = results(plans, runs_dir, quiet)
+    report: dict[str, Any] = {"trials": [], "chosen": {}}
+    for plan, result in zip(plans, found, strict=True):
+        own = {key: plan[key] for key in tried[plan["method"]][0]}
+        report["trials"].append({"method": plan["method"], **own, "accuracy": result["eval_accuracy"]})
+    for method, several in tried.items():
+        best = max((t for t in report["trials"] if t["method"] == method), key=lambda trial: trial["accuracy"])
+        report["chosen"][method] = {key: best[key] for key in several[0]}
+    final = [{**values, "method": m, **own, "seed": s} for m, own in report["chosen"].items() for s in SEEDS]
+    runs = results(final, runs_dir, quiet)
+    accuracy = {(run["method"], run["seed"]): run["eval_accuracy"] for run in runs}
+    report["paired_differences"] = {
+        f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in SEEDS]
+        for other in ("sam", "sgd")
+    }
+    report["train_examples"] = runs[0]["train_examples"]
+    report["summaries"] = summarize(runs)
+    return report
+
+
+def text(report: dict[str, Any]) -> str:
+    """The table, and in words what was chosen and how the methods differ seed by seed."""
+    chosen = "; ".join(
+        f"{method} {', '.join(f'{key} {value:g}' for key, value in own.items())}"
+        for method, own in report["chosen"].items()
+    )
+    differences = ", ".join(
+        f"{name} {statistics.fmean(values):+.4f} ± {statistics.stdev(values):.4f}"
+        for name, values in report["paired_differences"].items()
+    )
+    return f"{table(report['summaries'])}\n\nChosen: {chosen}. Paired by seed: {differences}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="of the comparison")
+    add_quiet(parser)
+    parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/compare_text")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/compare_text/tables")
+    parser.add_argument("--readme", type=Path, help="file to write the table into, between the markers NAME")
+    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)  # a process of a launch: the runs to make
+    arguments, words = parser.parse_known_args()
+    if arguments.runs is not None:
+        work(json.loads(arguments.runs.read_text()), arguments.quiet)
+        return
+    if arguments.name is None:
+        parser.error("name the comparison")
+    report = compare(parse_configuration(KEYS, words), arguments.runs_dir, arguments.quiet)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    path = arguments.output_dir / f"{arguments.name}.json"
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if arguments.readme is not None:
+        write_between(arguments.readme, arguments.name, text(report))
+    print(text(report))
+
+
+if __name__ == "__main__":
+    main()
