@@ -244,7 +244,7 @@ def _contents(runs: Sequence[RunFacts]) -> str:
 
 def _comparison(groups: Sequence[Group]) -> str:
     metrics = list(dict.fromkeys(metric for group in groups for run in group.runs for metric in run.metrics()))
-    measured: list[tuple[str, Callable[[RunFacts], Points]]] = [("loss, mean of the workers", loss_of_workers)]
+    measured: list[tuple[str, Callable[[RunFacts], Points]]] = [("loss of the workers", loss_of_workers)]
     measured += [(metric, lambda run, metric=metric: _metric_curve(run, metric)) for metric in metrics]
     figures = []
     for index, (what, curve) in enumerate(measured):
@@ -252,7 +252,7 @@ def _comparison(groups: Sequence[Group]) -> str:
         for style, group in enumerate(groups):
             points, spread = mean_and_spread([curve(run) for run in group.runs])
             series.append(Series(f"{group.label} (n = {len(group.runs)})", points, style, spread))
-        figures.append(line_chart(f"compared-{index}", f"{what}: mean over seeds", "step", what, series))
+        figures.append(line_chart(f"compared-{index}", f"{what}, mean over seeds", "step", what, series))
     head = ["runs", "n", "seeds", *(f"{what}, last" for what, _ in measured), "drift, last", "MiB, all workers"]
     rows = []
     for group in groups:
