@@ -208,7 +208,11 @@ def mean_and_spread(curves: Sequence[Points]) -> tuple[Points, list[float]]:
     values = [dict(curve) for curve in curves]
     common = sorted(set.intersection(*(set(value) for value in values)))
     means = [(step, mean(value[step] for value in values)) for step in common]
-    return means, [stdev(value[step] for value in values) for step in common] if len(curves) > 1 else []
+    return means, [_deviation([value[step] for value in values]) for step in common] if len(curves) > 1 else []
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def loss_of_workers(run: RunFacts) -> Points:
@@ -258,7 +262,7 @@ def _comparison(groups: Sequence[Group]) -> str:
     for group in groups:
         lasts = [[points[-1][1] for run in group.runs if (points := curve(run))] for _, curve in measured]
         drifts = [point["lsam/drift"] for run in group.runs for point in _last_points(run) if "lsam/drift" in point]
-        traffic = [max(map(run.mebibytes, _last_points(run)), default=math.nan) for run in group.runs]
+        traffic = [max(map(run.mebibytes, last)) for run in group.runs if (last := _last_points(run))]
         seeds = ", ".join(str(run.configuration.get("seed", "not recorded")) for run in group.runs)
         cells = [_spread(values) for values in [*lasts, drifts, traffic]]
         rows.append([group.label, str(len(group.runs)), seeds, *cells])
@@ -277,7 +281,7 @@ def _last_points(run: RunFacts) -> list[dict[str, Any]]:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "none"
-    return f"{number(mean(values))} ± {number(stdev(values))}" if len(values) > 1 else number(values[0])
+    return f"{number(mean(values))} ± {number(_deviation(values))}" if len(values) > 1 else number(values[0])
 
 
 def _run_section(index: int, run: RunFacts, alone: bool) -> str:
