@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +26,7 @@ from .charts import Series, absent, line_chart, map_chart, number, table
 _NOT_COMPARED = ("seed", "data_seed", "shared_memory_dir", "server_address", "num_workers", "landscape_points")
 _NOT_COMPARED += ("landscape_batches",)
 _NOT_MEASURED = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of an evaluation's other entries
+_BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")
 _MIB = 2**20
 
 Points = list[tuple[float, float]]
@@ -49,8 +52,11 @@ def report(run_dirs: tuple[Path, ...], output: Path) -> None:
     try:
         page = render([read_run(run_dir) for run_dir in run_dirs])
         beside = output.with_name(f".{output.name}.{os.getpid()}")
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(output)
+        try:
+            beside.write_text(page, encoding="utf-8")
+            beside.replace(output)
+        finally:
+            beside.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{output}: {len(run_dirs)} run{'' if len(run_dirs) == 1 else 's'}, {len(page) / 1000:,.0f} kB")
@@ -83,7 +89,7 @@ class RunFacts:
 
     def points(self, rank: int) -> list[dict[str, Any]]:
         """The log points of a worker."""
-        return [entry for entry in self.record.workers.get(rank, []) if "loss" in entry]
+        return [entry for entry in self.record.workers.get(rank, []) if "loss" in entry or "lsam/drift" in entry]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Those of the anchor."""
@@ -101,10 +107,19 @@ class RunFacts:
     def mebibytes(self, entry: dict[str, Any]) -> float:
         """What all workers have pushed and pulled until then, as far as they have logged it."""
         total = 0.0
-        for rank in self.record.workers:
-            until = [point for point in self.points(rank) if point["time"] <= entry["time"]]
-            total += sum(until[-1].get(name, 0) for name in ("lsam/bytes_pushed", "lsam/bytes_pulled")) if until else 0
+        for times, exchanged in self._traffic:
+            before = bisect_right(times, entry["time"])
+            total += exchanged[before - 1] if before else 0
         return total / _MIB
+
+    @cached_property
+    def _traffic(self) -> list[tuple[list[float], list[float]]]:
+        """Of each worker the times of its log points, and what it had pushed and pulled by then."""
+        every = [self.points(rank) for rank in self.record.workers]
+        return [
+            ([point["time"] for point in points], [sum(point.get(name, 0) for name in _BYTES) for point in points])
+            for points in every
+        ]
 
 
 def read_run(run_dir: Path) -> RunFacts:
@@ -135,13 +150,13 @@ def read_run(run_dir: Path) -> RunFacts:
 def _last_life(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries without those that a resumed worker has made again; bytes go on counting."""
     kept: list[dict[str, Any]] = []
-    before = {"lsam/bytes_pushed": 0, "lsam/bytes_pulled": 0}
+    before = dict.fromkeys(_BYTES, 0)
     offset = dict(before)
     for entry in entries:
         if entry.get("begin"):
             kept = [earlier for earlier in kept if earlier["step"] <= entry["step"] and not earlier.get("end")]
             offset = dict(before)
-        elif "loss" in entry:
+        elif _BYTES[0] in entry:
             entry = entry | {name: entry.get(name, 0) + offset[name] for name in before}
             before = {name: entry[name] for name in before}
         kept.append(entry)
@@ -217,7 +232,9 @@ def _deviation(values: Sequence[float]) -> float:
 
 def loss_of_workers(run: RunFacts) -> Points:
     """The mean of the workers' losses at the steps that all of them have logged."""
-    curves = [[(point["step"], point["loss"]) for point in run.points(rank)] for rank in run.record.workers]
+    curves = [
+        [(point["step"], point["loss"]) for point in run.points(rank) if "loss" in point] for rank in run.record.workers
+    ]
     return mean_and_spread(curves)[0] if curves else []
 
 
@@ -254,8 +271,10 @@ def _comparison(groups: Sequence[Group]) -> str:
     for index, (what, curve) in enumerate(measured):
         series = []
         for style, group in enumerate(groups):
-            points, spread = mean_and_spread([curve(run) for run in group.runs])
-            series.append(Series(f"{group.label} (n = {len(group.runs)})", points, style, spread))
+            curves = list(filter(None, map(curve, group.runs)))
+            if curves:
+                points, spread = mean_and_spread(curves)
+                series.append(Series(f"{group.label} (n = {len(curves)})", points, style, spread))
         figures.append(line_chart(f"compared-{index}", f"{what}, mean over seeds", "step", what, series))
     head = ["runs", "n", "seeds", *(f"{what}, last" for what, _ in measured), "drift, last", "MiB, all workers"]
     rows = []
@@ -314,13 +333,13 @@ def _curves(name: str, run: RunFacts) -> list[str]:
         anchor = [(x(entry), entry["eval_loss"]) for entry in run.evaluations() if "eval_loss" in entry]
         series += [Series("anchor (eval_loss)", anchor, None)] if anchor else []
         figures.append(line_chart(f"{name}-loss-{slug}", f"Loss against {slug}", label, "loss", series))
-    for metric in run.metrics():
-        if metric == "eval_loss":
-            continue
+    for index, metric in enumerate(metric for metric in run.metrics() if metric != "eval_loss"):
         for slug, label, x in axes:
             points = [(x(entry), entry[metric]) for entry in run.evaluations() if metric in entry]
             series = [Series("anchor", points, None)]
-            figures.append(line_chart(f"{name}-{metric}-{slug}", f"{metric} against {slug}", label, metric, series))
+            figures.append(
+                line_chart(f"{name}-metric{index}-{slug}", f"{metric} against {slug}", label, metric, series)
+            )
     if not run.evaluations():
         figures.append(absent("Evaluations of the anchor", "There are none: the run has logged no evaluation."))
     return figures
