@@ -31,7 +31,7 @@ TASKS = (
     ("ForSequenceClassification", "text-classification", "SEQ_CLS"),
     ("ForTokenClassification", "token-classification", "TOKEN_CLS"),
     ("ForImageClassification", "image-classification", None),
-    ("ForConditionalGeneration", "text-generation", "SEQ_2_SEQ_LM"),
+    ("ForConditionalGeneration", None, "SEQ_2_SEQ_LM"),
     ("ForCausalLM", "text-generation", "CAUSAL_LM"),
     ("LMHeadModel", "text-generation", None),
 )

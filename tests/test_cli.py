@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -223,6 +224,17 @@ def test_monitor_shows_a_finished_run(finished):
     assert "latest evaluation of the anchor, at step 8: eval_loss" in result.output
     rows = [line.split() for line in result.output.splitlines() if line.strip()[:1] in ("0", "1")]
     assert [(row[0], row[1], row[2]) for row in rows] == [("0", "finished", "8"), ("1", "finished", "8")]
+
+
+def test_monitor_does_not_judge_processes_of_another_machine(finished, tmp_path):
+    shutil.copytree(finished / "lsam", tmp_path / "lsam")
+    for path in (tmp_path / "lsam").glob("*.jsonl"):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        entries = [{**entry, "host": "elsewhere"} if "begin" in entry else entry for entry in entries]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries if "end" not in entry))
+    output = hf_lsam("monitor", tmp_path, "--once").output
+    assert "on another machine" in output
+    assert "dead" not in output
 
 
 def test_monitor_lives_in_a_terminal_until_the_run_has_ended(finished):

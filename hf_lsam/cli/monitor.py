@@ -24,6 +24,7 @@ PIPE_WIDTH = 120  # columns where there is no terminal to ask
 # A process that lives and has not logged for as many of its usual intervals is called silent.
 SILENT_INTERVALS, SILENT_SECONDS = 10, 60.0
 
+GOES_ON = ("training", "waiting", "away")
 STYLES = {"training": "green", "finished": "cyan", "failed": "red", "dead": "red", "silent": "yellow"}
 
 
@@ -45,10 +46,12 @@ def monitor(run_dir: Path, once: bool, interval: float) -> None:
             console.print(render(reader.read(), time.time()))
             return
         with Live(render(reader.read(), time.time()), auto_refresh=False) as live:
-            while run_state(reader.read()) in ("training", "waiting"):
-                live.update(render(reader.read(), time.time()), refresh=True)
+            while True:
+                record = reader.read()
+                live.update(render(record, time.time()), refresh=True)
+                if run_state(record) not in GOES_ON:
+                    return
                 time.sleep(interval)
-            live.update(render(reader.read(), time.time()), refresh=True)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
@@ -75,7 +78,7 @@ def render(record: Record, now: float) -> Group:
     run, state = record.run, run_state(record)
     points = [point for rank in record.workers for point in log_points(record, rank)]
     last = max((entries[-1]["time"] for entries in record.workers.values()), default=run["started"])
-    ended = state not in ("training", "waiting", "away")
+    ended = state not in GOES_ON
     head = Text.assemble(
         f"run {run['run_id']}: ",
         (_sentence(record, state), f"bold {STYLES.get(state, '')}"),
@@ -147,6 +150,8 @@ def _row(record: Record, rank: int, now: float) -> list[str | Text]:
 
 
 def _sentence(record: Record, state: str) -> str:
+    if state == "away":
+        state = "on another machine, whose processes cannot be seen from here"
     states = _states(record)
     gone = [f"{_count(states.count(word), 'worker')} {word}" for word in ("dead", "failed") if word in states]
     finished = states.count("finished")
