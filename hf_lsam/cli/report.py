@@ -300,7 +300,7 @@ def _last_points(run: RunFacts) -> list[dict[str, Any]]:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "none"
-    return f"{number(mean(values))} ± {number(_deviation(values))}" if len(values) > 1 else number(values[0])
+    return f"{number(mean(values))}\u00a0±\u00a0{number(_deviation(values))}" if len(values) > 1 else number(values[0])
 
 
 def _run_section(index: int, run: RunFacts, alone: bool) -> str:
