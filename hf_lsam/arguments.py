@@ -231,6 +231,12 @@ class LSAMArguments:
         service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
         return Patience(service, self.server_timeout, self.machine_timeout)
 
+    def kernel_precision(self) -> float:
+        """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""
+        if self.server_rule != "smoothed" or not self.learning_rate:
+            return 0.0
+        return self.coupling_strength / (self.learning_rate * self.sync_steps)
+
     def lsam_fields(self) -> dict[str, Any]:
         """LSAM's own fields by name, without those of the Trainer they are mixed into."""
         return {each.name: getattr(self, each.name) for each in fields(LSAMArguments)}

@@ -475,7 +475,8 @@ class LSAMTrainerMixin:
     def _survey_landscape(self):
         """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
 
-        In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point.
+        In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
+        cannot be read or written is warned of; the run has its model already.
         """
         args, folder = self.args, Path(self.args.output_dir) / FOLDER
         files = [folder / f"landscape-{rank}.safetensors" for rank in range(args.identity.num_workers)]
@@ -485,22 +486,24 @@ class LSAMTrainerMixin:
             logger.warning(f"The landscape will be without worker {args.identity.rank}: {error}")
         if self.gather_from_workers("landscape", None) is None:
             return
-        # Those of another machine are not here unless output_dir is shared.
-        workers = {rank: load_tensors(file)["x"] for rank, file in enumerate(files) if file.exists()}
-        for file in files:
-            file.unlink(missing_ok=True)
-        strength = 0.0
-        if args.server_rule == "smoothed" and args.learning_rate > 0:
-            strength = args.coupling_strength / (args.learning_rate * args.sync_steps)
-        measured = {
-            "run_id": read_record(args.output_dir).run["run_id"],
-            "batches": args.landscape_batches,
-            "batchnorm": bool(self._batchnorm),
-            **self._surveyed({rank: x.to(args.device) for rank, x in workers.items()}, strength),
-        }
-        beside = folder / ".landscape.json"
-        beside.write_text(json.dumps(measured))
-        beside.replace(folder / "landscape.json")
+        try:
+            # Those of another machine are not here unless output_dir is shared.
+            workers = {
+                rank: load_tensors(file)["x"].to(args.device) for rank, file in enumerate(files) if file.exists()
+            }
+            for file in files:
+                file.unlink(missing_ok=True)
+            measured = {
+                "run_id": read_record(args.output_dir).run["run_id"],
+                "batches": args.landscape_batches,
+                "batchnorm": bool(self._batchnorm),
+                **self._surveyed(workers, args.kernel_precision()),
+            }
+            beside = folder / ".landscape.json"
+            beside.write_text(json.dumps(measured))
+            beside.replace(folder / "landscape.json")
+        except (OSError, ValueError) as error:
+            logger.warning(f"The landscape is not in the record: {error}")
 
     def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
         args, worker, shown = self.args, self.worker, self.worker.own_parameters
