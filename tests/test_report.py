@@ -184,6 +184,7 @@ def test_what_is_missing_is_said(runs, tmp_path):
     (folder / "worker-0.jsonl").write_text("\n".join(kept) + "\n")
     (folder / "worker-1.jsonl").unlink()
     (folder / "landscape.json").write_text("{")
+    (run / "results.json").write_text(json.dumps({"eval_accuracy": 0.515625, "versions": {"torch": "2"}}))
     page = tmp_path / "report.html"
     page.write_text("an older page")
     assert report(run, "-o", page).exit_code == 0
@@ -193,6 +194,7 @@ def test_what_is_missing_is_said(runs, tmp_path):
     assert "landscape.json could not be read" in text
     assert "It was not measured." in text
     assert "the run has logged no evaluation" in text
+    assert "<td>eval_accuracy</td><td>0.5156</td>" in text
     assert "1 points are NaN or infinite" in text
     (folder / "worker-0.jsonl").unlink()
     assert report(run, runs[1], "-o", page).exit_code == 0
