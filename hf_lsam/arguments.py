@@ -99,6 +99,12 @@ class LSAMArguments:
             "worker" leaves those of the worker, which belong to other weights. Without BatchNorm it does nothing.
         batchnorm_batches (`int`, defaults to 32): how many training batches "reestimate" takes.
 
+    Parameters that control what is measured when training ends:
+        landscape_points (`int`, defaults to 0): points of a line from the anchor to each worker, and of each side of a
+            grid on the plane through the anchor and two workers, at which worker 0 evaluates the loss for `hf-lsam
+            report`. 4 k + 1, such as 17, so that anchor and workers are among them; 0 measures nothing.
+        landscape_batches (`int`, defaults to 4): how many training batches, always the same, each of these takes.
+
     Raises:
         ValueError: for a value out of range, for a configuration in which the distance between workers and anchor
             would grow without bound, and for what LSAM cannot be combined with.
@@ -135,6 +141,8 @@ class LSAMArguments:
         default="reestimate", metadata={"help": "The anchor's BatchNorm statistics: 'reestimate', 'average', 'worker'."}
     )
     batchnorm_batches: int = field(default=32, metadata={"help": "Training batches to re-estimate them from."})
+    landscape_points: int = field(default=0, metadata={"help": "Points a line of the loss landscape, 4 k + 1; or 0."})
+    landscape_batches: int = field(default=4, metadata={"help": "Training batches that each of them takes."})
 
     def __post_init__(self):
         self._saving_own_state = False
@@ -222,6 +230,12 @@ class LSAMArguments:
     def patience(self) -> Patience:
         service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
         return Patience(service, self.server_timeout, self.machine_timeout)
+
+    def kernel_precision(self) -> float:
+        """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""
+        if self.server_rule != "smoothed" or not self.learning_rate:
+            return 0.0
+        return self.coupling_strength / (self.learning_rate * self.sync_steps)
 
     def lsam_fields(self) -> dict[str, Any]:
         """LSAM's own fields by name, without those of the Trainer they are mixed into."""
@@ -365,6 +379,19 @@ class LSAMArguments:
             "batchnorm_batches",
             "an integer >= 1",
             "batchnorm_statistics='worker' keeps the worker's own.",
+        )
+        require(
+            whole("landscape_points")
+            and (self.landscape_points == 0 or (self.landscape_points >= 5 and self.landscape_points % 4 == 1)),
+            "landscape_points",
+            "0 or 4 k + 1 (5, 9, 13, 17, ...)",
+            "So anchor and workers are among the points.",
+        )
+        require(
+            whole("landscape_batches") and self.landscape_batches >= 1,
+            "landscape_batches",
+            "an integer >= 1",
+            "landscape_points=0 measures nothing.",
         )
         require(
             os.path.isdir(self.shared_memory_dir) and os.access(self.shared_memory_dir, os.W_OK),

@@ -40,7 +40,13 @@ class _LoopArguments(LSAMArguments):
 
 
 # What a closure decides for itself, or a Trainer's data loader.
-NOT_IN_A_LOOP = ("sam_ascent_fraction", "data_distribution", "batchnorm_batches")
+NOT_IN_A_LOOP = (
+    "sam_ascent_fraction",
+    "data_distribution",
+    "batchnorm_batches",
+    "landscape_points",
+    "landscape_batches",
+)
 
 
 class LSAM:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,14 +30,22 @@ from transformers.utils import logging as transformers_logging
 
 from . import sam
 from .arguments import LSAMArguments
-from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
+from .batchnorm import (
+    frozen_statistics,
+    keep_variances_positive,
+    kept_statistics,
+    reestimate,
+    running_statistics,
+    tracking_layers,
+)
 from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
 from .card import facts_of_record, model_card
 from .checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from .figures import Figures
 from .identity import data_sharding, is_pinned
+from .landscape import survey
 from .parameters import trainable_parameters
-from .record import RecordWriter, describe, read_record
+from .record import FOLDER, RecordWriter, describe, read_record
 from .run import EndSignals, Run
 from .transport.link import ServerGone
 from .worker import Worker
@@ -455,11 +464,69 @@ class LSAMTrainerMixin:
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
         worker.adopt_anchor()
         self._reestimate_batchnorm()
+        if self.args.landscape_points:
+            self._survey_landscape()
         if best >= 0 and self.args.identity.rank != 0:
             # Worker 0 has evaluated and saved; all load the same best checkpoint.
             folder = Path(self.args.output_dir) / f"checkpoint-{best}"
             state.best_global_step, state.best_model_checkpoint = best, str(folder) if folder.is_dir() else None
         return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _survey_landscape(self):
+        """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
+
+        In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
+        cannot be read or written is warned of; the run has its model already.
+        """
+        args, folder = self.args, Path(self.args.output_dir) / FOLDER
+        files = [folder / f"landscape-{rank}.safetensors" for rank in range(args.identity.num_workers)]
+        try:
+            save_tensors(files[args.identity.rank], {"x": self._own})
+        except OSError as error:
+            logger.warning(f"The landscape will be without worker {args.identity.rank}: {error}")
+        if self.gather_from_workers("landscape", None) is None:
+            return
+        try:
+            # Those of another machine are not here unless output_dir is shared.
+            workers = {
+                rank: load_tensors(file)["x"].to(args.device) for rank, file in enumerate(files) if file.exists()
+            }
+            for file in files:
+                file.unlink(missing_ok=True)
+            measured = {
+                "run_id": read_record(args.output_dir).run["run_id"],
+                "batches": args.landscape_batches,
+                "batchnorm": bool(self._batchnorm),
+                **self._surveyed(workers, args.kernel_precision()),
+            }
+            beside = folder / ".landscape.json"
+            beside.write_text(json.dumps(measured))
+            beside.replace(folder / "landscape.json")
+        except (OSError, ValueError) as error:
+            logger.warning(f"The landscape is not in the record: {error}")
+
+    def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
+        args, worker, shown = self.args, self.worker, self.worker.own_parameters
+        modes = [(module, module.training) for module in self.model.modules()]
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), frozen_statistics(self._batchnorm), uncounted(self):
+            batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
+
+            def loss(x: Tensor) -> float:
+                worker.layout.write(x, worker.parameters)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    losses = [self.compute_loss(self.model, self._prepare_inputs(batch)) for batch in batches]
+                return torch.stack(losses).mean().item()
+
+            self.model.eval()
+            for layer in self._batchnorm:
+                layer.train()
+            try:
+                return survey(loss, shown, workers, args.landscape_points, strength)
+            finally:
+                worker.layout.write(shown, worker.parameters)
+                for module, training in modes:
+                    module.training = training
 
     # --- checkpoints: the model is the anchor; beside it the server's state, and each worker's own ---
 

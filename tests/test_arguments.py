@@ -43,6 +43,8 @@ OUT_OF_RANGE = {
     "batchnorm_batches": [0, 0.5],
     "batchnorm_statistics": ["none"],
     "server_rule": ["majority"],
+    "landscape_points": [-1, 1, 8, 10, 2.5, True],
+    "landscape_batches": [0, 1.5],
 }
 
 

@@ -35,10 +35,11 @@ ROOMS = [
     "coupling",
     "sam",
     "batchnorm",
+    "landscape",
     "parameters",
 ]
 # Arithmetic: torch and the standard library alone.
-ARITHMETIC = ["rules", "anchor", "coupling", "sam", "batchnorm", "parameters"]
+ARITHMETIC = ["rules", "anchor", "coupling", "sam", "batchnorm", "landscape", "parameters"]
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,249 @@
+"""`hf-lsam report`: pages of real runs, opened in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from click.testing import CliRunner, Result
+from launch import accelerate_launch, write_script
+from models import arguments, blobs, net, vector
+
+from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
+from hf_lsam.cli import main
+from hf_lsam.cli.charts import Series, line_chart, ticks
+from hf_lsam.cli.report import mean_and_spread, read_run
+
+TESTS = Path(__file__).parent
+
+# A run of two workers: sys.argv are its folder, its seed and its sync_steps.
+RUN = """
+import sys
+from models import arguments, blobs, net
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+OUT, SEED, SYNC = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+fields = dict(max_steps=16, sync_steps=SYNC, eval_strategy="steps", eval_steps=4, logging_steps=2, seed=SEED)
+args = arguments(LSAMConfig, OUT, **{**fields, "landscape_points": 9, "landscape_batches": 2})
+model = net(SEED, batchnorm=True)
+LSAMTrainer(model=model, args=args, train_dataset=blobs(), eval_dataset=blobs(16, 1)).train()
+"""
+
+
+def report(*words: object) -> Result:
+    return CliRunner().invoke(main, ["report", *map(str, words)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """The folders of three runs of two workers each: two seeds, and another sync_steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = write_script(folder / "script.py", RUN)
+    paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
+    cases = {"one <&> seed": (1, 4), "another": (2, 4), "slower": (1, 8)}
+    for name, (seed, sync_steps) in cases.items():
+        accelerate_launch(script, str(folder / name), str(seed), str(sync_steps), PYTHONPATH=paths)
+    return [folder / name for name in cases]
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("THERE IS NO CHROMIUM: no page was opened. Install it: apt-get install chromium")
+    with Browser(tmp_path / "profile") as browser:
+        yield browser
+
+
+# --- what is measured when training ends ---
+
+
+def test_workers_leave_a_landscape_and_nothing_else(runs):
+    for run in runs:
+        assert sorted(path.name for path in (run / "lsam").iterdir()) == [
+            "landscape.json",
+            "run.json",
+            "worker-0.jsonl",
+            "worker-1.jsonl",
+        ]
+    measured = json.loads((runs[0] / "lsam" / "landscape.json").read_text())
+    at_anchor = measured["fractions"].index(0.0)
+    lines, plane = measured["lines"], measured["plane"]
+    assert lines["0"][at_anchor] == lines["1"][at_anchor] == plane["losses"][4][4]
+    assert all(math.isfinite(value) for row in plane["losses"] + plane["smoothed"] for value in row)
+    assert measured["batchnorm"]
+    assert measured["strength"] == pytest.approx(0.1 / (0.05 * 4))
+
+
+def test_measuring_changes_nothing(tmp_path):
+    """Weights, statistics, modes and random numbers are those of a run that measures nothing."""
+    after = []
+    for points in (0, 9):
+        model = net(batchnorm=True, dropout=0.5)
+        args = arguments(LSAMConfig, tmp_path / str(points), max_steps=6, sync_steps=2, landscape_points=points)
+        trainer = LSAMTrainer(model=model, args=args, train_dataset=blobs())
+        trainer.train()
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        modes = [module.training for module in model.modules()]
+        after.append((vector(model), torch.get_rng_state(), buffers, modes, random.random()))
+    (x, state, buffers, modes, drawn), (y, state_2, buffers_2, modes_2, drawn_2) = after
+    assert torch.equal(x, y)
+    assert torch.equal(state, state_2)
+    assert all(map(torch.equal, buffers, buffers_2))
+    assert modes == modes_2
+    assert drawn == drawn_2
+    measured = json.loads((tmp_path / "9" / "lsam" / "landscape.json").read_text())
+    assert list(measured["lines"]) == ["0"]
+    assert measured["plane"] is None
+
+
+def test_a_loop_of_your_own_measures_no_landscape():
+    model = net()
+    with pytest.raises(TypeError, match="landscape_points"):
+        LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), landscape_points=9)
+
+
+# --- the page ---
+
+
+def test_the_page_in_a_browser(runs, browser, tmp_path):
+    page = tmp_path / "report.html"
+    assert report(*runs, "-o", page).exit_code == 0
+    shots = []
+    for width, dark, media in [
+        (1200, False, "screen"),
+        (1200, True, "screen"),
+        (360, False, "screen"),
+        (760, False, "print"),
+    ]:
+        browser.emulate(width, dark, media)
+        browser.open(page)
+        assert browser.ask("document.documentElement.scrollWidth") <= width
+        browser.screenshot(tmp_path / f"{width}{dark}{media}.png")
+        shots.append(browser.ask("getComputedStyle(document.body).backgroundColor"))
+    assert shots[0] == shots[2] == shots[3] == "rgb(255, 255, 255)"
+    assert shots[1] == "rgb(15, 20, 25)"
+    browser.pdf(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").stat().st_size > 20_000
+    assert set(browser.requests) == {page.as_uri()}
+    assert browser.errors == []
+    assert browser.ask("document.scripts.length") == 0
+    assert browser.ask("document.querySelector('section h2').textContent") == "Compared"
+    assert str(runs[0]) in browser.ask("[...document.querySelectorAll('h2')].map(e => e.textContent)[1]")
+
+
+def test_figures_speak_and_the_keyboard_reaches_their_numbers(runs, browser, tmp_path):
+    page = tmp_path / "report.html"
+    report(runs[0], "-o", page)
+    browser.emulate(1200)
+    browser.open(page)
+    figures = browser.ask("document.querySelectorAll('figure > svg').length")
+    assert figures == 9
+    nodes = browser("Accessibility.getFullAXTree")["nodes"]
+    images = [node for node in nodes if node.get("role", {}).get("value") in ("image", "img") and not node["ignored"]]
+    names = [image["name"]["value"] for image in images]
+    assert len(names) == figures
+    assert sum("worker 1:" in name for name in names) == 7
+    assert any("Colours from" in name and "anchor at (0, 0)" in name for name in names)
+    ids = browser.ask("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    # Tab and Enter open the first table.
+    for key in ({"key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9}, {"key": "Enter", "text": "\r"}):
+        browser("Input.dispatchKeyEvent", type="keyDown", **key)
+        browser("Input.dispatchKeyEvent", type="keyUp", **{name: key[name] for name in key if name != "text"})
+    assert browser.ask("document.querySelector('details').open")
+    assert browser.ask("document.querySelector('details td').getBoundingClientRect().height") > 0
+
+
+def test_runs_are_compared_over_seeds(runs, tmp_path):
+    page = tmp_path / "report.html"
+    report(*runs, "-o", page)
+    text = page.read_text()
+    assert "sync_steps=4 (n = 2)" in text
+    assert "sync_steps=8 (n = 1)" in text
+    finals = [read_run(run).evaluations()[-1]["eval_loss"] for run in runs[:2]]
+    points, spread = mean_and_spread([[(0, 1.0), (8, finals[0])], [(4, 2.0), (8, finals[1])]])
+    assert points == [(8, pytest.approx(sum(finals) / 2))]
+    assert spread == [pytest.approx(abs(finals[0] - finals[1]) / math.sqrt(2))]
+
+
+def test_what_is_missing_is_said(runs, tmp_path):
+    """A worker that died, one that never came, a torn landscape, no evaluations, a loss that is NaN."""
+    run = tmp_path / "broken"
+    shutil.copytree(runs[0], run)
+    folder = run / "lsam"
+    lines = (folder / "worker-0.jsonl").read_text().splitlines()
+    kept = [line for line in lines if "eval_" not in line and '"end"' not in line]
+    kept.append(json.dumps({"time": 2e9, "step": 17, "loss": "NaN"}))
+    (folder / "worker-0.jsonl").write_text("\n".join(kept) + "\n")
+    (folder / "worker-1.jsonl").unlink()
+    (folder / "landscape.json").write_text("{")
+    (run / "results.json").write_text(json.dumps({"eval_accuracy": 0.515625, "versions": {"torch": "2"}}))
+    page = tmp_path / "report.html"
+    page.write_text("an older page")
+    assert report(run, "-o", page).exit_code == 0
+    text = page.read_text()
+    assert "Worker 0 is dead, not finished." in text
+    assert "Worker 1 has written nothing here" in text
+    assert "landscape.json could not be read" in text
+    assert "It was not measured." in text
+    assert "the run has logged no evaluation" in text
+    assert "<td>eval_accuracy</td><td>0.5156</td>" in text
+    assert "1 points are NaN or infinite" in text
+    (folder / "worker-0.jsonl").unlink()
+    assert report(run, runs[1], "-o", page).exit_code == 0
+    assert "There is nothing to draw" in page.read_text()
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        result = report(folder, "-o", tmp_path / "report.html")
+        assert result.exit_code == 1
+        assert "holds no record of a run" in result.output
+        assert "Name the output_dir" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_counts_its_steps_once_and_its_bytes_on(runs, tmp_path):
+    run = tmp_path / "resumed"
+    shutil.copytree(runs[0], run)
+    path = run / "lsam" / "worker-1.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    again = [{**entry, "time": entry["time"] + 100} for entry in entries]
+    again[0]["step"] = 8
+    again = [again[0], *(entry for entry in again[1:] if entry["step"] > 8)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries + again))
+    points = read_run(run).points(1)
+    assert [point["step"] for point in points] == [2, 4, 6, 8, 10, 12, 14, 16]
+    pushed = [point["lsam/bytes_pushed"] for point in points]
+    assert pushed == sorted(pushed)
+    assert pushed[-1] > entries[-2]["lsam/bytes_pushed"]
+
+
+# --- figures ---
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
+    assert ticks(-0.013, 0.021, 4) == [-0.01, 0.0, 0.01, 0.02]
+    assert ticks(1e6, 1.000001e6)[0] >= 1e6
+
+
+@pytest.mark.parametrize("points", [[(0, 1.0)], [(0, 1.0), (1, 1.0)], [(0, 0.0), (0, 0.0)], [(0, -1e-9), (1, 1e300)]])
+def test_any_finite_points_make_a_figure(points):
+    figure = line_chart("name", "A <title>", "x", "y", [Series("curve", points, 0)])
+    assert "<polyline" in figure
+    assert "nan" not in figure
+    assert "A &lt;title&gt;" in figure
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end():
+    figure = line_chart("name", "title", "x", "y", [Series("curve", [(x, float(x)) for x in range(10_001)], 0)])
+    assert len(figure) < 20_000
+    assert "10,000 at 10,000" in figure
