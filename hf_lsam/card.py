@@ -114,17 +114,17 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
     tags += [tag for tag in given.pop("tags", []) if tag not in tags]
     data = {key: value for key, value in {**data, **given, "tags": tags}.items() if value}
     configuration = facts.configuration.items()
-    told = {key: _told(value) for key, value in configuration if value is not None and key not in NOT_TOLD}
+    known = {key: told(value) for key, value in configuration if value is not None and key not in NOT_TOLD}
     return ModelCard.from_template(
         ModelCardData(**data),
         template_path=str(TEMPLATE),
         mark=MARK,
         facts=facts,
-        base=_told(facts.base),
+        base=told(facts.base),
         method=METHODS.get(facts.method, facts.method),
         table=markdown_table(("", ""), facts.results),
         comparison=markdown_table(*facts.compared) if facts.compared else None,
-        configuration=json.dumps(told, indent=2, sort_keys=True, default=str),
+        configuration=json.dumps(known, indent=2, sort_keys=True, default=str),
     )
 
 
@@ -391,8 +391,8 @@ def is_hub_name(name: str | None) -> bool:
     return bool(name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
 
 
-def _told(value: Any) -> Any:
-    """Of a file on this machine its name alone: a card is published."""
+def told(value: Any) -> Any:
+    """Of a file on this machine its name alone: cards and reports are published."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -94,7 +94,7 @@ def step_ratios(batch: int, rounds: int, steps: int) -> dict:
     }
 
 
-def work(kind: str, batch: int, steps: int) -> float:
+def work(kind: str, batch: int, steps: int, folder: Path) -> float:
     """Images a second of this process, over its steps after a warm-up of one period."""
     torch.set_num_threads(1)
     model, optimizer, images, labels = problem(batch)
@@ -103,7 +103,7 @@ def work(kind: str, batch: int, steps: int) -> float:
         method = DataParallel(model, optimizer, Identity.from_environment(), fields, ascent_sync=False)
         forward = method.wrapped
     else:
-        method = Asynchronous(model, optimizer, LSAM_FIELDS, reset=False, out=Path(tempfile.gettempdir()))
+        method = Asynchronous(model, optimizer, LSAM_FIELDS, reset=False, out=folder)
         forward = model
     with method:
         for step in range(SYNC_STEPS + steps):
@@ -156,7 +156,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(step_ratios(arguments.batch, arguments.rounds, arguments.steps)))
         return
     if arguments.work:
-        rate = work(arguments.work, arguments.batch, arguments.steps)
+        rate = work(arguments.work, arguments.batch, arguments.steps, arguments.output)
         with tempfile.NamedTemporaryFile("w", suffix=".rate", dir=arguments.output, delete=False) as file:
             file.write(str(rate))
         return
