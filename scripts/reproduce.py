@@ -363,12 +363,12 @@ def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any], 
 
 
 def plot(rows: dict[str, list[dict[str, Any]]], path: Path, timed: bool) -> None:
-    """Error against epochs, bytes and, where it is measured, time; the line is the mean over seeds, the band their
-    range."""
+    """Error against epochs, bytes and time; the line is the mean over seeds, the band their range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    against = [("epoch", "epoch", 1), ("bytes", "MB exchanged", 1e6), ("seconds", "seconds", 1)][: 2 + timed]
+    seconds = "seconds" if timed else "seconds, with what else the machine had to do"
+    against = [("epoch", "epoch", 1), ("bytes", "MB exchanged", 1e6), ("seconds", seconds, 1)]
     figure = Figure(figsize=(5 * len(against), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     what = next(iter(rows.values()))[0]["evaluated_on"].removesuffix(" split")
