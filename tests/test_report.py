@@ -195,10 +195,13 @@ def test_what_is_missing_is_said(runs, tmp_path):
     assert "It was not measured." in text
     assert "the run has logged no evaluation" in text
     assert "<td>eval_accuracy</td><td>0.5156</td>" in text
-    assert "1 points are NaN or infinite" in text
+    assert "Not drawn, being NaN or infinite: 1 of the points." in text
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    (folder / "landscape.json").write_text(json.dumps({"run_id": run_id, "lines": {}}))
     (folder / "worker-0.jsonl").unlink()
     assert report(run, runs[1], "-o", page).exit_code == 0
     assert "There is nothing to draw" in page.read_text()
+    assert "landscape.json lacks batches, batchnorm, distances, fractions, plane, strength" in page.read_text()
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

@@ -113,8 +113,8 @@ def line_chart(name: str, title: str, x_label: str, y_label: str, series: Sequen
     parts += [_curve(each, x_axis, y_axis) for each in finite]
     said = [_said(each) for each in finite]
     if missing:
-        said.append(f"{missing} points are NaN or infinite and are not drawn.")
-    note = f"<p>{missing} points are NaN or infinite and are not drawn.</p>" if missing else ""
+        said.append(f"Not drawn, being NaN or infinite: {missing} of the points.")
+    note = f"<p>Not drawn, being NaN or infinite: {missing} of the points.</p>" if missing else ""
     legend = _legend([(each.css, each.marker, each.label) for each in finite])
     svg = _svg(name, title, f"{y_label} over {x_label}. {' '.join(said)}", "".join(parts))
     return _figure(title, svg + legend + note + _numbers(title, x_label, y_label, finite))

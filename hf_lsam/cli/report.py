@@ -27,6 +27,7 @@ from .charts import Series, absent, line_chart, map_chart, number, table
 _NOT_COMPARED = ("seed", "data_seed", "shared_memory_dir", "server_address", "num_workers", "landscape_points")
 _NOT_COMPARED += ("landscape_batches",)
 _NOT_MEASURED = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of an evaluation's other entries
+_OF_A_LANDSCAPE = {"batches", "batchnorm", "distances", "fractions", "lines", "plane", "strength"}
 _BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")
 _MIB = 2**20
 
@@ -145,6 +146,9 @@ def read_run(run_dir: Path) -> RunFacts:
     landscape = _optional(run_dir / FOLDER / "landscape.json", notes)
     if landscape is not None and landscape.get("run_id") != record.run["run_id"]:
         landscape = None  # of a run before in this folder
+    if landscape is not None and (lacking := sorted(_OF_A_LANDSCAPE - landscape.keys())):
+        notes.append(f"landscape.json lacks {', '.join(lacking)} and was left out.")
+        landscape = None
     return RunFacts(str(run_dir), record, landscape, _optional(run_dir / "results.json", notes), notes)
 
 
