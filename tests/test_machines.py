@@ -33,6 +33,7 @@ from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
 from hf_lsam.server.relay import RelayCore, RelayServer
 from hf_lsam.transport.link import MailboxLink, ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
 from hf_lsam.worker import WorkerSettings
 
@@ -293,6 +294,38 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
         assert ends[0] == ends[1]
         assert sum(run.top.pushes_of(1)) == 5 * TAU
         assert run.top._core.accepted_pushes == len(run.top.pushes_of(1)) + 2
+
+
+def test_a_global_server_that_is_told_to_end_waits_until_all_machines_have_the_final_anchor(tmp_path):
+    with cluster(tmp_path, [1, 1]) as run:
+        run.period()
+        hold = threading.Event()
+        peer = run.top._machines[1].peer
+
+        class Slow(type(peer)):  # its link takes what it is given late
+            can_post = property(lambda self: hold.is_set() and Peer.can_post.fget(self))
+
+        peer.__class__ = Slow
+        run.top.terminating = True
+        run.until(lambda: all(link.save_requested for link in run.links.values()))
+        ended = threading.Thread(target=run.finish)
+        ended.start()
+        run.threads[0].join(1.0)
+        assert run.threads[0].is_alive()
+        hold.set()
+        ended.join(30)
+        assert not ended.is_alive()
+
+
+def test_a_machine_ends_with_its_last_anchor_if_the_global_server_was_told_to_end_and_is_gone(tmp_path):
+    with cluster(tmp_path, [1, 1]) as run:
+        run.period()
+        relay = run.relays[0]
+        relay._address = ("127.0.0.1", 1)  # where nobody listens
+        run.top.terminating = True
+        run.until(lambda: run.links[1, 0].save_requested)
+        relay._peer._wire.socket.shutdown(socket.SHUT_RDWR)
+        assert run.finish()[1][0] == 1
 
 
 def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_path):

@@ -176,6 +176,7 @@ class GlobalServer(Server):
             del self._awaited[number]
             self._end_if_all_finished()
         if self.terminating and self._leave_by == float("inf"):
+            self._awaited.clear()
             for machine in self._machines.values():
                 machine.peer.post(Header(Say.STOP, 1))
         if self._machines:
@@ -183,11 +184,13 @@ class GlobalServer(Server):
         return super()._look_after(now)
 
     def _is_over(self, now: float) -> bool:
+        waiting = any(not (each.told_final and each.peer.can_post) for each in self._machines.values())
+        if self.terminating and now <= self._leave_by:
+            return super()._is_over(now) and not waiting
         if self.terminating or not self._started or not self._expected:
             return super()._is_over(now)
         if not self._ended:  # also when the workers of this machine have died
             return not self._machines and not self._awaited and super()._is_over(now)
-        waiting = any(not (each.told_final and each.peer.can_post) for each in self._machines.values())
         return not self._workers and not waiting and not self._awaited
 
     def _may_start(self) -> bool:
@@ -271,7 +274,7 @@ class GlobalServer(Server):
             return
         del self._machines[machine.number]
         owed = not (machine.finished and machine.told_final)
-        if 0 < machine.number < self._across.count and owed:
+        if 0 < machine.number < self._across.count and owed and not self.terminating:
             self._awaited[machine.number] = time.monotonic() + self._across.server_timeout
         if machine.finished:
             return

@@ -169,6 +169,7 @@ class RelayServer(Server):
         self._told_live = 0
         self._stop_wanted = self._stop_told = False
         self._finishing = self._finish_told = False
+        self._told_to_end = False  # as the global server was
         self._final = False  # the anchor is
         self._gone = False
         super().__init__(folder, *rest)
@@ -266,7 +267,10 @@ class RelayServer(Server):
         self._hand_on()
 
     def _lose_link(self, reason: object) -> None:
-        if self._linked and not self._ended:
+        if self._told_to_end:  # it will not come back, and nobody is to wait for it
+            self._final = True
+            self._end_if_all_finished()
+        elif self._linked and not self._ended:
             seconds = self._across.server_timeout
             self._give_up_at = time.monotonic() + seconds
             logger.warning("%s The workers go on around the last anchor, for up to %.0f s", reason, seconds)
@@ -301,6 +305,7 @@ class RelayServer(Server):
             if header.kind == Say.REJECTED:
                 logger.warning("the global server refused sum %d", header.b)
         elif header.kind == Say.STOP:
+            self._told_to_end = self._told_to_end or bool(header.a)
             for connection in self._workers.values():
                 if not connection.finished:
                     self._tell(connection, Message(Kind.STOP, connection.worker, a=header.a))
