@@ -96,12 +96,12 @@ def summary() -> str:
             f"n = {steps['lsam server']['exchange_n']}",
         )
     )
-    images = reports["images"]["results"]
+    images, batch = reports["images"]["results"], reports["images"]["parameters"]["batch"]
     loops, (_, ours, _) = images["step"], images["throughput"]
     rows.append(
         (
-            "an image loop's LSAM step, of two forward-backward passes of a plain PyTorch loop (ResNet-20, CPU): "
-            "glibc's malloc as it comes, and told to keep memory",
+            "an image loop's LSAM step, of two forward-backward passes of a plain PyTorch loop (ResNet-20, "
+            f"batch {batch}, CPU): glibc's malloc as it comes, and told to keep memory",
             ", ".join(f"{loop['ratio']:.3f} x" for loop in loops),
             f"n = {loops[0]['n']} each",
         )
