@@ -4,10 +4,10 @@
         --train_file train.csv --validation_file test.csv [--use_lora true --learning_rate 2e-3] [--key value ...]
 
 The keys are those of train_text_classification.py. Three trials a method, on a part of the training file that is held
-out for them: rho in {0.01, 0.03, 0.1} for LSAM and SAM; for plain data parallelism, which has none, the learning rate,
-half, once and twice what is given. Then five seeds of the best, evaluated on the validation file. Runs are kept in
-`--runs_dir`; one that has finished is not run again. `--output_dir` receives NAME.json; `--readme` a table between the
-markers NAME.
+out for them: a third, once and three times the given `sam_rho` for LSAM and SAM; half, once and twice the given
+learning rate for plain data parallelism, which has no rho. Then five seeds of the best, evaluated on the validation
+file. Runs are kept in `--runs_dir`; one that has finished is not run again. `--output_dir` receives NAME.json;
+`--readme` a table between the markers NAME.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from hf_lsam import LSAMConfig
 from hf_lsam.identity import Identity
 
 KEYS = (ModelArguments, DataArguments, LSAMConfig)
-RHOS = (0.01, 0.03, 0.1)
+RHOS = (1 / 3, 1.0, 3.0)  # of the radius that is given
 RATES = (0.5, 1.0, 2.0)  # of the learning rate that is given
 SEEDS = range(5)
 TRIAL = {"validation_file": None, "eval_size": 0.1, "seed": 100}
 
 
-def trials(learning_rate: float) -> dict[str, list[dict[str, float]]]:
+def trials(sam_rho: float, learning_rate: float) -> dict[str, list[dict[str, float]]]:
     """What each method tries."""
-    rhos = [{"sam_rho": rho} for rho in RHOS]
+    rhos = [{"sam_rho": sam_rho * factor} for factor in RHOS]
     return {"lsam": rhos, "sam": rhos, "sgd": [{"learning_rate": learning_rate * factor} for factor in RATES]}
 
 
@@ -83,7 +83,7 @@ def work(runs: list[dict[str, Any]], quiet: bool) -> None:
 
 def compare(values: dict[str, Any], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
     """Tunes, and runs the seeds; the summaries, the trials and the paired differences of LSAM to the others."""
-    tried = trials(values["learning_rate"])
+    tried = trials(values["sam_rho"], values["learning_rate"])
     plans = [{**values, **TRIAL, "method": method, **own} for method, several in tried.items() for own in several]
     found = results(plans, runs_dir, quiet)
     report: dict[str, Any] = {"trials": [], "chosen": {}}
@@ -108,7 +108,7 @@ def compare(values: dict[str, Any], runs_dir: Path, quiet: bool = False) -> dict
 def text(report: dict[str, Any]) -> str:
     """The table, and in words what was chosen and how the methods differ seed by seed."""
     chosen = "; ".join(
-        f"{method} {', '.join(f'{key} {value:g}' for key, value in own.items())}"
+        f"{method} {', '.join(f'{key} {value:.2g}' for key, value in own.items())}"
         for method, own in report["chosen"].items()
     )
     differences = ", ".join(
