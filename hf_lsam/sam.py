@@ -9,9 +9,10 @@ Foret et al., Sharpness-Aware Minimization (arXiv 2010.01412), equation 2. The n
 parameters. The adaptive form (ASAM, Kwon et al., arXiv 2102.11600, equation 8) measures the ball in units of the
 weights, T = |x| + 0.01:  eps = rho * T^2 g / (||T g||_2 + gamma).
 
-Perturbing costs one pass over memory and no vector beside the gradients that pass 1 leaves behind: x + eps is
-written into the storage of g, and the parameter points there until `restore` points it back. Restoring is therefore
-exact, which x + eps - eps is not.
+x + eps has storage of its own, and the parameter points there until `restore` points it back. Restoring is therefore
+exact, which x + eps - eps is not. The gradients of pass 1 are freed before pass 2 begins: written into their storage,
+x + eps would save a pass over memory, but gradients that outlive a pass lie scattered among its activations, and
+glibc's malloc then takes more time than that pass (1.03 x a step of ResNet-20 on CPU, against 1.01 x).
 """
 
 from __future__ import annotations
@@ -118,11 +119,11 @@ def perturb(
     scale = rho / (nn.utils.get_total_norm(gradients) + eps * loss_scale)
     if adaptive:
         torch._foreach_mul_(gradients, units)  # T^2 g
-    torch._foreach_mul_(gradients, scale)
-    torch._foreach_add_(gradients, originals)  # the storage of g now holds x + eps
-    for parameter, perturbed in zip(moved, gradients, strict=True):
+    perturbed = torch._foreach_mul(gradients, scale)
+    torch._foreach_add_(perturbed, originals)
+    for parameter, data in zip(moved, perturbed, strict=True):
         parameter.grad = None
-        parameter.data = perturbed
+        parameter.data = data
     return list(zip(moved, originals, strict=True))
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from bench_step import LEARNING_RATE, MODEL_PACKAGE, RHO, SYNC_STEPS, SyntheticTokens, load_minilm
+from launches import launch_command
 from progress import add_quiet, track
 from reporting import provenance
 from torch import nn
@@ -158,9 +159,7 @@ def work(arguments: argparse.Namespace) -> None:
 def launch(method: str, arguments: argparse.Namespace) -> list[dict]:
     """Runs two workers; returns what each has measured."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", __file__, "--worker", method, "--folder", folder]
+        command = [*launch_command(2), __file__, "--worker", method, "--folder", folder]
         for name in ("batch", "length", "warmup", "rounds", "block_steps", "block_seconds"):
             command += [f"--{name}", str(getattr(arguments, name))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

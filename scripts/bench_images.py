@@ -5,9 +5,10 @@
 ResNet-20, SGD with momentum, random images, channels last. Two questions:
 
 1. A step of `LSAM` alone, of two forward-backward passes, against two of a plain PyTorch loop. The loops take turns, a
-   few steps each; the median over rounds of the ratio within a round is reported. Once with glibc's malloc as it
-   comes, which gives the memory of a pass back to the system and takes it again page by page, more often when
-   gradients outlive a pass, as SAM's do; and once told to keep it, for both loops.
+   few steps each, in several processes one after the other: where malloc happens to put things favours one loop or
+   the other by some per cent for as long as a process lives. The median over processes is reported, each counting
+   with the median over its rounds. Once with glibc's malloc as it comes, which gives the memory of a pass back to the
+   system and takes it again page by page, and once told to keep it, for both loops.
 2. Images a second of two workers: two LSAM processes that know nothing of each other, two workers of one LSAM run with
    its server, and two processes of data-parallel SAM. They take turns too; a process has one thread.
 """
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from launches import launch_command
 from progress import add_quiet, pairs, track
 from reporting import provenance
 from torch.nn.functional import cross_entropy
@@ -56,7 +58,7 @@ def problem(batch: int):
 
 
 def step_ratios(batch: int, rounds: int, steps: int) -> dict:
-    """Median seconds of both loops' steps, and the ratio of an LSAM step to two plain ones, round by round."""
+    """Medians over the rounds: seconds of both loops' steps, and the ratio of an LSAM step to two plain ones."""
     model, optimizer, images, labels = problem(batch)
     other, other_optimizer, *_ = problem(batch)
     seconds: dict[str, list[float]] = {"plain": [], "lsam": []}
@@ -89,8 +91,6 @@ def step_ratios(batch: int, rounds: int, steps: int) -> dict:
         "plain_step_s": statistics.median(seconds["plain"]),
         "lsam_step_s": statistics.median(seconds["lsam"]),
         "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "n": rounds,
     }
 
 
@@ -119,7 +119,13 @@ def step_cost(allocator: str, batch: int, rounds: int, steps: int) -> dict:
         command = [sys.executable, str(Path(__file__).resolve()), "--work", "step", "--batch", str(batch)]
         command += ["--rounds", str(rounds), "--steps", str(steps), "--output", file.name]
         subprocess.run(command, env={**os.environ, **ALLOCATORS[allocator]}, check=True)
-        return {"allocator": allocator, **json.load(file)}
+        return json.load(file)
+
+
+def over_processes(allocator: str, costs: list[dict]) -> dict:
+    """The medians over processes of what `step_ratios` gave in each."""
+    medians = {key: statistics.median(cost[key] for cost in costs) for key in ("plain_step_s", "lsam_step_s", "ratio")}
+    return {"allocator": allocator, **medians, "ratios": [cost["ratio"] for cost in costs], "n": len(costs)}
 
 
 def throughput(kind: str, batch: int, steps: int) -> float:
@@ -130,9 +136,7 @@ def throughput(kind: str, batch: int, steps: int) -> float:
         if kind == "independent":
             several = [subprocess.Popen([sys.executable, *worker]) for _ in range(2)]
         else:
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-            launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            several = [subprocess.Popen([*launch, "--main_process_port", "0", *worker])]
+            several = [subprocess.Popen([*launch_command(2), *worker])]
         if any(process.wait() for process in several):
             raise RuntimeError(f"a process of {kind} failed; its error stands above")
         return sum(float(path.read_text()) for path in Path(folder).iterdir() if path.suffix == ".rate")
@@ -141,8 +145,9 @@ def throughput(kind: str, batch: int, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vision", action="store_true", help=argparse.SUPPRESS)  # how bench_step.py gets here
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=8, help="of the step's cost")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=8, help="in which the step's cost is measured")
+    parser.add_argument("--rounds", type=int, default=3, help="of such a process")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a loop in a round")
     parser.add_argument("--throughput_rounds", type=int, default=4)
     parser.add_argument("--throughput_steps", type=int, default=64)
@@ -160,8 +165,10 @@ def main() -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".rate", dir=arguments.output, delete=False) as file:
             file.write(str(rate))
         return
-    costs = track(list(ALLOCATORS), "step costs", arguments.quiet)
-    steps = [step_cost(each, arguments.batch, arguments.rounds, arguments.steps) for each in costs]
+    costs: dict[str, list[dict]] = {allocator: [] for allocator in ALLOCATORS}
+    for _, allocator in track(pairs(range(arguments.processes), ALLOCATORS), "step costs", arguments.quiet):
+        costs[allocator].append(step_cost(allocator, arguments.batch, arguments.rounds, arguments.steps))
+    steps = [over_processes(allocator, several) for allocator, several in costs.items()]
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _, kind in track(pairs(range(arguments.throughput_rounds), KINDS), "throughput rounds", arguments.quiet):
         rates[kind].append(throughput(kind, arguments.batch, arguments.throughput_steps))
@@ -188,6 +195,7 @@ def main() -> None:
             "parameters": {
                 "model": "resnet20, 32x32",
                 "batch": arguments.batch,
+                "rounds": arguments.rounds,
                 "steps": arguments.steps,
                 "throughput_steps": arguments.throughput_steps,
                 "threads": torch.get_num_threads(),

@@ -5,9 +5,9 @@
 
 The keys are those of train_text_classification.py. Three trials a method, on a part of the training file that is held
 out for them: a third, once and three times the given `sam_rho` for LSAM and SAM; half, once and twice the given
-learning rate for plain data parallelism, which has no rho. Then five seeds of the best, evaluated on the validation
-file. Runs are kept in `--runs_dir`; one that has finished is not run again. `--output_dir` receives NAME.json;
-`--readme` a table between the markers NAME.
+learning rate for plain data parallelism, which has no rho. Then five seeds (`--seeds`) of the best, evaluated on the
+validation file. Runs are kept in `--runs_dir`; one that has finished is not run again. `--output_dir` receives
+NAME.json; `--readme` a table between the markers NAME.
 """
 
 from __future__ import annotations
@@ -16,28 +16,23 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from configuration import parse_configuration
-from progress import Progress, add_quiet
+from launches import add_runs, finished, make_runs
+from progress import add_quiet
 from reporting import REPOSITORY
 from summarize_results import summarize, table, write_between
 from text_data import DataArguments
 from train_text_classification import ModelArguments, run
 
 from hf_lsam import LSAMConfig
-from hf_lsam.identity import Identity
 
 KEYS = (ModelArguments, DataArguments, LSAMConfig)
 RHOS = (1 / 3, 1.0, 3.0)  # of the radius that is given
 RATES = (0.5, 1.0, 2.0)  # of the learning rate that is given
-SEEDS = range(5)
 TRIAL = {"validation_file": None, "eval_size": 0.1, "seed": 100}
 
 
@@ -48,40 +43,25 @@ def trials(sam_rho: float, learning_rate: float) -> dict[str, list[dict[str, flo
 
 
 def results(runs: list[dict[str, Any]], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
-    """The results of the runs, in their order; those that are missing are run, one launch a method."""
-    folders, missing = [], {}
+    """The results of the runs, in their order; those that are missing are run."""
+    named = []
     for values in runs:
-        folder = runs_dir / hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        if not (folder / "results.json").exists():
-            missing.setdefault(values["method"], []).append({**values, "output_dir": str(folder)})
-        folders.append(folder)
-    for batch in missing.values():
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        command += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", str(Path(__file__).resolve()), "--runs"]
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(batch, file)
-            file.flush()
-            subprocess.run([*command, file.name, *(["--quiet"] if quiet else [])], check=True)
-    return [json.loads((folder / "results.json").read_text()) for folder in folders]
+        name = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        named.append({**values, "output_dir": str(runs_dir / name)})
+    # A process is a worker of its own or one of a data-parallel group, for as long as it lives.
+    return finished(__file__, named, quiet, apart=("num_workers", "method"))
 
 
-def work(runs: list[dict[str, Any]], quiet: bool) -> None:
-    """What a process of a launch does: the runs, of which the results stay and not the models."""
-    first = Identity.from_environment().rank == 0
-    with Progress(len(runs), "runs", quiet) if first else nullcontext() as progress:
-        for values in runs:
-            found = run(values)
-            if found is not None:
-                progress.say(f"{values['method']}, seed {values['seed']}: {found['eval_accuracy']:.4f}")
-                progress.advance()
-                for weights in Path(values["output_dir"]).glob("*.safetensors"):
-                    weights.unlink()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def run_without_weights(values: dict[str, Any]) -> dict[str, Any] | None:
+    """A run of which the results stay and not the model."""
+    found = run(values)
+    if found is not None:
+        for weights in Path(values["output_dir"]).glob("*.safetensors"):
+            weights.unlink()
+    return found
 
 
-def compare(values: dict[str, Any], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
+def compare(values: dict[str, Any], seeds: Sequence[int], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
     """Tunes, and runs the seeds; the summaries, the trials and the paired differences of LSAM to the others."""
     tried = trials(values["sam_rho"], values["learning_rate"])
     plans = [{**values, **TRIAL, "method": method, **own} for method, several in tried.items() for own in several]
@@ -93,15 +73,18 @@ def compare(values: dict[str, Any], runs_dir: Path, quiet: bool = False) -> dict
     for method, several in tried.items():
         best = max((t for t in report["trials"] if t["method"] == method), key=lambda trial: trial["accuracy"])
         report["chosen"][method] = {key: best[key] for key in several[0]}
-    final = [{**values, "method": m, **own, "seed": s} for m, own in report["chosen"].items() for s in SEEDS]
+    final = [{**values, "method": m, **own, "seed": s} for m, own in report["chosen"].items() for s in seeds]
     runs = results(final, runs_dir, quiet)
     accuracy = {(run["method"], run["seed"]): run["eval_accuracy"] for run in runs}
     report["paired_differences"] = {
-        f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in SEEDS]
+        f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in seeds]
         for other in ("sam", "sgd")
     }
     report["train_examples"] = runs[0]["train_examples"]
     report["summaries"] = summarize(runs)
+    for summary in report["summaries"]:
+        files = {key: Path(summary["configuration"][key]).name for key in ("train_file", "validation_file")}
+        summary["configuration"] |= files  # where they lie is one machine's affair
     return report
 
 
@@ -122,17 +105,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="of the comparison")
     add_quiet(parser)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method's best, 0, 1, ...")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/compare_text")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/compare_text/tables")
     parser.add_argument("--readme", type=Path, help="file to write the table into, between the markers NAME")
-    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)  # a process of a launch: the runs to make
+    add_runs(parser)
     arguments, words = parser.parse_known_args()
     if arguments.runs is not None:
-        work(json.loads(arguments.runs.read_text()), arguments.quiet)
+        make_runs(arguments.runs, run_without_weights, "eval_accuracy", arguments.quiet)
         return
     if arguments.name is None:
         parser.error("name the comparison")
-    report = compare(parse_configuration(KEYS, words), arguments.runs_dir, arguments.quiet)
+    if arguments.seeds < 2:
+        parser.error("--seeds is at least 2: one run has no deviation")
+    report = compare(parse_configuration(KEYS, words), range(arguments.seeds), arguments.runs_dir, arguments.quiet)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / f"{arguments.name}.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
     sys.exit(2)
 
 from bench_step import SYNC_STEPS, ServedRun, SyntheticTokens, make_trainer
+from launches import launch_command
 from reporting import provenance
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -180,9 +181,7 @@ def work(folder: Path) -> None:
 
 def check_pinning() -> str:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", __file__, "--work", folder]
+        command = [*launch_command(2), __file__, "--work", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
         require(run.returncode == 0, f"the launch failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")

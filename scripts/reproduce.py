@@ -21,24 +21,20 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from configuration import parse_configuration
 from image_data import ImageDataArguments
-from progress import Progress, add_quiet
+from launches import add_runs, finished, make_runs
+from progress import add_quiet
 from reporting import REPOSITORY, provenance
 from train_image_classification import RunArguments, run
 
 from hf_lsam import LSAMArguments
 from hf_lsam.card import markdown_table
-from hf_lsam.identity import Identity
 
 # The paper's settings: 150 epochs, 4 workers, batch 128 each, eta 0.2, rho 0.1, tau 16, lambda0 0.1.
 PAPER = {"epochs": 150, "batch_size": 128, "learning_rate": 0.2, "sam_rho": 0.1, "sync_steps": 16}
@@ -107,7 +103,7 @@ class Runner:
         self.seeds_of_methods = range(SEEDS_OF_METHODS[budget])
         self.output_dir = output_dir
         self._runs_dir = runs_dir
-        self._quiet = ["--quiet"] if quiet else []
+        self._quiet = quiet
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
         self._defaults = parse_configuration(KEYS, [])
         self.values({})  # unknown keys are errors before any time is spent
@@ -123,32 +119,14 @@ class Runner:
         return json.loads(path.read_text())["chosen"][method] if path.exists() else {}
 
     def results(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
-        """The results of the runs, in their order; those that are missing are run, one launch for each number of
-        workers."""
-        folders = []
-        missing: dict[int, list[dict[str, Any]]] = {}
+        """The results of the runs, in their order; those that are missing are run."""
+        runs = []
         for plan in plans:
             values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": plan.workers, "save_model": False}
             what = {key: value for key, value in values.items() if key != "output_dir" and value != self._defaults[key]}
             name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-            folder = self._runs_dir / name
-            if not (folder / "results.json").exists() and folder not in folders:
-                missing.setdefault(plan.workers, []).append({**values, "output_dir": str(folder)})
-            folders.append(folder)
-        for workers, batch in missing.items():
-            self._launch(workers, batch)
-        return [json.loads((folder / "results.json").read_text()) for folder in folders]
-
-    def _launch(self, workers: int, batch: list[dict[str, Any]]) -> None:
-        command = [sys.executable]
-        if workers > 1:
-            command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-            command += ["--num_processes", str(workers), "--mixed_precision", "no", "--dynamo_backend", "no"]
-            command += ["--main_process_port", "0"]
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
-            json.dump(batch, plan)
-            plan.flush()
-            subprocess.run([*command, str(Path(__file__).resolve()), "--runs", plan.name, *self._quiet], check=True)
+            runs.append({**values, "output_dir": str(self._runs_dir / name)})
+        return finished(__file__, runs, self._quiet)
 
 
 def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int = 4) -> list[Plan]:
@@ -424,21 +402,6 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
     return table
 
 
-def make_runs(several: list[dict[str, Any]], quiet: bool) -> None:
-    """Makes runs one after the other, as one process of their launch; process 0 shows how far they are.
-
-    Args:
-        several: the value of every key, of each run.
-    """
-    first = Identity.from_environment().rank == 0
-    with Progress(len(several), "runs", quiet) if first else nullcontext() as progress:
-        for values in several:
-            results = run(values)
-            if results is not None:
-                progress.say(f"{results['method']}, seed {values['seed']}: accuracy {results['accuracy']:.4f}")
-                progress.advance()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
@@ -446,10 +409,10 @@ def main() -> None:
     add_quiet(parser)
     parser.add_argument("--runs_dir", type=Path, default=None, help="default: runs/reproduce/BUDGET")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/reproduce/tables/BUDGET")
-    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)  # a process of a launch: the runs to make
+    add_runs(parser)
     args, overrides = parser.parse_known_args()
     if args.runs is not None:
-        make_runs(json.loads(args.runs.read_text()), args.quiet)
+        make_runs(args.runs, run, quiet=args.quiet)
         return
     if args.experiment is None:
         parser.error("name an experiment")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -479,3 +480,53 @@ def test_a_run_needs_a_folder_and_a_model(folder, tmp_path):
     bare = ["--method", "sgd", "--use_cpu", "true", "--train_file", folder / "train.csv", "--output_dir", tmp_path]
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
         run(parse(*bare))
+
+
+# --- the comparison of methods ---
+
+
+def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- tiny:begin -->\n<!-- tiny:end -->\nafter\n")
+    command = [
+        sys.executable,
+        str(REPOSITORY / "scripts/compare_text.py"),
+        "tiny",
+        "--config",
+        str(folder / "run.yaml"),
+    ]
+    command += ["--num_workers", "2", "--sam_rho", "0.03", "--max_steps", "8", "--eval_strategy", "no", "--seeds", "2"]
+    command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path), "--readme", str(readme)]
+
+    def compared() -> dict:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return json.loads((tmp_path / "tiny.json").read_text())
+
+    report = compared()
+    tried = {method: [t for t in report["trials"] if t["method"] == method] for method in ("lsam", "sam", "sgd")}
+    for method in ("lsam", "sam"):
+        assert [trial["sam_rho"] for trial in tried[method]] == pytest.approx([0.01, 0.03, 0.09])
+    assert [trial["learning_rate"] for trial in tried["sgd"]] == pytest.approx([5e-3, 1e-2, 2e-2])
+    runs = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/results.json")]
+    assert sorted(run["eval_examples"] for run in runs) == [10] * 9 + [40] * 6  # trials see no validation sentence
+    accuracy = {}
+    for summary in report["summaries"]:
+        method, chosen = summary["method"], report["chosen"][summary["method"]]
+        assert max(trial["accuracy"] for trial in tried[method]) == next(
+            trial["accuracy"] for trial in tried[method] if chosen.items() <= trial.items()
+        )
+        assert chosen.items() <= summary["configuration"].items()
+        accuracy[method] = [run["eval_accuracy"] for run in summary["runs"]]
+        assert [run["seed"] for run in summary["runs"]] == [0, 1]
+    for other in ("sam", "sgd"):
+        differences = [a - b for a, b in zip(accuracy["lsam"], accuracy[other], strict=True)]
+        assert report["paired_differences"][f"lsam - {other}"] == differences
+    assert str(folder) + "/train" not in json.dumps(report)  # no file's place on this machine is published
+    assert readme.read_text().startswith("before\n<!-- tiny:begin -->\n| method | workers |")
+
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/results.json")}
+    lost = next(path for path in finished if json.loads(path.read_text())["eval_examples"] == 40)
+    lost.unlink()
+    compared()
+    assert {path for path, time in finished.items() if path.stat().st_mtime_ns != time} == {lost}

@@ -1,0 +1,85 @@
+"""Many runs in few launches: those that have finished are kept, the others share the start of their processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from progress import Progress
+
+from hf_lsam.identity import Identity
+
+
+def launch_command(processes: int) -> list[str]:
+    """What starts a script in that many processes on this machine; the script's path and arguments follow it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*command, "--main_process_port", "0"]
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """The option that `finished` gives to the processes it starts: the script then calls `make_runs`."""
+    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
+
+
+def finished(
+    script: str, runs: Sequence[dict[str, Any]], quiet: bool, apart: Sequence[str] = ("num_workers",)
+) -> list[dict[str, Any]]:
+    """The results of the runs, in their order; those that are missing are made first.
+
+    Args:
+        script: the script to launch, with the option of `add_runs`.
+        runs: the value of every key of each, `output_dir` and `num_workers` among them; the first receives
+            results.json.
+        quiet: plain lines instead of a progress bar.
+        apart: keys in which the runs of a launch are alike.
+
+    Raises:
+        subprocess.CalledProcessError: if a run fails. Those that finished before it are kept.
+    """
+    folders = [Path(values["output_dir"]) for values in runs]
+    batches: dict[tuple[Any, ...], dict[Path, dict[str, Any]]] = {}
+    for folder, values in zip(folders, runs, strict=True):
+        if not (folder / "results.json").exists():
+            batches.setdefault(tuple(values[key] for key in apart), {})[folder] = values
+    for batch in batches.values():
+        several = list(batch.values())
+        workers = several[0]["num_workers"]
+        command = launch_command(workers) if workers > 1 else [sys.executable]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
+            json.dump(several, plan)
+            plan.flush()
+            command += [str(Path(script).resolve()), "--runs", plan.name, *(["--quiet"] if quiet else [])]
+            subprocess.run(command, check=True)
+    return [json.loads((folder / "results.json").read_text()) for folder in folders]
+
+
+def make_runs(
+    plan: Path, run: Callable[[dict[str, Any]], dict[str, Any] | None], accuracy: str = "accuracy", quiet: bool = False
+) -> None:
+    """Makes runs one after the other, as one process of their launch; process 0 shows how far they are.
+
+    Args:
+        plan: the JSON file that `--runs` names.
+        run: makes one from the value of every key; returns its results at process 0, None at the others.
+        accuracy: the results' key that is shown.
+        quiet: plain lines instead of a progress bar.
+    """
+    several = json.loads(plan.read_text())
+    first = Identity.from_environment().rank == 0
+    with Progress(len(several), "runs", quiet) if first else nullcontext() as progress:
+        for values in several:
+            results = run(values)
+            if results is not None:
+                progress.say(f"{values['method']}, seed {values['seed']}: accuracy {results[accuracy]:.4f}")
+                progress.advance()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
