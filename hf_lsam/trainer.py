@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
@@ -512,10 +513,14 @@ class LSAMTrainerMixin:
         with torch.random.fork_rng(devices=devices), frozen_statistics(self._batchnorm), uncounted(self):
             batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
 
+            points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
+            bar = tqdm(total=points, desc="Landscape", unit="point", disable=args.disable_tqdm)
+
             def loss(x: Tensor) -> float:
                 worker.layout.write(x, worker.parameters)
                 with torch.no_grad(), self.compute_loss_context_manager():
                     losses = [self.compute_loss(self.model, self._prepare_inputs(batch)) for batch in batches]
+                bar.update()
                 return torch.stack(losses).mean().item()
 
             self.model.eval()
@@ -524,6 +529,7 @@ class LSAMTrainerMixin:
             try:
                 return survey(loss, shown, workers, args.landscape_points, strength)
             finally:
+                bar.close()
                 worker.layout.write(shown, worker.parameters)
                 for module, training in modes:
                     module.training = training

@@ -81,12 +81,13 @@ def test_workers_leave_a_landscape_and_nothing_else(runs):
     assert measured["strength"] == pytest.approx(0.1 / (0.05 * 4))
 
 
-def test_measuring_changes_nothing(tmp_path):
+def test_measuring_changes_nothing_and_shows_how_far_it_is(tmp_path, capsys):
     """Weights, statistics, modes and random numbers are those of a run that measures nothing."""
     after = []
     for points in (0, 9):
         model = net(batchnorm=True, dropout=0.5)
-        args = arguments(LSAMConfig, tmp_path / str(points), max_steps=6, sync_steps=2, landscape_points=points)
+        folder = tmp_path / str(points)
+        args = arguments(LSAMConfig, folder, max_steps=6, sync_steps=2, landscape_points=points, disable_tqdm=False)
         trainer = LSAMTrainer(model=model, args=args, train_dataset=blobs())
         trainer.train()
         buffers = [buffer.clone() for buffer in model.buffers()]
@@ -101,6 +102,7 @@ def test_measuring_changes_nothing(tmp_path):
     measured = json.loads((tmp_path / "9" / "lsam" / "landscape.json").read_text())
     assert list(measured["lines"]) == ["0"]
     assert measured["plane"] is None
+    assert "Landscape: 100%|██████████| 9/9" in capsys.readouterr().err
 
 
 def test_a_loop_of_your_own_measures_no_landscape():
