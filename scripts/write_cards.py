@@ -15,8 +15,9 @@ from reporting import REPOSITORY
 
 from hf_lsam.card import CardFacts, model_card, provenance_line
 
-QUICKSTART = REPOSITORY / "recipes/text_classification/results/quickstart.json"
+SENTENCES = REPOSITORY / "recipes/text_classification/results"
 EXPERIMENTS = REPOSITORY / "recipes/cifar10_resnet20/results/cpu"
+Compared = tuple[Sequence[str], Sequence[Sequence[str]]]  # a header, and rows
 
 
 def mean_and_std(values: Sequence[float], scale: float = 1.0) -> str:
@@ -25,46 +26,82 @@ def mean_and_std(values: Sequence[float], scale: float = 1.0) -> str:
     return f"{scale * statistics.fmean(values):.2f} ± {scale * spread:.2f}"
 
 
+def of_sentences(name: str, row: dict[str, Any], compared: Compared, against: str) -> CardFacts:
+    """The card of one row of summarize_results.py, a method's runs over seeds.
+
+    Args:
+        name: of the result; the method is added.
+        row: the summary.
+        compared, against: see `CardFacts`.
+    """
+    runs, configuration = row["runs"], row["configuration"]
+    at = "at the anchor" if row["method"] == "lsam" else "of the model"
+    accuracies = [run["eval_accuracy"] for run in runs]
+    rows = [
+        ("Workers", f"{row['num_workers']}, of {runs[0]['steps_per_worker'][0]} steps each"),
+        ("Trained parameters", f"{row['trainable_parameters']:,}"),
+        ("Held-out examples", f"{row['eval_examples']:,}"),
+        (f"Accuracy {at}, %", mean_and_std(accuracies, 100)),
+        ("Training time, s", mean_and_std([run["train_runtime_s"] for run in runs])),
+        ("Bytes exchanged", f"{row['bytes_exchanged'] / 1e6:,.0f} MB"),
+    ]
+    return CardFacts(
+        f"{name}-{row['method']}",
+        row["method"],
+        row["num_workers"],
+        [("accuracy", row["eval_accuracy"]["mean"]), ("loss", statistics.fmean(run["eval_loss"] for run in runs))],
+        rows,
+        configuration,
+        provenance_line({**row, "commit": runs[0]["commit"], "date": runs[-1]["date"]}),
+        compared=compared,
+        against=against,
+        base=configuration["base_model_id"],
+        data=Path(configuration["train_file"]).name,
+        task="text-classification",
+        library="peft" if configuration["use_lora"] else "transformers",
+        seeds=[run["seed"] for run in runs],
+    )
+
+
 def of_quickstart(path: Path) -> Iterator[CardFacts]:
     """One card a method of the quickstart."""
     for row in json.loads(path.read_text()):
-        runs, configuration = row["runs"], row["configuration"]
-
-        def each(key, runs=runs):
-            return [run[key] for run in runs]
-
+        runs = row["runs"]
         own = [value for run in runs for value in run["eval_accuracy_workers"]]
-        parallel = statistics.fmean(each("bytes_data_parallel"))
-        rows = [
-            ("Workers", f"{row['num_workers']}, of {runs[0]['steps_per_worker'][0]} steps each"),
-            ("Trained parameters", f"{row['trainable_parameters']:,}"),
-            ("Held-out examples", f"{row['eval_examples']:,}"),
-            ("Accuracy at the anchor, %", mean_and_std(each("eval_accuracy"), 100)),
-            ("Training time, s", mean_and_std(each("train_runtime_s"))),
-            ("Bytes exchanged", f"{row['bytes_exchanged'] / 1e6:,.0f} MB"),
-        ]
+        parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
+        exchanged = f"{row['bytes_exchanged'] / 1e6:,.0f}"
         compared = [
-            ("the anchor", mean_and_std(each("eval_accuracy"), 100), f"{row['bytes_exchanged'] / 1e6:,.0f}"),
+            ("the anchor", mean_and_std([run["eval_accuracy"] for run in runs], 100), exchanged),
             ("the workers' own parameters", mean_and_std(own, 100), "-"),
-            ("the model before training", mean_and_std(each("eval_accuracy_before"), 100), "-"),
+            ("the model before training", mean_and_std([run["eval_accuracy_before"] for run in runs], 100), "-"),
             ("data-parallel training, as many steps", "not measured", f"{parallel / 1e6:,.0f}"),
         ]
-        yield CardFacts(
-            f"quickstart-{row['method']}",
+        header = ("", "held-out accuracy, %", "MB exchanged")
+        against = "The bytes of data-parallel training are computed, for a ring all-reduce of the same gradients."
+        yield of_sentences("quickstart", row, (header, compared), against)
+
+
+def of_comparison(path: Path) -> Iterator[CardFacts]:
+    """One card a method of a comparison by compare_text.py."""
+    summaries = json.loads(path.read_text())["summaries"]
+    compared = [
+        (
             row["method"],
-            row["num_workers"],
-            [("accuracy", row["eval_accuracy"]["mean"]), ("loss", statistics.fmean(each("eval_loss")))],
-            rows,
-            configuration,
-            provenance_line({**row, "commit": runs[0]["commit"], "date": runs[-1]["date"]}),
-            compared=(("", "held-out accuracy, %", "MB exchanged"), compared),
-            against="The bytes of data-parallel training are computed, for a ring all-reduce of the same gradients.",
-            base=configuration["base_model_id"],
-            data=Path(configuration["train_file"]).name,
-            task="text-classification",
-            library="peft" if configuration["use_lora"] else "transformers",
-            seeds=each("seed"),
+            mean_and_std([run["eval_accuracy"] for run in row["runs"]], 100),
+            f"{row['bytes_exchanged'] / 1e6:,.0f}",
+            f"{row['train_runtime_s']['mean']:,.0f}",
+            str(len(row["runs"])),
         )
+        for row in summaries
+    ]
+    header = ("", "held-out accuracy, %", "MB exchanged", "seconds", "seeds")
+    against = (
+        "All were trained for as many steps of as many sentences; three trials each, on held-out training sentences, "
+        "chose the radius of the perturbation, or the learning rate of `sgd`, which has none and here means plain data "
+        "parallelism with the same AdamW."
+    )
+    for row in summaries:
+        yield of_sentences(path.stem, row, (header, compared), against)
 
 
 def of_experiment(path: Path) -> Iterator[CardFacts]:
@@ -123,7 +160,9 @@ def main(folder: Path = REPOSITORY / "model_cards") -> None:
     Args:
         folder: where to.
     """
-    found = [*of_quickstart(QUICKSTART)]
+    found = [*of_quickstart(SENTENCES / "quickstart.json")]
+    for path in sorted(SENTENCES.glob("*_*.json")):
+        found += of_comparison(path)
     for path in sorted(EXPERIMENTS.glob("*.json")):
         found += of_experiment(path)
     for facts in found:
