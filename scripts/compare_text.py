@@ -1,6 +1,6 @@
 """LSAM against data-parallel SAM and plain data parallelism on sentences of your own, two workers, each tuned alike.
 
-    python scripts/compare_text.py NAME --config recipes/text_classification/compare.yaml \\
+    python scripts/compare_text.py NAME --config recipes/text_classification/lsam.yaml \\
         --train_file train.csv --validation_file test.csv [--use_lora true --learning_rate 2e-3] [--key value ...]
 
 The keys are those of train_text_classification.py. Three trials a method, on a part of the training file that is held
@@ -63,6 +63,7 @@ def run_without_weights(values: dict[str, Any]) -> dict[str, Any] | None:
 
 def compare(values: dict[str, Any], seeds: Sequence[int], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
     """Tunes, and runs the seeds; the summaries, the trials and the paired differences of LSAM to the others."""
+    values = {**values, "num_workers": values["num_workers"] or 2}
     tried = trials(values["sam_rho"], values["learning_rate"])
     plans = [{**values, **TRIAL, "method": method, **own} for method, several in tried.items() for own in several]
     found = results(plans, runs_dir, quiet)

@@ -117,7 +117,7 @@ def test_every_yaml_file_has_known_keys_and_is_what_its_name_says(path):
         training_arguments(values, *([script.TRAINERS] if hasattr(script, "TRAINERS") else []))
 
 
-@pytest.mark.parametrize("recipe", ["causal_lm", "sft", "seq2seq", "token_classification", "image_classification"])
+@pytest.mark.parametrize("recipe", sorted(SCRIPT_OF))
 def test_the_methods_of_a_recipe_differ_in_the_method_alone(recipe):
     own = ("method", "output_dir", "sam_rho", "sync_steps", "coupling_strength")
     runs = [parse(recipe, ["--config", str(RECIPES / recipe / f"{name}.yaml")]) for name in ("lsam", "sam", "sgd")]
