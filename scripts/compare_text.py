@@ -119,7 +119,13 @@ def main() -> None:
         parser.error("name the comparison")
     if arguments.seeds < 2:
         parser.error("--seeds is at least 2: one run has no deviation")
-    report = compare(parse_configuration(KEYS, words), range(arguments.seeds), arguments.runs_dir, arguments.quiet)
+    values = parse_configuration(KEYS, words)
+    if not (values["train_file"] and values["validation_file"]):
+        parser.error(
+            "name a train_file and a validation_file: what is held out of the training file chooses the settings, so "
+            "accuracy is to be measured on others"
+        )
+    report = compare(values, range(arguments.seeds), arguments.runs_dir, arguments.quiet)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / f"{arguments.name}.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
