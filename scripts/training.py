@@ -39,7 +39,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer, sam
 from hf_lsam.batchnorm import tracking_layers
 from hf_lsam.card import data_parallel_bytes
 from hf_lsam.identity import Identity
-from hf_lsam.trainer import uncounted
+from hf_lsam.trainer.counting import uncounted
 
 METHODS = ("lsam", "sam", "sgd")
 

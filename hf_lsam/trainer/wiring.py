@@ -11,9 +11,7 @@ Wiring only. A worker is an ordinary single-device Trainer run; this module take
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,37 +21,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from . import sam
-from .arguments import LSAMArguments
-from .batchnorm import (
-    frozen_statistics,
+from .. import sam
+from ..arguments import LSAMArguments
+from ..batchnorm import (
     keep_variances_positive,
     kept_statistics,
     reestimate,
     running_statistics,
     tracking_layers,
 )
-from .callbacks import FailureSignatures, LSAMCallback, OtherWorkers
-from .card import facts_of_record, model_card
-from .checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
-from .figures import Figures
-from .identity import data_sharding, is_pinned
-from .landscape import survey
-from .parameters import trainable_parameters
-from .record import FOLDER, RecordWriter, describe, read_record
-from .run import EndSignals, Run
-from .transport.link import ServerGone
-from .worker import Worker
+from ..callbacks import FailureSignatures, LSAMCallback, OtherWorkers
+from ..card import facts_of_record, model_card
+from ..checkpoint import SERVER_STATE, newest_sealed
+from ..figures import Figures
+from ..identity import data_sharding, is_pinned
+from ..parameters import trainable_parameters
+from ..record import RecordWriter, describe, read_record
+from ..run import EndSignals, Run
+from ..transport.link import ServerGone
+from ..worker import Worker
+from .checkpoints import Checkpoints
+from .counting import uncounted
+from .survey import LandscapeSurvey
 
 logger = transformers_logging.get_logger(__name__)
 
-_TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 _NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
 # Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
 _RECORDED = (
@@ -92,19 +89,7 @@ for _owner, _names in _SEAMS.items():
             )
 
 
-@contextmanager
-def uncounted(trainer: Trainer, active: bool = True) -> Iterator[None]:
-    """trl counts tokens and averages metrics inside the loss; one pass of the two is to count, the other not."""
-    kept = {}
-    if active:
-        kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _TRL_COUNTERS if name in vars(trainer)}
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
-
-
-class LSAMTrainerMixin:
+class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     """Makes a worker of any Trainer: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
 
     Its `args` must be an `LSAMConfig`, or a config of that Trainer with `LSAMArguments` mixed in. Started with plain
@@ -472,138 +457,6 @@ class LSAMTrainerMixin:
             folder = Path(self.args.output_dir) / f"checkpoint-{best}"
             state.best_global_step, state.best_model_checkpoint = best, str(folder) if folder.is_dir() else None
         return super()._finalize_training(trial, num_train_samples, start_time)
-
-    def _survey_landscape(self):
-        """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
-
-        In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
-        cannot be read or written is warned of; the run has its model already.
-        """
-        args, folder = self.args, Path(self.args.output_dir) / FOLDER
-        files = [folder / f"landscape-{rank}.safetensors" for rank in range(args.identity.num_workers)]
-        try:
-            save_tensors(files[args.identity.rank], {"x": self._own})
-        except OSError as error:
-            logger.warning(f"The landscape will be without worker {args.identity.rank}: {error}")
-        if self.gather_from_workers("landscape", None) is None:
-            return
-        try:
-            # Those of another machine are not here unless output_dir is shared.
-            workers = {
-                rank: load_tensors(file)["x"].to(args.device) for rank, file in enumerate(files) if file.exists()
-            }
-            for file in files:
-                file.unlink(missing_ok=True)
-            measured = {
-                "run_id": read_record(args.output_dir).run["run_id"],
-                "batches": args.landscape_batches,
-                "batchnorm": bool(self._batchnorm),
-                **self._surveyed(workers, args.kernel_precision()),
-            }
-            beside = folder / ".landscape.json"
-            beside.write_text(json.dumps(measured))
-            beside.replace(folder / "landscape.json")
-        except (OSError, ValueError) as error:
-            logger.warning(f"The landscape is not in the record: {error}")
-
-    def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
-        args, worker, shown = self.args, self.worker, self.worker.own_parameters
-        modes = [(module, module.training) for module in self.model.modules()]
-        devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), frozen_statistics(self._batchnorm), uncounted(self):
-            batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
-
-            points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
-            bar = tqdm(total=points, desc="Landscape", unit="point", disable=args.disable_tqdm)
-
-            def loss(x: Tensor) -> float:
-                worker.layout.write(x, worker.parameters)
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    losses = [self.compute_loss(self.model, self._prepare_inputs(batch)) for batch in batches]
-                bar.update()
-                return torch.stack(losses).mean().item()
-
-            self.model.eval()
-            for layer in self._batchnorm:
-                layer.train()
-            try:
-                return survey(loss, shown, workers, args.landscape_points, strength)
-            finally:
-                bar.close()
-                worker.layout.write(shown, worker.parameters)
-                for module, training in modes:
-                    module.training = training
-
-    # --- checkpoints: the model is the anchor; beside it the server's state, and each worker's own ---
-
-    def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial)
-        rank = self.args.identity.rank
-        return folder if rank == 0 else str(Path(folder) / "workers" / str(rank))
-
-    def _save_checkpoint(self, model, trial):
-        with self.args.saving_own_state():
-            super()._save_checkpoint(model, trial)
-        seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.identity.rank == 0 and not self.worker.link.snapshot(Path(output_dir) / SERVER_STATE):
-            logger.warning(f"There is no server at the moment: {output_dir} holds the last anchor as its model alone.")
-        save_tensors(Path(output_dir) / WORKER_STATE, self.worker.state_tensors())
-
-    def _own_checkpoint(self, common: Path) -> Path:
-        """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if it has none."""
-        rank, number = self.args.identity.rank, common.name.rpartition("-")[2]
-        if rank == 0 or not number.isdigit():
-            return common
-        candidates = [
-            (int(path.name.rpartition("-")[2]), path)
-            for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
-            if (path / WORKER_STATE).exists()
-            and (path / "trainer_state.json").exists()
-            and (is_sealed(path) or not is_sealed(common))  # a power cut may have caught this one alone
-        ]
-        reached = [(at, path) for at, path in candidates if at <= int(number)]
-        return max(reached)[1] if reached else common
-
-    def _say_who_resumes(self):
-        """A run may go on with another number of workers; it says what becomes of those that were there."""
-        common = self._common_checkpoint
-        before = 1 + sum(any(folder.glob("checkpoint-*")) for folder in (common.parent / "workers").glob("*"))
-        now = self.args.identity.num_workers
-        if self.args.identity.rank == 0 and before != now:
-            logger.warning(
-                f"{common} was written by {before} workers, and {now} go on: the anchor moves once {now} x sync_steps "
-                "steps are in; a worker without a state of its own starts at the anchor, and the state of one that is "
-                "not there any more is left alone."
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # The weights lie with worker 0's checkpoint; x comes after, from the worker's own state.
-        super()._load_from_checkpoint(str(self._common_checkpoint or resume_from_checkpoint), model)
-
-    def _load_rng_state(self, checkpoint):
-        if self.args.identity.rank == 0 or checkpoint is None or Path(checkpoint) != self._common_checkpoint:
-            super()._load_rng_state(checkpoint)
-
-    def _restore_worker(self, checkpoint: Path | None):
-        """x from the worker's own checkpoint, or else from the anchor."""
-        rank, number = self.args.identity.rank, self.worker.link.worker
-        own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
-        if own and (checkpoint / WORKER_STATE).exists():
-            self.worker.load_state_tensors(load_tensors(checkpoint / WORKER_STATE))
-            return
-        self.worker.adopt_anchor()
-        if checkpoint is not None:
-            logger.warning(
-                f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with "
-                "the optimizer state of worker 0."
-            )
-        if number != 0:
-            # Same seed everywhere until here, for the same initial model and the same shards; from here on each
-            # worker draws its own dropout masks and noise.
-            set_seed(self.args.seed + number)
 
 
 class LSAMTrainer(LSAMTrainerMixin, Trainer):

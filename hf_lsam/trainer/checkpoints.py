@@ -1,0 +1,90 @@
+"""Checkpoints: the model is the anchor; beside it lies the server's state, and each worker's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, save_tensors, seal
+
+logger = transformers_logging.get_logger(__name__)
+
+
+class Checkpoints:
+    """The part of `LSAMTrainerMixin` that saves checkpoints and goes on from them.
+
+    `_common_checkpoint`, from which a run is resumed, is worker 0's: it holds the weights and the server's state.
+    """
+
+    _common_checkpoint: Path | None
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        rank = self.args.identity.rank
+        return folder if rank == 0 else str(Path(folder) / "workers" / str(rank))
+
+    def _save_checkpoint(self, model, trial):
+        with self.args.saving_own_state():
+            super()._save_checkpoint(model, trial)
+        seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.identity.rank == 0 and not self.worker.link.snapshot(Path(output_dir) / SERVER_STATE):
+            logger.warning(f"There is no server at the moment: {output_dir} holds the last anchor as its model alone.")
+        save_tensors(Path(output_dir) / WORKER_STATE, self.worker.state_tensors())
+
+    def _own_checkpoint(self, common: Path) -> Path:
+        """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if it has none."""
+        rank, number = self.args.identity.rank, common.name.rpartition("-")[2]
+        if rank == 0 or not number.isdigit():
+            return common
+        candidates = [
+            (int(path.name.rpartition("-")[2]), path)
+            for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
+            if (path / WORKER_STATE).exists()
+            and (path / "trainer_state.json").exists()
+            and (is_sealed(path) or not is_sealed(common))  # a power cut may have caught this one alone
+        ]
+        reached = [(at, path) for at, path in candidates if at <= int(number)]
+        return max(reached)[1] if reached else common
+
+    def _say_who_resumes(self):
+        """A run may go on with another number of workers; it says what becomes of those that were there."""
+        common = self._common_checkpoint
+        before = 1 + sum(any(folder.glob("checkpoint-*")) for folder in (common.parent / "workers").glob("*"))
+        now = self.args.identity.num_workers
+        if self.args.identity.rank == 0 and before != now:
+            logger.warning(
+                f"{common} was written by {before} workers, and {now} go on: the anchor moves once {now} x sync_steps "
+                "steps are in; a worker without a state of its own starts at the anchor, and the state of one that is "
+                "not there any more is left alone."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # The weights lie with worker 0's checkpoint; x comes after, from the worker's own state.
+        super()._load_from_checkpoint(str(self._common_checkpoint or resume_from_checkpoint), model)
+
+    def _load_rng_state(self, checkpoint):
+        if self.args.identity.rank == 0 or checkpoint is None or Path(checkpoint) != self._common_checkpoint:
+            super()._load_rng_state(checkpoint)
+
+    def _restore_worker(self, checkpoint: Path | None):
+        """x from the worker's own checkpoint, or else from the anchor."""
+        rank, number = self.args.identity.rank, self.worker.link.worker
+        own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
+        if own and (checkpoint / WORKER_STATE).exists():
+            self.worker.load_state_tensors(load_tensors(checkpoint / WORKER_STATE))
+            return
+        self.worker.adopt_anchor()
+        if checkpoint is not None:
+            logger.warning(
+                f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with "
+                "the optimizer state of worker 0."
+            )
+        if number != 0:
+            # Same seed everywhere until here, for the same initial model and the same shards; from here on each
+            # worker draws its own dropout masks and noise.
+            set_seed(self.args.seed + number)

@@ -1,0 +1,86 @@
+"""When training has ended: the landscape around the anchor (see `landscape`), on the run's own loss and batches."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..batchnorm import frozen_statistics
+from ..checkpoint import load_tensors, save_tensors
+from ..landscape import survey
+from ..record import FOLDER, read_record
+from .counting import uncounted
+
+logger = transformers_logging.get_logger(__name__)
+
+
+class LandscapeSurvey:
+    """The part of `LSAMTrainerMixin` that measures the landscape."""
+
+    def _survey_landscape(self):
+        """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
+
+        In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
+        cannot be read or written is warned of; the run has its model already.
+        """
+        args, folder = self.args, Path(self.args.output_dir) / FOLDER
+        files = [folder / f"landscape-{rank}.safetensors" for rank in range(args.identity.num_workers)]
+        try:
+            save_tensors(files[args.identity.rank], {"x": self._own})
+        except OSError as error:
+            logger.warning(f"The landscape will be without worker {args.identity.rank}: {error}")
+        if self.gather_from_workers("landscape", None) is None:
+            return
+        try:
+            # Those of another machine are not here unless output_dir is shared.
+            workers = {
+                rank: load_tensors(file)["x"].to(args.device) for rank, file in enumerate(files) if file.exists()
+            }
+            for file in files:
+                file.unlink(missing_ok=True)
+            measured = {
+                "run_id": read_record(args.output_dir).run["run_id"],
+                "batches": args.landscape_batches,
+                "batchnorm": bool(self._batchnorm),
+                **self._surveyed(workers, args.kernel_precision()),
+            }
+            beside = folder / ".landscape.json"
+            beside.write_text(json.dumps(measured))
+            beside.replace(folder / "landscape.json")
+        except (OSError, ValueError) as error:
+            logger.warning(f"The landscape is not in the record: {error}")
+
+    def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
+        args, worker, shown = self.args, self.worker, self.worker.own_parameters
+        modes = [(module, module.training) for module in self.model.modules()]
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), frozen_statistics(self._batchnorm), uncounted(self):
+            batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
+
+            points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
+            bar = tqdm(total=points, desc="Landscape", unit="point", disable=args.disable_tqdm)
+
+            def loss(x: Tensor) -> float:
+                worker.layout.write(x, worker.parameters)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    losses = [self.compute_loss(self.model, self._prepare_inputs(batch)) for batch in batches]
+                bar.update()
+                return torch.stack(losses).mean().item()
+
+            self.model.eval()
+            for layer in self._batchnorm:
+                layer.train()
+            try:
+                return survey(loss, shown, workers, args.landscape_points, strength)
+            finally:
+                bar.close()
+                worker.layout.write(shown, worker.parameters)
+                for module, training in modes:
+                    module.training = training
