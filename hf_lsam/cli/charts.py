@@ -200,8 +200,7 @@ class _Axis:
 
     def __init__(self, low: float, high: float, begin: float, end: float, exact: bool = False):
         if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):  # all the same
-            margin = abs(low) * 0.1 or 1.0
-            low, high = low - margin, high + margin
+            low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
         elif not exact:
             margin = 0.04 * (high - low)
             low, high = low - margin, high + margin

@@ -393,7 +393,7 @@ def _landscape(name: str, run: RunFacts) -> str:
     distances = ", ".join(f"{number(value)} to worker {rank}" for rank, value in measured["distances"].items())
     batchnorm = " BatchNorm normalises by the batch there." if measured["batchnorm"] else ""
     said = (
-        f"Measured by worker 0 when training had ended, on the same {measured['batches']} training batches at every "
+        f"Measured by worker 0 when training had ended, on the same training batches ({measured['batches']}) at every "
         f"point, in evaluation mode.{batchnorm} Distances from the anchor: {distances}."
     )
     missing = run.record.run["num_workers"] - len(measured["lines"])
