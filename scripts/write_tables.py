@@ -15,6 +15,13 @@ from summarize_results import write_between
 
 from hf_lsam.card import markdown_table
 
+SENTENCES = REPOSITORY / "recipes/text_classification/results"
+COMPARISONS = {
+    "trec_full": "TREC questions, all parameters",
+    "trec_lora": "TREC, LoRA",
+    "sst2_full": "SST-2 sentences, all parameters",
+    "sst2_lora": "SST-2, LoRA",
+}
 BENCHMARKS = ("async", "step", "images", "server", "faults")
 
 
@@ -54,7 +61,7 @@ def write_experiments(recipe: Path) -> None:
 
 def summary() -> str:
     """The table of README.md: a line a claim."""
-    quickstart = load(REPOSITORY / "recipes/text_classification/results/quickstart.json")
+    quickstart = load(SENTENCES / "quickstart.json")
     lsam = next(row for row in quickstart if row["method"] == "lsam")
     reports = {name: load(REPOSITORY / f"benchmarks/{name}.json") for name in BENCHMARKS}
     slowed = {(row["method"], row["worker_1"]): row for row in reports["async"]["results"]}
@@ -75,6 +82,17 @@ def summary() -> str:
             f"sync_steps={lsam['configuration']['sync_steps']}",
         ),
     ]
+    for name, label in COMPARISONS.items():
+        summaries = {row["method"]: row for row in load(SENTENCES / f"{name}.json")["summaries"]}
+        length = summaries["lsam"]["runs"][0]["steps_per_worker"][0]
+        means = [summaries[method]["eval_accuracy"] for method in ("lsam", "sam", "sgd")]
+        rows.append(
+            (
+                f"accuracy after {length} steps of MiniLM on {label}: LSAM; data-parallel SAM; plain data parallelism",
+                "; ".join(f"{value['mean']:.3f} ± {value['std']:.3f}" for value in means),
+                f"{len(summaries['lsam']['runs'])} seeds each",
+            )
+        )
     for method, label in (
         ("lsam", "a worker's step while the other pauses for 1.5 steps at each of its own: LSAM"),
         ("ddp", "the same: DDP"),
