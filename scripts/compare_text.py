@@ -13,7 +13,6 @@ NAME.json; `--readme` a table between the markers NAME.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -21,16 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from configuration import parse_configuration
-from launches import add_runs, finished, make_runs
+from launches import add_runs, finished, in_folder_of_its_own, make_runs
 from progress import add_quiet
 from reporting import REPOSITORY
 from summarize_results import summarize, table, write_between
-from text_data import DataArguments
-from train_text_classification import ModelArguments, run
+from train_text_classification import KEYS, run
 
-from hf_lsam import LSAMConfig
-
-KEYS = (ModelArguments, DataArguments, LSAMConfig)
 RHOS = (1 / 3, 1.0, 3.0)  # of the radius that is given
 RATES = (0.5, 1.0, 2.0)  # of the learning rate that is given
 TRIAL = {"validation_file": None, "eval_size": 0.1, "seed": 100}
@@ -43,22 +38,10 @@ def trials(sam_rho: float, learning_rate: float) -> dict[str, list[dict[str, flo
 
 
 def results(runs: list[dict[str, Any]], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
-    """The results of the runs, in their order; those that are missing are run."""
-    named = []
-    for values in runs:
-        name = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        named.append({**values, "output_dir": str(runs_dir / name)})
+    """The results of the runs, in their order; those that are missing are made."""
     # A process is a worker of its own or one of a data-parallel group, for as long as it lives.
-    return finished(__file__, named, quiet, apart=("num_workers", "method"))
-
-
-def run_without_weights(values: dict[str, Any]) -> dict[str, Any] | None:
-    """A run of which the results stay and not the model."""
-    found = run(values)
-    if found is not None:
-        for weights in Path(values["output_dir"]).glob("*.safetensors"):
-            weights.unlink()
-    return found
+    several = [in_folder_of_its_own(values, runs_dir) for values in runs]
+    return finished(__file__, several, quiet, apart=("num_workers", "method"))
 
 
 def compare(values: dict[str, Any], seeds: Sequence[int], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:
@@ -113,7 +96,7 @@ def main() -> None:
     add_runs(parser)
     arguments, words = parser.parse_known_args()
     if arguments.runs is not None:
-        make_runs(arguments.runs, run_without_weights, "eval_accuracy", arguments.quiet)
+        make_runs(arguments.runs, run, arguments.quiet, keep_model=False)
         return
     if arguments.name is None:
         parser.error("name the comparison")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def launch_command(processes: int) -> list[str]:
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """The option that `finished` gives to the processes it starts: the script then calls `make_runs`."""
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
+
+
+def in_folder_of_its_own(values: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
+    """A run's values with an `output_dir` below `runs_dir` that is named after them all."""
+    name = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {**values, "output_dir": str(runs_dir / name)}
 
 
 def finished(
@@ -63,15 +70,15 @@ def finished(
 
 
 def make_runs(
-    plan: Path, run: Callable[[dict[str, Any]], dict[str, Any] | None], accuracy: str = "accuracy", quiet: bool = False
+    plan: Path, run: Callable[[dict[str, Any]], dict[str, Any] | None], quiet: bool, keep_model: bool = True
 ) -> None:
     """Makes runs one after the other, as one process of their launch; process 0 shows how far they are.
 
     Args:
         plan: the JSON file that `--runs` names.
         run: makes one from the value of every key; returns its results at process 0, None at the others.
-        accuracy: the results' key that is shown.
         quiet: plain lines instead of a progress bar.
+        keep_model: without it the weights that a run has saved are removed, and its results stay.
     """
     several = json.loads(plan.read_text())
     first = Identity.from_environment().rank == 0
@@ -79,7 +86,10 @@ def make_runs(
         for values in several:
             results = run(values)
             if results is not None:
-                progress.say(f"{values['method']}, seed {values['seed']}: accuracy {results[accuracy]:.4f}")
+                reached = f"eval_{results['metric']}" if "metric" in results else "accuracy"
+                progress.say(f"{values['method']}, seed {values['seed']}: {reached} {results[reached]:.4f}")
                 progress.advance()
+                for weights in () if keep_model else Path(values["output_dir"]).glob("*.safetensors"):
+                    weights.unlink()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -412,7 +412,7 @@ def main() -> None:
     add_runs(parser)
     args, overrides = parser.parse_known_args()
     if args.runs is not None:
-        make_runs(args.runs, run, quiet=args.quiet)
+        make_runs(args.runs, run, args.quiet)
         return
     if args.experiment is None:
         parser.error("name an experiment")

@@ -20,10 +20,10 @@ from hf_lsam.card import exchanged_bytes, markdown_table
 OWN_TO_A_RUN = ("seed", "output_dir")
 KEPT = (
     "seed",
-    "eval_accuracy",
+    "eval_{metric}",
     "eval_loss",
-    "eval_accuracy_before",
-    "eval_accuracy_workers",
+    "eval_{metric}_before",
+    "eval_{metric}_workers",
     "steps_per_worker",
     "median_step_s",
     "train_runtime_s",
@@ -36,7 +36,7 @@ KEPT = (
     "commit",
     "date",
 )
-HEADER = ("method", "workers", "seeds", "held-out accuracy", "at the workers", "training", "staleness",
+HEADER = ("method", "workers", "seeds", "held-out {metric}", "at the workers", "training", "staleness",
           "exchanged", "data-parallel SAM, same steps")  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("hardware", "versions"):
             if any(run[key] != runs[0][key] for run in runs):
                 raise ValueError(f"The runs of one configuration had different {key}: their mean would mix them.")
-        first = runs[0]
+        first, metric = runs[0], runs[0]["metric"]
+        kept = [key.format(metric=metric) for key in KEPT]
         configuration = {key: value for key, value in first["configuration"].items() if key not in OWN_TO_A_RUN}
         summaries.append(
             {
@@ -66,12 +67,13 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "num_workers": first["num_workers"],
                 "eval_examples": first["eval_examples"],
                 "trainable_parameters": first["trainable_parameters"],
-                "eval_accuracy": _mean_and_deviation([run["eval_accuracy"] for run in runs]),
+                "metric": metric,
+                f"eval_{metric}": _mean_and_deviation([run[f"eval_{metric}"] for run in runs]),
                 "train_runtime_s": _mean_and_deviation([run["train_runtime_s"] for run in runs]),
                 "bytes_exchanged": statistics.fmean(exchanged_bytes(run) for run in runs),
                 "hardware": first["hardware"],
                 "versions": first["versions"],
-                "runs": [{key: run[key] for key in KEPT} for run in runs],
+                "runs": [{key: run[key] for key in kept} for run in runs],
                 "configuration": {key: value for key, value in configuration.items() if value is not None},
             }
         )
@@ -82,28 +84,29 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
     """The summaries as Markdown, with the hardware and versions they were measured with."""
     rows = []
     for summary in summaries:
-        runs = summary["runs"]
+        runs, metric = summary["runs"], summary["metric"]
         asynchronous = summary["method"] == "lsam"
-        at_workers = [accuracy for run in runs for accuracy in run["eval_accuracy_workers"] or ()]
-        accuracy, seconds = summary["eval_accuracy"], summary["train_runtime_s"]
+        at_workers = [value for run in runs for value in run[f"eval_{metric}_workers"] or ()]
+        reached, seconds = summary[f"eval_{metric}"], summary["train_runtime_s"]
         data_parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
         rows.append(
             (
                 summary["method"],
                 str(summary["num_workers"]),
                 ", ".join(str(run["seed"]) for run in runs),
-                f"{accuracy['mean']:.4f} ± {accuracy['std']:.4f}",
+                f"{reached['mean']:.4f} ± {reached['std']:.4f}",
                 f"{statistics.fmean(at_workers):.4f}" if asynchronous else "-",
                 f"{seconds['mean']:.0f} s",
                 f"{statistics.fmean(run['staleness']['mean'] for run in runs):.2f}" if asynchronous else "-",
-                f"{summary['bytes_exchanged'] / 1e6:.0f} MB",
-                f"{data_parallel / 1e6:.0f} MB",
+                f"{summary['bytes_exchanged'] / 1e6:,.0f} MB",
+                f"{data_parallel / 1e6:,.0f} MB",
             )
         )
     first = summaries[0]
     hardware = ", ".join([first["hardware"]["cpu"], f"{first['hardware']['cores']} cores", *first["hardware"]["gpus"]])
     versions = ", ".join(f"{package} {number}" for package, number in first["versions"].items())
-    return f"{markdown_table(HEADER, rows)}\n\nMeasured on {hardware}, with {versions}."
+    header = [title.format(metric=first["metric"].replace("_", " ")) for title in HEADER]
+    return f"{markdown_table(header, rows)}\n\nMeasured on {hardware}, with {versions}."
 
 
 def write_between(readme: Path, marker: str, text: str) -> None:

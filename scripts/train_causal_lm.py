@@ -55,6 +55,9 @@ class DataArguments(RecordArguments):
     block_size: int = field(default=512, metadata={"help": "Tokens in a block."})
 
 
+KEYS = (ModelArguments, DataArguments, LSAMConfig)
+
+
 def to_blocks(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Dataset:
     """Blocks of `size` tokens with columns `input_ids` and `labels`; what does not fill the last one is dropped.
 
@@ -131,4 +134,4 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main((ModelArguments, DataArguments, LSAMConfig), run)
+    main(KEYS, run)

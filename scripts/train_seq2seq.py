@@ -102,6 +102,9 @@ class DataArguments(RecordArguments):
     metric: str = field(default="chrf", metadata={"help": f"Of generated texts: {', '.join(METRICS)}."})
 
 
+KEYS = (ModelArguments, DataArguments, LSAMSeq2SeqConfig)
+
+
 def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
     """Token ids of the inputs, and of the outputs as labels."""
 
@@ -173,4 +176,4 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main((ModelArguments, DataArguments, LSAMSeq2SeqConfig), run)
+    main(KEYS, run)

@@ -75,6 +75,9 @@ class DataArguments(RecordArguments):
     )
 
 
+KEYS = (ModelArguments, DataArguments, LSAMSFTConfig)
+
+
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
     """Trains, evaluates, saves; the results at worker 0, None at the others.
 
@@ -108,4 +111,4 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main((ModelArguments, DataArguments, LSAMSFTConfig), run)
+    main(KEYS, run)

@@ -59,6 +59,9 @@ class ModelArguments(LoraArguments, MethodArguments):
     )
 
 
+KEYS = (ModelArguments, DataArguments, LSAMConfig)
+
+
 def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, list[str]]:
     """The model with a head for `labels`, and the labels in the order of its outputs.
 
@@ -164,4 +167,4 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main((ModelArguments, DataArguments, LSAMConfig), run)
+    main(KEYS, run)

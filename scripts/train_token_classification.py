@@ -61,6 +61,9 @@ class DataArguments(RecordArguments):
     max_length: int = field(default=128, metadata={"help": "Tokens after which a sentence is cut off."})
 
 
+KEYS = (ModelArguments, DataArguments, LSAMConfig)
+
+
 def load_sentences(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
     """Training and held-out sentences, their tags as strings, and the tags: those that the data set names, else those
     of the training sentences in alphabetical order.
@@ -195,4 +198,4 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main((ModelArguments, DataArguments, LSAMConfig), run)
+    main(KEYS, run)

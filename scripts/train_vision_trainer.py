@@ -81,6 +81,9 @@ class Images(Dataset):
         return {"pixel_values": normalize(image[None], self._mean, self._std)[0], "labels": int(self._labels[index])}
 
 
+KEYS = (ModelArguments, DataArguments, LSAMConfig)
+
+
 def augmentation(args: DataArguments, size: tuple[int, int]) -> v2.Transform | None:
     """What is done to a training image of `size` (height, width); None for nothing."""
     steps = [v2.RandomHorizontalFlip()] if args.random_flip else []
@@ -159,4 +162,4 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main((ModelArguments, DataArguments, LSAMConfig), run)
+    main(KEYS, run)

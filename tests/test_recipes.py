@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import example_data
 import train_causal_lm
 import train_seq2seq
 import train_sft
@@ -27,10 +29,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from records import RecordArguments, load_records, read_records
 from training import byte_tokenizer, load_model, training_arguments
 
-from hf_lsam import LSAMConfig
-
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# Of each recipe the script, the class of the arguments of its Trainer, and a small model from scratch or a package's.
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -40,12 +40,12 @@ LLAMA = {
     "num_key_value_heads": 2,
 }
 SCRIPT_OF = {
-    "causal_lm": (train_causal_lm, LSAMConfig),
-    "sft": (train_sft, train_sft.LSAMSFTConfig),
-    "seq2seq": (train_seq2seq, train_seq2seq.LSAMSeq2SeqConfig),
-    "token_classification": (train_token_classification, LSAMConfig),
-    "image_classification": (train_vision_trainer, LSAMConfig),
-    "text_classification": (train_text_classification, LSAMConfig),
+    "causal_lm": train_causal_lm,
+    "sft": train_sft,
+    "seq2seq": train_seq2seq,
+    "token_classification": train_token_classification,
+    "image_classification": train_vision_trainer,
+    "text_classification": train_text_classification,
 }
 FEW_STEPS = {"max_steps": 4, "logging_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "learning_rate": 1e-2}
 FEW_STEPS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -67,18 +67,17 @@ def command_line(recipe: str, method: str, folder: Path, **values) -> list[str]:
 
 
 def parse(recipe: str, words: list[str]) -> dict:
-    script, kind = SCRIPT_OF[recipe]
-    return parse_configuration((script.ModelArguments, script.DataArguments, kind), words)
+    return parse_configuration(SCRIPT_OF[recipe].KEYS, words)
 
 
 def start(recipe: str, method: str, folder: Path, **values) -> dict:
     """The results of a run in this process."""
-    return SCRIPT_OF[recipe][0].run(parse(recipe, command_line(recipe, method, folder, **values)))
+    return SCRIPT_OF[recipe].run(parse(recipe, command_line(recipe, method, folder, **values)))
 
 
 def launch(recipe: str, method: str, folder: Path, **values) -> dict:
     """The results of a run of two workers."""
-    script = Path(SCRIPT_OF[recipe][0].__file__)
+    script = Path(SCRIPT_OF[recipe].__file__)
     done = accelerate_launch(script, *command_line(recipe, method, folder, num_workers=2, **values), timeout=280)
     assert str(folder) in done.stdout
     return json.loads((folder / "results.json").read_text())
@@ -113,7 +112,7 @@ def test_every_yaml_file_has_known_keys_and_is_what_its_name_says(path):
     assert values["method"] == (path.stem if path.stem in ("lsam", "sam", "sgd") else "lsam")
     assert values["output_dir"].startswith("runs/")
     if values["num_workers"] is None and not values.get("bf16"):  # bfloat16 asks for a GPU
-        script = SCRIPT_OF[path.parent.name][0]
+        script = SCRIPT_OF[path.parent.name]
         training_arguments(values, *([script.TRAINERS] if hasattr(script, "TRAINERS") else []))
 
 
@@ -179,7 +178,7 @@ def test_an_adapter_on_a_pretrained_model(tmp_path, pretrained, text, chats, rec
     common = {"model_name_or_path": pretrained, "use_lora": True, "use_cpu": True, "max_steps": 2, "sync_steps": 2}
     common |= {"learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "output_dir": tmp_path / "out"}
     words = [word for key, value in (common | own).items() for word in (f"--{key}", str(value))]
-    results = SCRIPT_OF[recipe][0].run(parse(recipe, words))
+    results = SCRIPT_OF[recipe].run(parse(recipe, words))
     # Rank-8 factors of q, k, v, o (16x16) and of the three layers of the MLP (16x32); the head is left alone.
     assert results["trainable_parameters"] == 8 * (4 * (16 + 16) + 3 * (16 + 32))
     assert results["eval_loss"] < results["eval_loss_before"]
@@ -451,3 +450,60 @@ def test_bad_records_are_errors(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"empty\.jsonl is empty. It needs the columns 'a'"):
         read_records(RecordArguments(train_file=str(tmp_path / "empty.jsonl")), {"key": "a"})
+
+
+# --- data to try them with, and their measured tables ---
+
+
+def test_there_is_data_to_try_the_recipes_with(tmp_path):
+    columns = {"chats": ["messages"], "pairs": ["source", "target"], "entities": ["tokens", "tags"]}
+    for kind, names in columns.items():
+        file = tmp_path / f"{kind}.jsonl"
+        command = [sys.executable, str(ROOT / "scripts/example_data.py"), kind, str(file), "--count", "40"]
+        subprocess.run(command, check=True, timeout=60)
+        train, held_out = load_records(RecordArguments(train_file=str(file)), {name: name for name in names})
+        assert (len(train), len(held_out)) == (36, 4)
+    tags = train_token_classification.load_sentences(
+        train_token_classification.DataArguments(
+            train_file=str(tmp_path / "entities.jsonl"), tokens_column="tokens", tags_column="tags"
+        )
+    )[2]
+    assert set(tags) == {"O", "B-HANDLE", "B-HASHTAG"}
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"),
+        (19, "nineteen"),
+        (40, "forty"),
+        (99, "ninety-nine"),
+        (300, "three hundred"),
+        (1_007, "one thousand and seven"),
+        (90_113, "ninety thousand one hundred and thirteen"),
+        (100_000, "one hundred thousand"),
+    ],
+)
+def test_numbers_in_words(number, words):
+    assert example_data.in_words(number) == words
+
+
+def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path):
+    """By the YAML files of the recipe itself, made short."""
+    (tmp_path / "causal_lm").mkdir()
+    readme = tmp_path / "causal_lm/README.md"
+    readme.write_text("<!-- methods:begin -->\n<!-- methods:end -->\n")
+    command = [sys.executable, str(ROOT / "scripts/measure_recipe.py"), "causal_lm", "--seeds", "2"]
+    command += ["--runs_dir", str(tmp_path / "runs"), "--recipes", str(tmp_path), "--max_steps", "4"]
+    command += ["--max_train_samples", "32", "--max_eval_samples", "4", "--model_config", json.dumps(LLAMA)]
+    command += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
+    assert [summary["method"] for summary in summaries] == ["lsam", "sam", "sgd"]
+    for summary in summaries:
+        assert [run["seed"] for run in summary["runs"]] == [0, 1]
+        assert summary["eval_loss"]["mean"] == pytest.approx(np.mean([run["eval_loss"] for run in summary["runs"]]))
+        assert f"{summary['eval_loss']['mean']:.4f} ± " in readme.read_text()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert str(tmp_path) not in json.dumps(summaries)
