@@ -20,10 +20,7 @@ from peft import TaskType, get_peft_model
 from records import RecordArguments, first, held_out_size, read_records
 from reporting import write_report
 from training import (
-    LoraArguments,
-    MethodArguments,
-    ScratchArguments,
-    TokenizerArguments,
+    ModelArguments,
     build_trainer,
     load_model,
     load_tokenizer,
@@ -37,11 +34,6 @@ from training import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from hf_lsam import LSAMConfig
-
-
-@dataclass
-class ModelArguments(LoraArguments, TokenizerArguments, ScratchArguments, MethodArguments):
-    """What is trained, and how."""
 
 
 @dataclass

@@ -21,11 +21,8 @@ from peft import TaskType, get_peft_model
 from records import RecordArguments, load_records
 from reporting import write_report
 from training import (
-    LoraArguments,
-    MethodArguments,
+    ModelArguments,
     SAMMixin,
-    ScratchArguments,
-    TokenizerArguments,
     build_trainer,
     load_model,
     load_tokenizer,
@@ -81,11 +78,6 @@ METRICS = {
     "bleu": lambda texts, references: sacrebleu.corpus_bleu(texts, [references]).score,
     "chrf": lambda texts, references: sacrebleu.corpus_chrf(texts, [references]).score,
 }
-
-
-@dataclass
-class ModelArguments(LoraArguments, TokenizerArguments, ScratchArguments, MethodArguments):
-    """What is trained, and how."""
 
 
 @dataclass

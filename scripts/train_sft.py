@@ -19,11 +19,8 @@ from peft import TaskType
 from records import RecordArguments, load_records
 from reporting import write_report
 from training import (
-    LoraArguments,
-    MethodArguments,
+    ModelArguments,
     SAMMixin,
-    ScratchArguments,
-    TokenizerArguments,
     build_trainer,
     load_model,
     load_tokenizer,
@@ -58,11 +55,6 @@ TRAINERS = {
     "sam": (SAMSFTTrainer, SFTConfig),
     "sgd": (SFTTrainer, SFTConfig),
 }
-
-
-@dataclass
-class ModelArguments(LoraArguments, TokenizerArguments, ScratchArguments, MethodArguments):
-    """What is trained, and how."""
 
 
 @dataclass

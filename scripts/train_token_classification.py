@@ -20,10 +20,7 @@ from peft import TaskType, get_peft_model
 from records import RecordArguments, load_records
 from reporting import write_report
 from training import (
-    LoraArguments,
-    MethodArguments,
-    ScratchArguments,
-    TokenizerArguments,
+    ModelArguments,
     build_trainer,
     load_model,
     load_tokenizer,
@@ -45,11 +42,6 @@ from transformers import (
 from hf_lsam import LSAMConfig
 
 IGNORED = -100  # the label of what is no beginning of a word, for the loss
-
-
-@dataclass
-class ModelArguments(LoraArguments, TokenizerArguments, ScratchArguments, MethodArguments):
-    """What is trained, and how."""
 
 
 @dataclass

@@ -94,6 +94,11 @@ def pick(kind: type, values: dict[str, Any]) -> Any:
     return kind(**{each.name: values[each.name] for each in fields(kind) if each.init})
 
 
+@dataclass
+class ModelArguments(LoraArguments, TokenizerArguments, ScratchArguments, MethodArguments):
+    """What language model is trained, and how."""
+
+
 # --- the methods ---
 
 
