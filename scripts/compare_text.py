@@ -66,9 +66,6 @@ def compare(values: dict[str, Any], seeds: Sequence[int], runs_dir: Path, quiet:
     }
     report["train_examples"] = runs[0]["train_examples"]
     report["summaries"] = summarize(runs)
-    for summary in report["summaries"]:
-        files = {key: Path(summary["configuration"][key]).name for key in ("train_file", "validation_file")}
-        summary["configuration"] |= files  # where they lie is one machine's affair
     return report
 
 

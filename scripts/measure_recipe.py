@@ -30,7 +30,6 @@ SCRIPTS = {
     "image_classification": "train_vision_trainer",
 }
 METHODS = ("lsam", "sam", "sgd")
-PLACES = ("output_dir", "train_file", "validation_file", "eval_file", "data_dir", "shared_memory_dir")
 
 
 def results(recipe: str, seeds: int, words: list[str], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
@@ -66,9 +65,6 @@ def main() -> None:
     if arguments.recipe is None:
         parser.error("name a recipe")
     summaries = summarize(results(arguments.recipe, arguments.seeds, words, arguments.runs_dir, arguments.quiet))
-    for summary in summaries:  # where a file lies is one machine's affair
-        kept = summary["configuration"]
-        summary["configuration"] = {k: Path(v).name if k in PLACES else v for k, v in kept.items()}
     folder = arguments.recipes / arguments.recipe
     (folder / "results").mkdir(parents=True, exist_ok=True)
     (folder / "results/methods.json").write_text(json.dumps(summaries, indent=1, ensure_ascii=False) + "\n")

@@ -18,6 +18,8 @@ from typing import Any
 from hf_lsam.card import exchanged_bytes, markdown_table
 
 OWN_TO_A_RUN = ("seed", "output_dir")
+# Where these lie is one machine's affair; their names are kept.
+PLACES = ("train_file", "validation_file", "eval_file", "data_dir", "shared_memory_dir")
 KEPT = (
     "seed",
     "eval_{metric}",
@@ -74,7 +76,11 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "hardware": first["hardware"],
                 "versions": first["versions"],
                 "runs": [{key: run[key] for key in kept} for run in runs],
-                "configuration": {key: value for key, value in configuration.items() if value is not None},
+                "configuration": {
+                    key: Path(value).name if key in PLACES and not value.startswith("package://") else value
+                    for key, value in configuration.items()
+                    if value is not None
+                },
             }
         )
     return summaries
