@@ -365,6 +365,9 @@ def measured_run(
     evaluated += [entry for entry in trainer.state.log_history if key in entry]
     before = evaluated[0]
     curves = {**measured.pop("curves"), key: [[entry["step"], entry[key]] for entry in evaluated]}
+    seconds = training.metrics["train_runtime"]
+    if not asynchronous:
+        seconds -= before["eval_runtime"]  # Trainer's clock starts before `eval_on_start`
     return {
         "method": values["method"],
         "num_workers": len(measured["steps_per_worker"]),
@@ -377,7 +380,7 @@ def measured_run(
         "eval_loss_before": before["eval_loss"],
         **facts,
         "trainable_parameters": trainable,
-        "train_runtime_s": training.metrics["train_runtime"],
+        "train_runtime_s": seconds,
         **measured,
         "bytes_data_parallel": data_parallel_bytes(measured["steps_per_worker"], trainable),
         **provenance(),
