@@ -38,8 +38,8 @@ KEPT = (
     "commit",
     "date",
 )
-HEADER = ("method", "workers", "seeds", "held-out {metric}", "at the workers", "training", "staleness",
-          "exchanged", "data-parallel SAM, same steps")  # fmt: skip
+HEADER = ("method", "workers", "seeds", "held-out {metric}", "at the workers", "training", "median step",
+          "staleness", "exchanged", "data-parallel SAM, same steps")  # fmt: skip
 
 
 def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,6 +103,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
                 f"{reached['mean']:.4f} ± {reached['std']:.4f}",
                 f"{statistics.fmean(at_workers):.4f}" if asynchronous else "-",
                 f"{seconds['mean']:.0f} s",
+                f"{statistics.fmean(step for run in runs for step in run['median_step_s']):.2f} s",
                 f"{statistics.fmean(run['staleness']['mean'] for run in runs):.2f}" if asynchronous else "-",
                 f"{summary['bytes_exchanged'] / 1e6:,.0f} MB",
                 f"{data_parallel / 1e6:,.0f} MB",

@@ -15,50 +15,84 @@ from reporting import REPOSITORY
 
 from hf_lsam.card import CardFacts, model_card, provenance_line
 
-SENTENCES = REPOSITORY / "recipes/text_classification/results"
-EXPERIMENTS = REPOSITORY / "recipes/cifar10_resnet20/results/cpu"
+RECIPES = REPOSITORY / "recipes"
+SENTENCES = RECIPES / "text_classification/results"
+EXPERIMENTS = RECIPES / "cifar10_resnet20/results/cpu"
+TASKS = {
+    "causal_lm": "text-generation",
+    "image_classification": "image-classification",
+    "seq2seq": None,
+    "sft": "text-generation",
+    "token_classification": "token-classification",
+}
+SHARES = ("accuracy", "f1")  # told in percent
 Compared = tuple[Sequence[str], Sequence[Sequence[str]]]  # a header, and rows
 
 
-def mean_and_std(values: Sequence[float], scale: float = 1.0) -> str:
+def mean_and_std(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
     """For example 89.93 ± 0.42."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * statistics.fmean(values):.2f} ± {scale * spread:.2f}"
+    return f"{scale * statistics.fmean(values):.{digits}f} ± {scale * spread:.{digits}f}"
 
 
-def of_sentences(name: str, row: dict[str, Any], compared: Compared, against: str) -> CardFacts:
+def score(row: dict[str, Any]) -> str:
+    """What the runs of a summary have reached in their metric."""
+    values = [run[f"eval_{row['metric']}"] for run in row["runs"]]
+    return mean_and_std(values, 100) if row["metric"] in SHARES else mean_and_std(values, digits=3)
+
+
+def title(metric: str) -> str:
+    return f"{metric}, %" if metric in SHARES else metric
+
+
+def side_by_side(summaries: Sequence[dict[str, Any]]) -> Compared:
+    """A row a method."""
+    rows = [
+        (
+            row["method"],
+            score(row),
+            f"{row['bytes_exchanged'] / 1e6:,.0f}",
+            f"{row['train_runtime_s']['mean']:,.0f}",
+            str(len(row["runs"])),
+        )
+        for row in summaries
+    ]
+    return ("", f"held-out {title(summaries[0]['metric'])}", "MB exchanged", "seconds", "seeds"), rows
+
+
+def of_summary(name: str, row: dict[str, Any], compared: Compared, against: str, task: str | None) -> CardFacts:
     """The card of one row of summarize_results.py, a method's runs over seeds.
 
     Args:
         name: of the result; the method is added.
         row: the summary.
-        compared, against: see `CardFacts`.
+        compared, against, task: see `CardFacts`.
     """
-    runs, configuration = row["runs"], row["configuration"]
+    runs, configuration, metric = row["runs"], row["configuration"], row["metric"]
     at = "at the anchor" if row["method"] == "lsam" else "of the model"
-    accuracies = [run["eval_accuracy"] for run in runs]
     rows = [
         ("Workers", f"{row['num_workers']}, of {runs[0]['steps_per_worker'][0]} steps each"),
         ("Trained parameters", f"{row['trainable_parameters']:,}"),
         ("Held-out examples", f"{row['eval_examples']:,}"),
-        (f"Accuracy {at}, %", mean_and_std(accuracies, 100)),
+        (f"{metric.capitalize()} {at}{', %' if metric in SHARES else ''}", score(row)),
         ("Training time, s", mean_and_std([run["train_runtime_s"] for run in runs])),
         ("Bytes exchanged", f"{row['bytes_exchanged'] / 1e6:,.0f} MB"),
     ]
+    means = {name: statistics.fmean(run[f"eval_{name}"] for run in runs) for name in (metric, "loss")}
     return CardFacts(
         f"{name}-{row['method']}",
         row["method"],
         row["num_workers"],
-        [("accuracy", row["eval_accuracy"]["mean"]), ("loss", statistics.fmean(run["eval_loss"] for run in runs))],
+        list(means.items()),
         rows,
         configuration,
         provenance_line({**row, "commit": runs[0]["commit"], "date": runs[-1]["date"]}),
         compared=compared,
         against=against,
-        base=configuration["base_model_id"],
+        base=configuration.get("base_model_id") or configuration.get("model_name_or_path"),
         data=Path(configuration["train_file"]).name,
-        task="text-classification",
-        library="peft" if configuration["use_lora"] else "transformers",
+        task=task,
+        library="peft" if configuration.get("use_lora") else "transformers",
         seeds=[run["seed"] for run in runs],
     )
 
@@ -78,30 +112,30 @@ def of_quickstart(path: Path) -> Iterator[CardFacts]:
         ]
         header = ("", "held-out accuracy, %", "MB exchanged")
         against = "The bytes of data-parallel training are computed, for a ring all-reduce of the same gradients."
-        yield of_sentences("quickstart", row, (header, compared), against)
+        yield of_summary("quickstart", row, (header, compared), against, "text-classification")
 
 
 def of_comparison(path: Path) -> Iterator[CardFacts]:
     """One card a method of a comparison by compare_text.py."""
     summaries = json.loads(path.read_text())["summaries"]
-    compared = [
-        (
-            row["method"],
-            mean_and_std([run["eval_accuracy"] for run in row["runs"]], 100),
-            f"{row['bytes_exchanged'] / 1e6:,.0f}",
-            f"{row['train_runtime_s']['mean']:,.0f}",
-            str(len(row["runs"])),
-        )
-        for row in summaries
-    ]
-    header = ("", "held-out accuracy, %", "MB exchanged", "seconds", "seeds")
     against = (
         "All were trained for as many steps of as many sentences; three trials each, on held-out training sentences, "
         "chose the radius of the perturbation, or the learning rate of `sgd`, which has none and here means plain data "
         "parallelism with the same AdamW."
     )
     for row in summaries:
-        yield of_sentences(path.stem, row, (header, compared), against)
+        yield of_summary(path.stem, row, side_by_side(summaries), against, "text-classification")
+
+
+def of_recipe(path: Path) -> Iterator[CardFacts]:
+    """One card a method of what measure_recipe.py has measured."""
+    recipe, summaries = path.parents[1].name, json.loads(path.read_text())
+    against = (
+        "All were trained for as many steps of as many examples, with the settings of the recipe, which were not tuned "
+        "for any of them. `sgd` has no perturbation and here means plain data parallelism with the same AdamW."
+    )
+    for row in summaries:
+        yield of_summary(recipe, row, side_by_side(summaries), against, TASKS[recipe])
 
 
 def of_experiment(path: Path) -> Iterator[CardFacts]:
@@ -163,6 +197,8 @@ def main(folder: Path = REPOSITORY / "model_cards") -> None:
     found = [*of_quickstart(SENTENCES / "quickstart.json")]
     for path in sorted(SENTENCES.glob("*_*.json")):
         found += of_comparison(path)
+    for path in sorted(RECIPES.glob("*/results/methods.json")):
+        found += of_recipe(path)
     for path in sorted(EXPERIMENTS.glob("*.json")):
         found += of_experiment(path)
     for facts in found:

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md, benchmarks/README.md and the image recipe from the JSON they come from.
+"""Writes the measured tables of README.md, benchmarks/README.md and the recipes from the JSON they come from.
 
 python scripts/write_tables.py
 """
@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compare_text import text
 from reporting import REPOSITORY
-from summarize_results import write_between
+from summarize_results import table, write_between
 
 from hf_lsam.card import markdown_table
 
@@ -50,13 +51,23 @@ def write_experiments(recipe: Path) -> None:
         hardware = first["hardware"]
         machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
         versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-        text = (
+        described = (
             f"{path.with_suffix('.md').read_text().strip()}\n\n![{report['experiment']}]"
             f"(results/{report['budget']}/{path.stem}.png)\n\n{first['steps_per_worker']} steps a worker at most, "
             f"{first['train_images']:,} training images, evaluated on {first['eval_images']:,} of the "
             f"{first['evaluated_on']}. On {machine}; {versions}; commit {', '.join(commits)}; {dates[-1]}."
         )
-        write_between(recipe / "README.md", f"{report['budget']}-{path.stem}", text)
+        write_between(recipe / "README.md", f"{report['budget']}-{path.stem}", described)
+
+
+def write_recipes(recipes: Path) -> None:
+    """The tables of summarize_results.py, compare_text.py and measure_recipe.py."""
+    sentences = recipes / "text_classification"
+    write_between(sentences / "README.md", "quickstart", table(load(sentences / "results/quickstart.json")))
+    for name in COMPARISONS:
+        write_between(sentences / "README.md", name, text(load(sentences / f"results/{name}.json")))
+    for path in sorted(recipes.glob("*/results/methods.json")):
+        write_between(path.parents[1] / "README.md", "methods", table(load(path)))
 
 
 def summary() -> str:
@@ -145,11 +156,12 @@ def summary() -> str:
 def main() -> None:
     for name in BENCHMARKS:
         report = load(REPOSITORY / f"benchmarks/{name}.json")
-        table = importlib.import_module(f"bench_{name}").table(report["results"])
+        measured = importlib.import_module(f"bench_{name}").table(report["results"])
         parameters = ", ".join(f"{key} {value}" for key, value in report["parameters"].items())
-        text = f"{table}\n\n`{report['command']}`: {parameters}.\n\nOn {origin(report)}"
-        write_between(REPOSITORY / "benchmarks/README.md", name, text)
+        described = f"{measured}\n\n`{report['command']}`: {parameters}.\n\nOn {origin(report)}"
+        write_between(REPOSITORY / "benchmarks/README.md", name, described)
     write_experiments(REPOSITORY / "recipes/cifar10_resnet20")
+    write_recipes(REPOSITORY / "recipes")
     write_between(REPOSITORY / "README.md", "results", summary())
 
 
