@@ -39,9 +39,8 @@ def trials(sam_rho: float, learning_rate: float) -> dict[str, list[dict[str, flo
 
 def results(runs: list[dict[str, Any]], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
     """The results of the runs, in their order; those that are missing are made."""
-    # A process is a worker of its own or one of a data-parallel group, for as long as it lives.
     several = [in_folder_of_its_own(values, runs_dir) for values in runs]
-    return finished(__file__, several, quiet, apart=("num_workers", "method"))
+    return finished(__file__, several, quiet, with_trainer=True)
 
 
 def compare(values: dict[str, Any], seeds: Sequence[int], runs_dir: Path, quiet: bool = False) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def in_folder_of_its_own(values: dict[str, Any], runs_dir: Path) -> dict[str, An
 
 
 def finished(
-    script: str, runs: Sequence[dict[str, Any]], quiet: bool, apart: Sequence[str] = ("num_workers",)
+    script: str, runs: Sequence[dict[str, Any]], quiet: bool, with_trainer: bool = False
 ) -> list[dict[str, Any]]:
     """The results of the runs, in their order; those that are missing are made first.
 
@@ -47,19 +47,20 @@ def finished(
         runs: the value of every key of each, `output_dir` and `num_workers` among them; the first receives
             results.json.
         quiet: plain lines instead of a progress bar.
-        apart: keys in which the runs of a launch are alike.
+        with_trainer: whether they go through Trainer, with which a process is an asynchronous worker or one of a
+            data-parallel group for as long as it lives, so that one launch cannot make runs of both kinds.
 
     Raises:
         subprocess.CalledProcessError: if a run fails. Those that finished before it are kept.
     """
     folders = [Path(values["output_dir"]) for values in runs]
-    batches: dict[tuple[Any, ...], dict[Path, dict[str, Any]]] = {}
+    batches: dict[tuple[int, bool], dict[Path, dict[str, Any]]] = {}
     for folder, values in zip(folders, runs, strict=True):
         if not (folder / "results.json").exists():
-            batches.setdefault(tuple(values[key] for key in apart), {})[folder] = values
-    for batch in batches.values():
+            kind = (values["num_workers"], with_trainer and values["method"] == "lsam")
+            batches.setdefault(kind, {})[folder] = values
+    for (workers, _), batch in batches.items():
         several = list(batch.values())
-        workers = several[0]["num_workers"]
         command = launch_command(workers) if workers > 1 else [sys.executable]
         with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
             json.dump(several, plan)

@@ -41,8 +41,7 @@ def results(recipe: str, seeds: int, words: list[str], runs_dir: Path, quiet: bo
         for seed in range(seeds):
             each = {"recipe": recipe, **values, "num_workers": 2, "seed": seed}
             runs.append(in_folder_of_its_own(each, runs_dir))
-    # A process is a worker of its own or one of a data-parallel group, for as long as it lives.
-    return finished(__file__, runs, quiet, apart=("num_workers", "method"))
+    return finished(__file__, runs, quiet, with_trainer=True)
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
