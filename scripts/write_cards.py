@@ -38,7 +38,7 @@ def mean_and_std(values: Sequence[float], scale: float = 1.0, digits: int = 2) -
 def score(row: dict[str, Any]) -> str:
     """What the runs of a summary have reached in their metric."""
     values = [run[f"eval_{row['metric']}"] for run in row["runs"]]
-    return mean_and_std(values, 100) if row["metric"] in SHARES else mean_and_std(values, digits=3)
+    return mean_and_std(values, 100) if row["metric"] in SHARES else mean_and_std(values, digits=4)
 
 
 def title(metric: str) -> str:
