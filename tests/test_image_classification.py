@@ -201,8 +201,8 @@ def test_there_is_a_recipe_for_each_set_model_and_method():
     assert len(IMAGE_RECIPES) == 3 * 3 * len(METHODS)
 
 
-def reproduce(tmp_path: Path, data: dict, experiment: str) -> dict:
-    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), experiment, "--budget", "smoke"]
+def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
+    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), experiment, "--budget", "smoke", *words]
     command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables")]
     command += [f"--{key}={value}" for key, value in data.items()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -213,7 +213,7 @@ def reproduce(tmp_path: Path, data: dict, experiment: str) -> dict:
 
 
 def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path, data):
-    report = reproduce(tmp_path, data, "methods")
+    report = reproduce(tmp_path, data, "methods", "--epochs=1")
     trials = [trial["method"] for trial in report["trials"]]
     assert {trials.count(method) for method in METHODS} == {5}
     assert report["chosen"].keys() == METHODS.keys()
@@ -226,6 +226,6 @@ def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path,
     # Not one of the trials: asynchronous workers end elsewhere the second time, and another setting may be chosen.
     lost = next(path for path in finished if json.loads(path.read_text())["evaluated_on"] == "test split")
     lost.unlink()
-    again = reproduce(tmp_path, data, "methods")
+    again = reproduce(tmp_path, data, "methods", "--epochs=1")
     assert [run["settings"] for run in again["runs"]] == [run["settings"] for run in report["runs"]]
     assert {path for path, time in finished.items() if path.stat().st_mtime_ns != time} == {lost}
