@@ -31,14 +31,14 @@ from hf_lsam.record import read_record, worker_state
 TESTS = Path(__file__).parent
 PATHS = f"{TESTS}{os.pathsep}{TESTS.parent}"
 
-# A run of two workers: sys.argv are its folder, its number of steps, seconds a step, and what reports it.
+# A run of two workers: sys.argv are its folder, its number of steps, seconds a step, and the trackers.
 RUN = """
 import sys, time
 from models import arguments, blobs, net
 from transformers import TrainerCallback
 from hf_lsam import LSAMConfig, LSAMTrainer
 
-OUT, STEPS, SECONDS, TRACKER = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+OUT, STEPS, SECONDS, TRACKERS = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
 
 
 class Slow(TrainerCallback):
@@ -46,7 +46,7 @@ class Slow(TrainerCallback):
         time.sleep(SECONDS)
 
 
-fields = dict(max_steps=STEPS, sync_steps=2, eval_strategy="steps", eval_steps=4, report_to=TRACKER, logging_steps=2)
+fields = dict(max_steps=STEPS, sync_steps=2, eval_strategy="steps", eval_steps=4, report_to=TRACKERS, logging_steps=2)
 trainer = LSAMTrainer(
     model=net(), args=arguments(LSAMConfig, OUT, **fields), train_dataset=blobs(), eval_dataset=blobs(16, 1),
     callbacks=[Slow()],
@@ -62,10 +62,11 @@ def hf_lsam(*words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a run of two workers that has finished, reported to TensorBoard."""
+    """The folder of a run of two workers that has finished, reported to TensorBoard and to Weights & Biases."""
     folder = tmp_path_factory.mktemp("finished")
     script = write_script(folder / "script.py", RUN)
-    accelerate_launch(script, str(folder / "run"), "8", "0", "tensorboard", PYTHONPATH=PATHS)
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
+    accelerate_launch(script, str(folder / "run"), "8", "0", "tensorboard", "wandb", PYTHONPATH=PATHS, **offline)
     return folder / "run"
 
 
@@ -286,6 +287,18 @@ def test_one_tensorboard_run_holds_all_workers_and_the_anchor(finished):
     evaluated = [entry["eval_loss"] for entry in workers[0] if "eval_loss" in entry]
     assert [scalar.value for scalar in events.Scalars("eval/loss")] == pytest.approx(evaluated)
     assert [scalar.step for scalar in events.Scalars("eval/loss")] == [4, 8]
+
+
+def test_one_offline_wandb_run_holds_all_workers_and_the_anchor(finished):
+    (recorded,) = [path.read_bytes() for path in finished.parent.rglob("*.wandb")]
+    for name in (
+        b"train/loss",
+        b"train/lsam/drift",
+        b"train/worker_1/loss",
+        b"train/worker_1/lsam/drift",
+        b"eval/loss",
+    ):
+        assert name in recorded
 
 
 # --- card ---
