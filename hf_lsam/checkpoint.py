@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -28,17 +29,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: if the file cannot be written; what stood at `path` before still stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors begins with a file of a random name: in a folder of its own, what a killed process leaves has a name.
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.mkdir(parents=True, exist_ok=True)
+    whole = beside / path.name
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, beside, {"crc32": _checksum(tensors)})
-        _flush(beside)
-        os.replace(beside, path)
+        save_file(tensors, whole, {"crc32": _checksum(tensors)})
+        _flush(whole)
+        os.replace(whole, path)
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"{path} could not be written: {error}. What stood there before still stands.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
     _flush(path.parent)
 
 

@@ -202,7 +202,10 @@ class Group:
 
 
 def grouped(runs: Sequence[RunFacts]) -> list[Group]:
-    """Runs by configuration apart from the seed, in the order in which they came; named by what differs."""
+    """Runs by configuration apart from the seed, in the order in which they came.
+
+    They are named by what differs, a run that is alone in its group by its folder too.
+    """
     by_key: dict[str, list[RunFacts]] = {}
     for run in runs:
         by_key.setdefault(json.dumps(_compared(run), sort_keys=True, default=str), []).append(run)
@@ -211,8 +214,9 @@ def grouped(runs: Sequence[RunFacts]) -> list[Group]:
     differing = [key for key in keys if len({str(content.get(key)) for content in contents}) > 1]
     groups = []
     for content, members in zip(contents, by_key.values(), strict=True):
-        label = ", ".join(f"{key}={content.get(key)}" for key in differing) or members[0].name
-        groups.append(Group(label, members))
+        differences = ", ".join(f"{key}={content.get(key)}" for key in differing)
+        name = members[0].name
+        groups.append(Group(f"{name}: {differences}" if len(members) == 1 else differences or name, members))
     return groups
 
 
@@ -285,7 +289,10 @@ def _comparison(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         lasts = [[points[-1][1] for run in group.runs if (points := curve(run))] for _, curve in measured]
-        drifts = [point["lsam/drift"] for run in group.runs for point in _last_points(run) if "lsam/drift" in point]
+        of_workers = [
+            [point["lsam/drift"] for point in _last_points(run) if "lsam/drift" in point] for run in group.runs
+        ]
+        drifts = [mean(values) for values in of_workers if values]
         traffic = [max(map(run.mebibytes, last)) for run in group.runs if (last := _last_points(run))]
         seeds = ", ".join(str(run.configuration.get("seed", "not recorded")) for run in group.runs)
         cells = [_spread(values) for values in [*lasts, drifts, traffic]]

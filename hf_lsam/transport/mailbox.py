@@ -259,8 +259,10 @@ class RunFolder:
             for name in _ANCHOR_FILES:
                 (path / name).unlink(missing_ok=True)
             _allocate_anchor(path, numel)
-        for orphan in (*path.glob("mailbox_*"), *path.glob(".snapshot.safetensors.*")):
-            orphan.unlink()
+        for mailbox in path.glob("mailbox_*"):
+            mailbox.unlink()
+        for unfinished in path.glob(".snapshot.safetensors.*"):  # by a server that was killed while it saved
+            shutil.rmtree(unfinished)
         return cls(path)
 
     @classmethod
