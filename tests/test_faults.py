@@ -184,8 +184,12 @@ def test_a_server_by_hand_keeps_its_snapshot_and_goes_on_from_it(tmp_path):
         with pytest.raises(RuntimeError, match=r"holds a run already.*--resume"):
             run_server(first.folder)
         state = load_tensors(first.folder / "snapshot.safetensors")
+        unfinished = first.folder / ".snapshot.safetensors.1"  # of a server that was killed while it saved
+        unfinished.mkdir()
+        (unfinished / "snapshot.safetensors").touch()
         first._start_server(resume=True)
         run, worker = join_as_guest(first.folder, chaos.DIMENSION, chaos.SYNC_STEPS)
+        assert not unfinished.exists()
         assert worker.version > before > 0
         assert torch.equal(worker.anchor, state["anchor"])
         run.leave()
