@@ -14,16 +14,17 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import strtobool
 
+from .algorithms import ALGORITHMS, ServerSettings, WorkerSettings
 from .anchor import OPTIMIZERS
 from .batchnorm import STATISTICS
-from .coupling import anchor_lr_bound
+from .coupling import anchor_lr_bound, drift_slowdown
 from .identity import Identity, pin
-from .rules import RULES
 from .run import Patience
-from .server.core import ServerSettings
 from .server.process import ServiceSettings
 from .transport.peer import HEARTBEAT
-from .worker import WorkerSettings
+
+EXCHANGES = 60  # that a run has where `sync_steps` follows from its length ...
+SYNC_STEPS = (4, 16)  # ... as long as they are this many steps apart
 
 _SHARDING_VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -57,13 +58,20 @@ class LSAMArguments:
             is exact stochastic gradient Langevin dynamics. Denoted T.
 
     Parameters that control the coupling and the exchange:
-        server_rule (`str`, defaults to "smoothed"): what the server does with pushes (see `hf_lsam.rules`). "smoothed"
-            is LSAM. The baselines, with sam_rho=0: "elastic" is EASGD, coupling_strength its alpha; "leader" is LSGD.
-        sync_steps (`int`, defaults to 16): local steps between two pushes. Denoted tau in the paper.
-        coupling_strength (`float`, defaults to 0.1): pull of a worker to the anchor; a step takes away
-            coupling_strength / sync_steps of their distance. Denoted lambda0 in the paper.
-        coupling (`str`, defaults to "decoupled"): "decoupled" pulls after the optimizer's step, as weight decay does in
-            AdamW; "score" puts the pull inside the gradient (SGD without momentum only, where both are the same).
+        algorithm (`str`, defaults to "lsam"): what a worker hands in and what the server does with it (see
+            `hf_lsam.algorithms`). The baselines, with sam_rho=0: "easgd", coupling_strength its alpha; "lsgd".
+        sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, where it is 16. Left
+            out, it follows from the length of the run: about 60 exchanges, between 4 and 16 steps apart; 16 where the
+            length is not known.
+        coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": at once, when a new anchor
+            comes, measured from what it has handed in; it brakes nobody. "decoupled": at every step, after the
+            optimizer's, as weight decay is in AdamW. "score": at every step, inside the gradient, as in the paper; for
+            SGD, whose momentum m makes 1 / (1 - m) of a pull.
+        coupling_strength (`float`, defaults to 1.0): the share of its distance to the anchor that a worker gives up in
+            a period of sync_steps. Denoted lambda0 in the paper, which uses 0.1 and 0.9 with coupling="score".
+        compensate_coupling (`bool`, defaults to True): "decoupled" and "score" slow workers and anchor down (see
+            `hf_lsam.coupling.drift_slowdown`); the optimizer steps with its learning rate multiplied by as much, and a
+            learning rate means what it means without LSAM. Both rates are logged.
         num_workers (`int`, *optional*): how many workers the run is meant to have. Set, it makes a launch that starts
             another number an error.
         shared_memory_dir (`str`, defaults to "/dev/shm"): where workers and server of a machine exchange vectors. Needs
@@ -89,7 +97,7 @@ class LSAMArguments:
 
     Parameters that control the anchor (the server):
         anchor_lr (`float`, defaults to 1.0): step size of the anchor. Denoted eta' in the paper.
-        anchor_momentum_correction (`float`, defaults to 0.3): weight of the change between two mean differences.
+        anchor_momentum_correction (`float`, defaults to 0.0): weight of the change between two mean differences.
             Denoted beta in the paper.
         anchor_optimizer (`str`, defaults to "sgd"): "sgd", "nesterov" or "adam".
         anchor_momentum (`float`, defaults to 0.9): momentum of "nesterov", first decay rate of "adam".
@@ -117,10 +125,11 @@ class LSAMArguments:
     sam_ascent_fraction: float = field(default=1.0, metadata={"help": "Share of each batch that pass 1 sees."})
     langevin_temperature: float = field(default=0.0, metadata={"help": "Temperature of the noise added to each step."})
 
-    server_rule: str = field(default="smoothed", metadata={"help": "'smoothed' (LSAM), 'elastic' or 'leader'."})
-    sync_steps: int = field(default=16, metadata={"help": "Local steps between two pushes."})
-    coupling_strength: float = field(default=0.1, metadata={"help": "Pull of a worker to the anchor (lambda0)."})
-    coupling: str = field(default="decoupled", metadata={"help": "Where the pull acts: 'decoupled' or 'score'."})
+    algorithm: str = field(default="lsam", metadata={"help": "'lsam', 'easgd' or 'lsgd'."})
+    sync_steps: int | None = field(default=None, metadata={"help": "Local steps between two pushes (tau)."})
+    coupling: str = field(default="merge", metadata={"help": "How workers are held: 'merge', 'decoupled' or 'score'."})
+    coupling_strength: float = field(default=1.0, metadata={"help": "Share of the distance given up in a period."})
+    compensate_coupling: bool = field(default=True, metadata={"help": "Undo the brake of a coupling at every step."})
     num_workers: int | None = field(default=None, metadata={"help": "Number of workers the run is meant to have."})
     shared_memory_dir: str = field(default="/dev/shm", metadata={"help": "Where workers and server exchange vectors."})
     server_address: str | None = field(default=None, metadata={"help": "Folder of a running server to join."})
@@ -133,7 +142,7 @@ class LSAMArguments:
 
     anchor_lr: float = field(default=1.0, metadata={"help": "Step size of the anchor."})
     anchor_momentum_correction: float = field(
-        default=0.3, metadata={"help": "Momentum correction of the anchor (beta)."}
+        default=0.0, metadata={"help": "Momentum correction of the anchor (beta)."}
     )
     anchor_optimizer: str = field(default="sgd", metadata={"help": "'sgd', 'nesterov' or 'adam'."})
     anchor_momentum: float = field(default=0.9, metadata={"help": "Momentum of 'nesterov', beta1 of 'adam'."})
@@ -207,35 +216,66 @@ class LSAMArguments:
 
     # --- what the rooms below need, without a config object ---
 
-    def server_settings(self) -> ServerSettings:
+    def steps_between_pushes(self, run_steps: int | None = None) -> int:
+        """tau: `sync_steps`, or what follows from the length of the run.
+
+        Args:
+            run_steps: optimizer steps of a worker in the whole run, where known.
+        """
+        if self.sync_steps is not None:
+            return self.sync_steps
+        shortest, longest = SYNC_STEPS
+        if run_steps is None or self.server_address is not None:  # external workers need not know each other's length
+            return longest
+        return min(longest, max(shortest, round(run_steps / EXCHANGES)))
+
+    def server_settings(self, sync_steps: int) -> ServerSettings:
         return ServerSettings(
-            self.sync_steps,
-            self.coupling_strength if self.server_rule == "elastic" else self.anchor_lr,
-            self.anchor_momentum_correction,
-            self.anchor_optimizer,
-            self.anchor_momentum,
-            self.server_rule,
+            sync_steps=sync_steps,
+            anchor_lr=self.anchor_lr,
+            anchor_momentum_correction=self.anchor_momentum_correction,
+            anchor_optimizer=self.anchor_optimizer,
+            anchor_momentum=self.anchor_momentum,
+            algorithm=self.algorithm,
+            moving_rate=self.coupling_strength if self.algorithm == "easgd" else 0.0,
         )
 
-    def worker_settings(self) -> WorkerSettings:
+    def worker_settings(self, sync_steps: int) -> WorkerSettings:
         return WorkerSettings(
-            self.sync_steps,
-            self.coupling_strength,
-            self.coupling,
-            self.langevin_temperature,
-            self.server_rule,
-            self.max_bad_pushes,
+            sync_steps=sync_steps,
+            coupling_strength=self.coupling_strength,
+            coupling=self.coupling,
+            langevin_temperature=self.langevin_temperature,
+            algorithm=self.algorithm,
+            max_bad_pushes=self.max_bad_pushes,
         )
+
+    @property
+    def has_stepwise_coupling(self) -> bool:
+        """Whether LSAM's workers are pulled at every step, as in the paper's Algorithm 2."""
+        return self.algorithm == "lsam" and self.coupling != "merge"
+
+    def learning_rate_factor(self, sync_steps: int, momentum: float = 0.0) -> float:
+        """What the optimizer's learning rate is multiplied with, so that the coupling brakes nothing.
+
+        Args:
+            sync_steps: tau of the run.
+            momentum: of SGD.
+        """
+        if not (self.has_stepwise_coupling and self.compensate_coupling):
+            return 1.0
+        in_score = self.coupling == "score"
+        return drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
 
     def patience(self) -> Patience:
         service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
         return Patience(service, self.server_timeout, self.machine_timeout)
 
-    def kernel_precision(self) -> float:
+    def kernel_precision(self, sync_steps: int) -> float:
         """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""
-        if self.server_rule != "smoothed" or not self.learning_rate:
+        if self.algorithm != "lsam" or not self.learning_rate:
             return 0.0
-        return self.coupling_strength / (self.learning_rate * self.sync_steps)
+        return self.coupling_strength / (self.learning_rate * sync_steps)
 
     def lsam_fields(self) -> dict[str, Any]:
         """LSAM's own fields by name, without those of the Trainer they are mixed into."""
@@ -251,13 +291,12 @@ class LSAMArguments:
 
     def refuse_optimizer(self, optimizer: torch.optim.Optimizer):
         """Raises ValueError where coupling="score" would not be a Gaussian kernel with this optimizer."""
-        groups = optimizer.param_groups
-        plain_sgd = "nesterov" in groups[0] and not any(group.get("momentum") for group in groups)
-        if self.coupling == "score" and self.coupling_strength and not plain_sgd:
+        sgd = "nesterov" in optimizer.param_groups[0]
+        if self.has_stepwise_coupling and self.coupling == "score" and not sgd:
             raise ValueError(
                 f"coupling='score' puts the pull inside the gradient, and "
-                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} would rescale or average it: the kernel "
-                "would no longer be Gaussian. Use coupling='decoupled', or plain SGD (optim='sgd')."
+                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} would rescale it per coordinate: the "
+                "kernel would no longer be Gaussian. Use coupling='merge' or 'decoupled', or SGD (optim='sgd')."
             )
 
     def _validate_ranges(self):
@@ -290,29 +329,38 @@ class LSAMArguments:
             "Use 0 for no noise.",
         )
         require(
-            whole("sync_steps") and self.sync_steps >= 1,
+            self.sync_steps is None or (whole("sync_steps") and self.sync_steps >= 1),
             "sync_steps",
-            "an integer >= 1",
-            "Use 1 to exchange after every step.",
+            "an integer >= 1 or None",
+            "Use 1 to exchange after every step, or leave it out.",
         )
+        require(self.algorithm in ALGORITHMS, "algorithm", f"one of {', '.join(ALGORITHMS)}", "The default is 'lsam'.")
         require(
-            0 <= number("coupling_strength") <= self.sync_steps,
-            "coupling_strength",
-            f"between 0 and sync_steps ({self.sync_steps})",
-            "Beyond, one step would pull a worker past the anchor. The paper uses 0.1 and 0.9.",
-        )
-        require(self.server_rule in RULES, "server_rule", f"one of {RULES}", "'smoothed' is LSAM's.")
-        require(
-            self.server_rule != "elastic" or self.coupling_strength <= 1,
-            "coupling_strength",
-            "at most 1 with server_rule='elastic', where it is the whole move at a sync",
-            "EASGD's paper uses 0.9 / n.",
-        )
-        require(
-            self.coupling in ("decoupled", "score"),
+            self.coupling in ("merge", "decoupled", "score"),
             "coupling",
-            "'decoupled' or 'score'",
-            "Use 'decoupled' unless the optimizer is plain SGD.",
+            "'merge', 'decoupled' or 'score'",
+            "'merge' brakes nobody; the paper couples in the 'score'.",
+        )
+        require(
+            0 <= number("coupling_strength") < math.inf,
+            "coupling_strength",
+            "finite and >= 0",
+            "The default is 1.0; the paper uses 0.1 and 0.9 with coupling='score'.",
+        )
+        at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
+        require(
+            not at_once or self.coupling_strength <= 1,
+            "coupling_strength",
+            "at most 1 where it is a worker's whole move at an exchange (coupling='merge', algorithm='easgd')",
+            "Beyond, it would move past the anchor. EASGD's paper uses 0.9 / n.",
+        )
+        shortest = self.sync_steps or SYNC_STEPS[0]
+        require(
+            at_once or self.coupling_strength <= shortest / 2,
+            "coupling_strength",
+            f"at most half of sync_steps ({shortest})",
+            "Beyond, a step takes more than half of a worker's distance to the anchor away, and nothing that it learns "
+            "lasts. Use a smaller one, or raise sync_steps.",
         )
         require(
             self.num_workers is None or (whole("num_workers") and self.num_workers >= 1),
@@ -401,16 +449,17 @@ class LSAMArguments:
         )
 
     def _validate_stability(self):
-        if self.server_rule != "smoothed":
-            return  # no step size: the anchor moves by part of a difference, or to a worker
+        if not self.has_stepwise_coupling:
+            return  # merging workers hand in what they have moved, which an offset from the anchor is no part of
         if self.anchor_optimizer == "adam":
             return  # its step does not scale with the distance, so distances cannot feed on themselves
         momentum = self.anchor_momentum if self.anchor_optimizer == "nesterov" else 0.0
-        bound = anchor_lr_bound(self.coupling_strength, self.sync_steps, self.anchor_momentum_correction, momentum)
+        sync_steps = self.sync_steps or SYNC_STEPS[0]  # where the bound is lowest
+        bound = anchor_lr_bound(self.coupling_strength, sync_steps, self.anchor_momentum_correction, momentum)
         if self.anchor_lr >= bound:
             raise ValueError(
                 f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, "
-                f"sync_steps={self.sync_steps}, anchor_momentum_correction={self.anchor_momentum_correction} and "
+                f"sync_steps={sync_steps}, anchor_momentum_correction={self.anchor_momentum_correction} and "
                 f"anchor_optimizer={self.anchor_optimizer!r} is outside the stability region (anchor_lr < "
                 f"{bound:.4g}): the distance between workers and anchor would grow from period to period until it is "
                 f"NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "
@@ -442,10 +491,10 @@ class LSAMArguments:
                 "has: the workers' learning rates would drift apart. Use a schedule of the step, for example 'linear' "
                 "or 'cosine'."
             )
-        if self.server_rule != "smoothed" and self.identity.num_machines > 1:
+        if self.algorithm != "lsam" and self.identity.num_machines > 1:
             raise ValueError(
-                f"server_rule={self.server_rule!r} works on one machine only: between machines sums of differences "
-                "cross, and that is no exchange of this rule. Use server_rule='smoothed', or one machine."
+                f"algorithm={self.algorithm!r} works on one machine only: between machines sums of differences cross, "
+                "and that is no exchange of this algorithm. Use algorithm='lsam', or one machine."
             )
         if self.auto_find_batch_size and self.identity.num_workers > 1:
             raise ValueError(

@@ -152,6 +152,7 @@ class LSAMCallback(TrainerCallback):
         self._trainer.steps_before_epoch = state.global_step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.rates.raise_()
         self._trainer.worker.before_optimizer_step(self._trainer.learning_rates())
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -162,6 +163,7 @@ class LSAMCallback(TrainerCallback):
                 trainer.worker.after_optimizer_step(trainer.learning_rates())
             except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
                 trainer.server_gone = error
+        trainer.rates.restore()
         if trainer.worker.fell_back:
             trainer.optimizer.state.clear()  # of gradients that led nowhere
             trainer.worker.fell_back = False

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .parameters import data_parallel_bytes
 from .record import Record, read_record
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -355,16 +356,6 @@ def _image_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Accuracy", f"{results['accuracy']:.4f}"),
         ("Bytes exchanged", _megabytes(results["bytes"])),
     ]
-
-
-def data_parallel_bytes(steps_per_worker: Sequence[int], trainable_parameters: int) -> int:
-    """Bytes that data-parallel training sends and receives for as many steps, all workers together.
-
-    A ring all-reduce of d float32 gradients among n workers makes each send 2 (n - 1) / n * 4 d bytes a step, and
-    receive as many. Data-parallel SAM reduces the second gradient alone, so it exchanges no more than SGD.
-    """
-    workers = max(1, len(steps_per_worker))
-    return 2 * sum(steps_per_worker) * 2 * (workers - 1) * 4 * trainable_parameters // workers
 
 
 def exchanged_bytes(results: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What holds a worker near the anchor: the pull, the injected noise, and the bound within which both are stable.
+"""What pulls a worker to the anchor step by step, the injected noise, and the bound within which both are stable.
 
 After the optimizer's step has taken x to x', with c = lambda0 / tau,
 
@@ -79,6 +79,20 @@ def pull_and_accumulate(
 
 
 @torch.no_grad()
+def pull(parameters: Sequence[Tensor], anchor: Sequence[Tensor], share: float) -> None:
+    """x <- x - share (x - y), in place.
+
+    Args:
+        parameters: x.
+        anchor: y, float32, same shapes.
+        share: c = lambda0 / tau, a number in [0, 1]; 0 leaves x untouched, bit for bit.
+    """
+    if share:
+        for x, y in blocks([p.detach() for p in parameters], anchor):
+            torch._foreach_add_(x, torch._foreach_sub(x, y), alpha=-share)
+
+
+@torch.no_grad()
 def exchange_elastically(
     parameters: Sequence[Tensor], anchor: Sequence[Tensor], difference: Sequence[Tensor], alpha: float
 ) -> None:
@@ -125,6 +139,30 @@ def add_langevin_noise(
     for parameter in parameters:
         noise = torch.empty_like(parameter).normal_(generator=generator)
         parameter.detach().add_(noise, alpha=deviation)
+
+
+def drift_slowdown(
+    coupling_strength: float, sync_steps: int, anchor_lr: float, in_score: bool = False, momentum: float = 0.0
+) -> float:
+    """By what factor a pull at every step slows workers and anchor down, in a steady drift.
+
+    Let u be what the optimizer alone moves a worker in a step, v what the pull leaves of it, and D the mean of x - y
+    that is handed in. The anchor moves by eta' D in tau steps, at the workers' speed: D = tau v / eta'. After the step,
+    the pull acts on D / (1 - c), c = lambda0 / tau; in the score on D of a step before, D - v, and SGD's momentum m
+    amplifies it to L = lambda0 / (1 - m). Hence
+
+        u / v = 1 + lambda0 / (eta' (1 - c))        u / v = 1 + L (1 / eta' - 1 / tau)
+
+    Args:
+        coupling_strength: lambda0, below tau.
+        sync_steps: tau.
+        anchor_lr: eta'.
+        in_score: whether the pull is part of the gradient.
+        momentum: m, of SGD.
+    """
+    if in_score:
+        return 1.0 + coupling_strength / (1.0 - momentum) * (1.0 / anchor_lr - 1.0 / sync_steps)
+    return 1.0 + coupling_strength / (anchor_lr * (1.0 - coupling_strength / sync_steps))
 
 
 def period_factors(coupling_strength: float, sync_steps: int) -> tuple[float, float]:

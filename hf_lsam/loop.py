@@ -24,6 +24,7 @@ from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .figures import Figures
 from .identity import detach
 from .parameters import trainable_parameters
+from .rates import RaisedRates, momentum_of
 from .record import RecordWriter, describe
 from .run import EndSignals, Run
 from .worker import Worker
@@ -53,7 +54,7 @@ class LSAM:
     """Takes the place of forward, backward, clipping and `optimizer.step` in a hand-written loop.
 
     ```python
-    lsam = LSAM(model, optimizer, sam_rho=0.1, sync_steps=16, coupling_strength=0.1)
+    lsam = LSAM(model, optimizer, sam_rho=0.1, total_steps=len(loader))
     with lsam:
         for batch in lsam.shard(loader):
             loss = lsam.step(lambda: loss_fn(model(batch["x"]), batch["y"]))
@@ -83,6 +84,7 @@ class LSAM:
         accelerator: takes care of the backward pass and of fp16 scaling.
         gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
+        total_steps: optimizer steps of a worker in the whole run, where known: `sync_steps`, if left out, follows.
         output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
             there is no record, and the log lies in the current folder.
         resume_from: folder that `save` has written; the run goes on from there. Model and optimizer are the caller's.
@@ -105,6 +107,7 @@ class LSAM:
         accelerator: Accelerator | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
+        total_steps: int | None = None,
         output_dir: str | Path | None = None,
         resume_from: str | Path | None = None,
         **lsam: Any,
@@ -164,6 +167,10 @@ class LSAM:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         self._groups = [groups.get(id(parameter)) for _, parameter in named]
         self.arguments.refuse_optimizer(optimizer)
+        self._sync_steps = self.arguments.steps_between_pushes(total_steps)
+        self._rates = RaisedRates(
+            optimizer, self.arguments.learning_rate_factor(self._sync_steps, momentum_of(optimizer))
+        )
 
     # --- the run ---
 
@@ -173,7 +180,10 @@ class LSAM:
         server_state = None if resume_from is None else resume_from / SERVER_STATE
         try:
             self.worker = self._run.join(
-                self._named, self.arguments.worker_settings(), self.arguments.server_settings(), server_state
+                self._named,
+                self.arguments.worker_settings(self._sync_steps),
+                self.arguments.server_settings(self._sync_steps),
+                server_state,
             )
             self.worker.adopt_anchor()
             if resume_from is not None and (own := resume_from / str(rank) / WORKER_STATE).exists():
@@ -342,6 +352,7 @@ class LSAM:
     def _description(self) -> dict[str, Any]:
         configuration = {
             **self.arguments.lsam_fields(),
+            "sync_steps": self._sync_steps,
             "learning_rate": max(self._learning_rates(), default=0.0),
             "optim": type(self.optimizer).__name__,
             "gradient_accumulation_steps": self._accumulation,
@@ -372,9 +383,11 @@ class LSAM:
             self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        self._rates.raise_()
         rates = self._learning_rates()
         self.worker.before_optimizer_step(rates)
         self.optimizer.step()
+        self._rates.restore()
         self.optimizer.zero_grad()
         if not getattr(self.optimizer, "step_was_skipped", False):
             self.worker.after_optimizer_step(rates)

@@ -90,3 +90,13 @@ def first_difference(ours: Sequence, theirs: Sequence) -> str:
         if list(mine) != list(other):
             return f"`{mine[0]}` {mine[1]} {mine[2]} here, `{other[0]}` {other[1]} {other[2]} there"
     return f"{len(ours)} trainable parameters here, {len(theirs)} there"
+
+
+def data_parallel_bytes(steps_per_worker: Sequence[int], trainable_parameters: int) -> int:
+    """Bytes that data-parallel training sends and receives for as many steps, all workers together.
+
+    A ring all-reduce of d float32 gradients among n workers makes each send 2 (n - 1) / n * 4 d bytes a step, and
+    receive as many. Data-parallel SAM reduces the second gradient alone, so it exchanges no more than SGD.
+    """
+    workers = max(1, len(steps_per_worker))
+    return 2 * sum(steps_per_worker) * 2 * (workers - 1) * 4 * trainable_parameters // workers

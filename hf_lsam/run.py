@@ -22,10 +22,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from .algorithms import ServerSettings, WorkerSettings
 from .checkpoint import load_tensors
 from .identity import Identity, LaunchStore
 from .parameters import ParameterLayout
-from .server.core import ServerCore, ServerSettings
+from .server.core import ServerCore
 from .server.lifetime import SIGTERM_CODE, start_server
 from .server.local import LocalLink
 from .server.machines import MachineSettings, address_file
@@ -33,7 +34,7 @@ from .server.process import ServiceSettings
 from .transport.link import MailboxLink, RefusedError, ServerGone
 from .transport.mailbox import ANY_NUMBER, RunFolder, is_served, make_launch_folder
 from .transport.secret import new_secret
-from .worker import Worker, WorkerSettings
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 

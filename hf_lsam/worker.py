@@ -1,14 +1,12 @@
-"""One worker: what LSAM does between the steps of an ordinary training loop.
+"""One worker: what happens between the steps of an ordinary training loop.
 
-    x <- Sampler(x, s, eta)           the caller's: SAM gradient, clipping, optimizer
-    x <- x - (lambda0 / tau) (x - y)  pull
-    D <- D + (x - y)                  running sum
-    every tau steps: push D, D <- 0   hand the sum to the server, if it has taken the last one
-    y <- newest anchor                if there is one
+    x <- Sampler(x, s, eta)    the caller's: SAM gradient, clipping, optimizer
+    couple x to y              at every step, if the algorithm does (see `algorithms`)
+    y <- newest anchor         if there is one; x merges with it, if the algorithm does
+    every tau steps: push      if the server has taken the last one
 
-LSAM (arXiv 2509.03110), Algorithms 1 and 2, worker part; `rules` says where EASGD and LSGD differ. Nothing here waits
-for another worker or for the server; a push that finds the mailbox still full is skipped, and its sum goes out with the
-next.
+Nothing here waits for another worker or for the server; a push that finds the mailbox still full is skipped, and what
+it would have held goes out with the next.
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .coupling import add_langevin_noise, add_pull_to_gradient, exchange_elastically, pull_and_accumulate
+from .algorithms import ALGORITHMS, WorkerHalf, WorkerSettings
+from .coupling import add_langevin_noise
 from .parameters import ParameterLayout
 
 logger = logging.getLogger(__name__)
@@ -40,6 +38,7 @@ class Link(Protocol):
     stop_requested: bool
     save_requested: bool
     staleness: list[int]
+    counted_at: int | None  # anchor version when the last push was counted; None until it is answered
     accepted: int
     refused: int
     refused_in_a_row: int
@@ -54,27 +53,6 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How a worker is held and when it exchanges.
-
-    Args:
-        sync_steps: local steps between two pushes. Denoted tau in the paper.
-        coupling_strength: lambda0; a step pulls x by lambda0 / tau of its distance to the anchor.
-        coupling: "decoupled" (after the optimizer's step) or "score" (inside the gradient; SGD only).
-        langevin_temperature: T; 0 injects no noise, 1 samples exactly.
-        rule: what the server does with pushes; decides what is handed in (see `rules`).
-        max_bad_pushes: refused pushes (NaN, infinity) in a row after which the worker begins again at the anchor.
-    """
-
-    sync_steps: int
-    coupling_strength: float = 0.1
-    coupling: str = "decoupled"
-    langevin_temperature: float = 0.0
-    rule: str = "smoothed"
-    max_bad_pushes: int = 3
-
-
 class Worker:
     """The parameters x of one process, their anchor y and the exchange between them.
 
@@ -83,7 +61,7 @@ class Worker:
         link: this worker's end of the exchange.
         settings: see `WorkerSettings`.
 
-    State: x, y, the running sum D, the steps in it, the anchor version and the number of local steps.
+    State: x, y, what is to be pushed, the steps in it, the anchor version, the number of local steps; the algorithm's.
     Process: the training thread. Blocking: `finish` waits for the other workers, all else for nobody.
     """
 
@@ -98,8 +76,8 @@ class Worker:
             return torch.zeros(self.layout.numel, dtype=torch.float32, device=device)
 
         self.anchor = vector()  # y, [d]
-        self._total = vector()  # D, [d]
-        # On an accelerator vectors are copied beside the training stream: the next y while it comes and the last D
+        self._total = vector()  # what is to be pushed, [d]
+        # On an accelerator vectors are copied beside the training stream: the next y while it comes and the last push
         # while it goes need places of their own.
         self._incoming = self.anchor if device.type == "cpu" else vector()
         self._total_in_flight = self._total if device.type == "cpu" else vector()
@@ -113,32 +91,29 @@ class Worker:
         self.skipped_pushes = 0
         self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
-            self.pull_newest()
+            self._pull()
+        self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings, self.parameters)
 
     def adopt_anchor(self) -> None:
         """x <- y: how a worker begins, so that all begin at one point."""
         self.layout.write(self.anchor, self.parameters)
+        self._algorithm.begin(self.parameters)
 
     def before_optimizer_step(self, learning_rates: Sequence[float]) -> None:
-        """Adds lambda (x - y) to the gradients, where `coupling` is "score".
+        """Couples inside the gradient, where the algorithm does.
 
         Args:
-            learning_rates: eta of each parameter, in the order of `named`. Parameters with eta = 0 are not pulled.
+            learning_rates: eta of each parameter, in the order of `named`.
         """
-        if self.settings.coupling != "score" or not self.settings.coupling_strength:
-            return
-        for parameter, y, eta in zip(self.parameters, self._anchor_views, learning_rates, strict=True):
-            if eta > 0:
-                strength = self.settings.coupling_strength / (eta * self.settings.sync_steps)
-                add_pull_to_gradient([parameter], [y], strength)
+        self._algorithm.before_step(self.parameters, self._anchor_views, learning_rates)
 
     def note_loss(self, loss: Tensor) -> None:
-        """Adds the loss of one (micro-)batch, 0-d, to the mean that the leader is chosen by."""
-        if self.settings.rule == "leader":
+        """Adds the loss of one (micro-)batch, 0-d, to the mean that a leader is chosen by."""
+        if self._algorithm.wants_loss:
             self._loss_sum += loss
 
     def after_optimizer_step(self, learning_rates: Sequence[float]) -> None:
-        """Noise, pull, running sum; a push every tau steps; the newest anchor if it is there.
+        """Noise, coupling, a push every tau steps; the newest anchor if it is there.
 
         Args:
             learning_rates: eta of each parameter, of the step just made.
@@ -149,14 +124,9 @@ class Worker:
                 add_langevin_noise([parameter], eta, settings.langevin_temperature)
         self.local_steps += 1
         self.steps_in_total += 1
-        period_ends = self.local_steps % settings.sync_steps == 0
-        if settings.rule != "elastic":
-            pull = settings.coupling_strength / settings.sync_steps if settings.coupling == "decoupled" else 0.0
-            pull_and_accumulate(self.parameters, self._anchor_views, self._total_views, pull)
-        elif period_ends and self.link.can_push:  # both sides move, or neither
-            alpha = settings.coupling_strength
-            exchange_elastically(self.parameters, self._anchor_views, self._total_views, alpha)
-        if period_ends:
+        self._algorithm.after_step(self.parameters, self._anchor_views, self._total_views)
+        if self.local_steps % settings.sync_steps == 0:
+            self.pull_newest()  # so that what is handed in is measured from the newest anchor there is
             if self.link.can_push:
                 self._push()
             else:
@@ -174,11 +144,11 @@ class Worker:
             the best step that any worker named, or -1.
         """
         self.link.settle()
-        if self.steps_in_total and self.settings.rule != "elastic":
+        if self.steps_in_total and self._algorithm.hands_in_a_part:
             self._push()
             self.link.settle()
         self.version, best_step = self.link.finish(stop_all, best_step, self._incoming)
-        self._take_incoming()
+        self._swap_in_incoming()  # x stays what it was
         return best_step
 
     @contextmanager
@@ -188,7 +158,7 @@ class Worker:
             yield
             return
         self._away = self.layout.read(self.parameters, torch.empty_like(self.anchor))
-        self.adopt_anchor()
+        self.layout.write(self.anchor, self.parameters)
         try:
             yield
         finally:
@@ -219,6 +189,7 @@ class Worker:
             "anchor": self.anchor,
             "total": self._total,
             "counters": torch.tensor(counters),
+            **self._algorithm.state_tensors(),
         }
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
@@ -236,28 +207,40 @@ class Worker:
         self.layout.write(state["parameters"].to(self.anchor.device), self.parameters)
         self.anchor.copy_(state["anchor"])
         self._total.copy_(state["total"])
+        self._algorithm.begin(self.parameters)
+        self._algorithm.load_state_tensors(state)
         self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = state["counters"].tolist()
 
     def _push(self) -> None:
+        x, y, push = self.parameters, self._anchor_views, self._total_views
+        steps = self._algorithm.before_push(x, y, push, self.steps_in_total)
         loss = 0.0
-        if self.settings.rule == "leader":
-            self.layout.read(self.parameters, self._total)
+        if self._algorithm.wants_loss:
             loss = self._loss_sum.item() / self.steps_in_total
             self._loss_sum.zero_()
-        self.link.push(self._total, self.steps_in_total, self.version, loss)
+        self.link.push(self._total, steps, self.version, loss)
         self._total, self._total_in_flight = self._total_in_flight, self._total
         self._total_views = self.layout.views(self._total)
-        self._total.zero_()
+        self._algorithm.after_push(self._total_views)
         self.steps_in_total = 0
 
     def pull_newest(self) -> None:
         """Replies from the server, and y <- newest anchor if it is there; never waits."""
-        version = self.link.poll(self.version, self._incoming)
-        if version is not None:
-            self.version = version
-            self._take_incoming()
+        if self._pull():
+            counted_at = self.link.counted_at
+            is_counted = counted_at is not None and counted_at < self.version
+            uncounted = None if is_counted else self.layout.views(self._total_in_flight)
+            self._algorithm.take_anchor(self.parameters, self._anchor_views, uncounted)
         if self.link.evicted or self.link.refused_in_a_row >= self.settings.max_bad_pushes:
             self._fall_back()
+
+    def _pull(self) -> bool:
+        version = self.link.poll(self.version, self._incoming)
+        if version is None:
+            return False
+        self.version = version
+        self._swap_in_incoming()
+        return True
 
     def _fall_back(self) -> None:
         """x <- y, D <- 0: after a long absence, or once x is no longer finite."""
@@ -269,6 +252,6 @@ class Worker:
         self.link.evicted, self.link.refused_in_a_row = False, 0
         self.fell_back = True
 
-    def _take_incoming(self) -> None:
+    def _swap_in_incoming(self) -> None:
         self.anchor, self._incoming = self._incoming, self.anchor
         self._anchor_views = self.layout.views(self.anchor)

@@ -34,14 +34,13 @@ from progress import add_quiet, track
 from reporting import provenance
 from torch import nn
 
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.card import markdown_table
 from hf_lsam.coupling import pull_and_accumulate
 from hf_lsam.identity import Identity
 from hf_lsam.run import Run
-from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.transport.mailbox import is_served
-from hf_lsam.worker import WorkerSettings
 
 SYNC_STEPS = 4
 SIDE = 256  # of the matrices that a step multiplies

@@ -31,9 +31,9 @@ import torch
 from progress import add_quiet, pairs, track
 from reporting import provenance
 
+from hf_lsam.algorithms import ServerSettings
 from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.transport.link import MailboxLink
 from hf_lsam.transport.mailbox import FLOAT_BYTES, RunFolder

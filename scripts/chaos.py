@@ -39,14 +39,13 @@ import torch
 from progress import Progress, add_quiet
 from torch import Tensor, nn
 
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.identity import Identity
 from hf_lsam.run import Patience, Run
-from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
 from hf_lsam.server.process import ServiceSettings
 from hf_lsam.transport.mailbox import is_served
-from hf_lsam.worker import WorkerSettings
 
 FAULTS = ("kill", "stop", "nan", "join", "kill server")
 WORKERS, STEPS, SYNC_STEPS, STEP_SECONDS = 4, 300, 4, 0.004

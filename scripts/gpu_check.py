@@ -37,12 +37,11 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer, sam
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.card import markdown_table
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import trainable_parameters
-from hf_lsam.server.core import ServerSettings
 from hf_lsam.transport.mailbox import FLOAT_BYTES
-from hf_lsam.worker import WorkerSettings
 
 # Small enough for the exchange to fit in the 64 MB of shared memory that containers often have.
 SMALL = {

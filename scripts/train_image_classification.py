@@ -46,10 +46,9 @@ from tqdm import tqdm
 
 from hf_lsam import LSAM, LSAMArguments, sam, vision
 from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_statistics, tracking_layers
-from hf_lsam.card import data_parallel_bytes
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
-from hf_lsam.parameters import ParameterLayout, trainable_parameters
+from hf_lsam.parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 
 # Where the methods differ. `server_rule` None is data-parallel training; where `sam_rho` is given, it holds.
 METHODS: dict[str, dict[str, Any]] = {

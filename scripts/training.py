@@ -37,8 +37,8 @@ from transformers import (
 
 from hf_lsam import LSAMConfig, LSAMTrainer, sam
 from hf_lsam.batchnorm import tracking_layers
-from hf_lsam.card import data_parallel_bytes
 from hf_lsam.identity import Identity
+from hf_lsam.parameters import data_parallel_bytes
 from hf_lsam.trainer.counting import uncounted
 
 METHODS = ("lsam", "sam", "sgd")

@@ -1,7 +1,8 @@
 """A worker that takes its turn: the problem that the lock-step test runs in processes and in a simulation.
 
-As a script (`lockstep.py RUN_DIR RANK`) it joins a running server and obeys one request a line: "period" trains tau
-steps and pushes, "pull" takes the newest anchor, "digest" prints hashes of x and y.
+As a script (`lockstep.py RUN_DIR RANK [STRENGTH COUPLING]`) it joins a running server and obeys one request a line:
+"step" trains one step and "period" tau of them, until what was pushed is answered; "pull" takes the newest anchor,
+"digest" prints hashes of x and y, "finish" hands in what is left and takes the final anchor.
 """
 
 from __future__ import annotations
@@ -14,18 +15,42 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_lsam.algorithms import WorkerSettings
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.sam import perturb, restore
 from hf_lsam.transport.link import MailboxLink
 from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.worker import Link, Worker, WorkerSettings
+from hf_lsam.worker import Link, Worker
 
 SYNC_STEPS = 4
+ETA, MOMENTUM, RHO = 0.05, 0.5, 0.05
 
 
 def initial_parameters() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(11)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(5, 4), (5,), (2, 5)]]
+
+
+class LockstepNet(nn.Module):
+    """Two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.out = initial_parameters()
+
+
+def batch_generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(generator: torch.Generator) -> torch.Tensor:
+    """A batch, [8, 4]."""
+    return torch.randn(8, 4, generator=generator)
+
+
+def loss_of(model: LockstepNet, x: torch.Tensor) -> torch.Tensor:
+    prediction = torch.tanh(x @ model.weight.T + model.bias) @ model.out.T
+    return (prediction - x[:, :2]).square().mean()
 
 
 def digest(parameters, anchor) -> list[str]:
@@ -39,44 +64,50 @@ class LockstepProblem:
     """SAM with SGD on a two-layer regression; each rank has data of its own."""
 
     def __init__(self, rank: int):
-        self.generator = torch.Generator().manual_seed(100 + rank)
-        self.parameters = initial_parameters()
-        self.optimizer = torch.optim.SGD(self.parameters, lr=0.05, momentum=0.5)
+        self.generator = batch_generator(100 + rank)
+        self.model = LockstepNet()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.SGD(self.parameters, ETA, MOMENTUM)
 
     def make_worker(self, link: Link, settings: WorkerSettings) -> Worker:
-        named = [(str(index), parameter) for index, parameter in enumerate(self.parameters)]
-        return Worker(named, link, settings)
+        return Worker(list(self.model.named_parameters()), link, settings)
 
     def run_period(self, worker: Worker) -> None:
         for _ in range(SYNC_STEPS):
-            x = torch.randn(8, 4, generator=self.generator)
-            self._backward(x)
-            moved = perturb(self.parameters, rho=0.05)
-            self._backward(x)
-            restore(moved)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            worker.after_optimizer_step([0.05] * len(self.parameters))
+            self.step(worker)
         worker.link.settle()
 
-    def _backward(self, x: torch.Tensor) -> None:
-        weight, bias, out = self.parameters
-        prediction = torch.tanh(x @ weight.T + bias) @ out.T
-        (prediction - x[:, :2]).square().mean().backward()
+    def step(self, worker: Worker) -> None:
+        x = draw(self.generator)
+        loss_of(self.model, x).backward()
+        moved = perturb(self.parameters, rho=RHO)
+        loss_of(self.model, x).backward()
+        restore(moved)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        worker.after_optimizer_step([ETA] * len(self.parameters))
 
 
-def main(run_dir: str, rank: int) -> None:
+def main(run_dir: str, rank: int, strength: float = 1.0, coupling: str = "merge") -> None:
     torch.set_num_threads(1)
     problem = LockstepProblem(rank)
-    layout = ParameterLayout([(str(index), parameter) for index, parameter in enumerate(problem.parameters)])
+    layout = ParameterLayout(list(problem.model.named_parameters()))
     link = MailboxLink(RunFolder(Path(run_dir)), rank, layout, torch.device("cpu"))
-    worker = problem.make_worker(link, WorkerSettings(SYNC_STEPS))
+    worker = problem.make_worker(link, WorkerSettings(SYNC_STEPS, strength, coupling))
     print(json.dumps("joined"), flush=True)
     for request in sys.stdin:
         reply = None
         if request == "period\n":
             problem.run_period(worker)
             reply = "pushed"
+        elif request == "step\n":
+            problem.step(worker)
+            link.settle()
+            worker.pull_newest()
+            reply = "stepped"
+        elif request == "finish\n":
+            worker.finish()
+            reply = digest(problem.parameters, worker.anchor)
         elif request == "pull\n":
             worker.pull_newest()
         elif request == "digest\n":
@@ -86,4 +117,4 @@ def main(run_dir: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *([float(sys.argv[3]), sys.argv[4]] if len(sys.argv) > 3 else []))

@@ -10,7 +10,6 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_lsam import LSAMArguments, LSAMConfig
-from hf_lsam.coupling import anchor_lr_bound
 from hf_lsam.identity import Identity
 
 
@@ -25,7 +24,7 @@ OUT_OF_RANGE = {
     "sam_ascent_fraction": [0.0, 1.1, -0.5, math.nan],
     "langevin_temperature": [-1.0, math.inf],
     "sync_steps": [0, -4, 2.5, True],
-    "coupling_strength": [-0.1, 16.5, math.nan],
+    "coupling_strength": [-0.1, 1.5, math.nan, math.inf],
     "coupling": ["hard", None],
     "num_workers": [0, -1, 1.5],
     "shared_memory_dir": ["/no/such/folder"],
@@ -42,7 +41,7 @@ OUT_OF_RANGE = {
     "anchor_momentum": [1.0, -0.1],
     "batchnorm_batches": [0, 0.5],
     "batchnorm_statistics": ["none"],
-    "server_rule": ["majority"],
+    "algorithm": ["majority"],
     "landscape_points": [-1, 1, 8, 10, 2.5, True],
     "landscape_batches": [0, 1.5],
 }
@@ -62,7 +61,10 @@ def test_every_field_out_of_range_is_an_error_that_names_field_value_and_remedy(
 
 
 def test_every_field_has_a_value_out_of_range_in_this_test():
-    own = {field.name for field in dataclasses.fields(LSAMArguments)} - {"sam_adaptive"}  # any truth value will do
+    own = {field.name for field in dataclasses.fields(LSAMArguments)} - {
+        "sam_adaptive",
+        "compensate_coupling",
+    }  # any truth value will do
     assert own == set(OUT_OF_RANGE)
 
 
@@ -74,9 +76,24 @@ def test_the_defaults_are_those_of_the_documentation(tmp_path):
         if field.default is not None:
             line = LSAMArguments.__doc__.split(documented)[1].split("):")[0]
             assert repr(field.default).replace("'", '"') in line, field.name
-    assert args.server_settings().anchor_lr < anchor_lr_bound(
-        args.coupling_strength, args.sync_steps, args.anchor_momentum_correction
-    )
+    assert args.steps_between_pushes() == 16
+
+
+@pytest.mark.parametrize(
+    ("run_steps", "sync_steps"), [(None, 16), (10, 4), (300, 5), (480, 8), (1440, 16), (10**6, 16)]
+)
+def test_a_run_has_about_sixty_exchanges_unless_told_otherwise(tmp_path, run_steps, sync_steps):
+    assert config(tmp_path).steps_between_pushes(run_steps) == sync_steps
+    assert config(tmp_path, sync_steps=3).steps_between_pushes(run_steps) == 3
+
+
+def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp_path):
+    assert config(tmp_path).learning_rate_factor(16, 0.9) == 1.0
+    stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5, "sync_steps": 16}
+    assert config(tmp_path, **stepwise).learning_rate_factor(16, 0.9) == pytest.approx(1 + 2 / 1.5 / (1 - 2 / 16))
+    assert config(tmp_path, compensate_coupling=False, **stepwise).learning_rate_factor(16) == 1.0
+    score = config(tmp_path, coupling="score", coupling_strength=0.1)
+    assert score.learning_rate_factor(16, 0.9) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
 
 
 @pytest.mark.parametrize(
@@ -84,11 +101,12 @@ def test_the_defaults_are_those_of_the_documentation(tmp_path):
     [
         {"coupling_strength": 0.1, "anchor_momentum_correction": 0.9, "anchor_lr": 1.0},
         {"coupling_strength": 0.9, "anchor_momentum_correction": 0.9, "anchor_lr": 1.0},
-        {"anchor_lr": 2.0},
-        {"anchor_optimizer": "nesterov", "anchor_momentum": 0.9, "anchor_lr": 1.0},
+        {"coupling_strength": 0.1, "anchor_momentum_correction": 0.3, "anchor_lr": 2.0},
+        {"coupling_strength": 0.1, "anchor_optimizer": "nesterov", "anchor_lr": 1.4},
     ],
 )
 def test_a_configuration_outside_the_stability_region_names_the_bound_and_a_value_inside(tmp_path, fields):
+    fields = {"coupling": "decoupled", "sync_steps": 16, **fields}
     with pytest.raises(ValueError, match="outside the stability region") as error:
         config(tmp_path, **fields)
     suggested = float(str(error.value).split("Use anchor_lr=")[1].split(",")[0])
@@ -98,7 +116,14 @@ def test_a_configuration_outside_the_stability_region_names_the_bound_and_a_valu
 
 
 def test_the_configuration_that_a_prototype_trained_with_is_inside(tmp_path):
-    config(tmp_path, coupling_strength=0.1, anchor_momentum_correction=0.9, anchor_lr=0.5)
+    config(
+        tmp_path,
+        coupling="decoupled",
+        coupling_strength=0.1,
+        anchor_momentum_correction=0.9,
+        anchor_lr=0.5,
+        sync_steps=16,
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,8 +178,8 @@ def test_several_machines_are_told_apart_by_the_launcher_or_refused(tmp_path, mo
     for name, value in {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert config(tmp_path).identity == Identity(3, 1, 4, machine=1, num_machines=2, local_workers=2)
-    with pytest.raises(ValueError, match="server_rule='elastic' works on one machine only"):
-        config(tmp_path, server_rule="elastic")
+    with pytest.raises(ValueError, match="algorithm='easgd' works on one machine only"):
+        config(tmp_path, algorithm="easgd")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(ValueError, match=r"--max_restarts is set, and with several machines.*Leave it out"):
         config(tmp_path)
@@ -188,5 +213,5 @@ def test_arguments_survive_the_command_line_and_json(tmp_path):
         ["--output_dir", str(tmp_path), "--use_cpu", "--sam_rho", "0.2", "--sync_steps", "8", "--num_workers", "1"]
     )
     assert (args.sam_rho, args.sync_steps, args.num_workers) == (0.2, 8, 1)
-    assert args.to_dict()["coupling_strength"] == 0.1
+    assert args.to_dict()["coupling_strength"] == 1.0
     assert '"sync_steps": 8' in args.to_json_string()

@@ -16,13 +16,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.coupling import add_langevin_noise, add_pull_to_gradient, anchor_lr_bound, pull_and_accumulate
 from hf_lsam.sam import perturb, restore
-from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.local import LocalLink
 from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.worker import Worker, WorkerSettings
+from hf_lsam.worker import Worker
 
 FIXED = {
     "per_device_train_batch_size": 8,
@@ -182,7 +183,7 @@ def test_3_the_anchor_tends_to_the_mode():
     chains = 500  # independent copies of the problem, side by side in one worker
     x = nn.Parameter(torch.zeros(chains, 2))
     core = ServerCore(torch.zeros(chains * 2), ServerSettings(TAU, anchor_lr=0.2, anchor_momentum_correction=0.3))
-    worker = Worker([("x", x)], LocalLink(core), WorkerSettings(TAU, COUPLING))
+    worker = Worker([("x", x)], LocalLink(core), WorkerSettings(TAU, COUPLING, "decoupled"))
     late = []
     for step in range(6000):
         with torch.no_grad():
@@ -326,7 +327,7 @@ def test_6_the_offset_contracts_inside_the_stability_bound_and_grows_outside(cou
         x = nn.Parameter(torch.ones(1))
         optimizer = "nesterov" if momentum else "sgd"
         core = ServerCore(torch.zeros(1), ServerSettings(sync_steps, lr, beta, optimizer, momentum))
-        worker = Worker([("x", x)], LocalLink(core), WorkerSettings(sync_steps, coupling_strength))
+        worker = Worker([("x", x)], LocalLink(core), WorkerSettings(sync_steps, coupling_strength, "decoupled"))
         for _ in range(250 * sync_steps):
             worker.after_optimizer_step([0.0])
         return (x.detach() - worker.anchor).abs().item()

@@ -24,16 +24,17 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
-from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.server.local import LocalLink
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served, make_launch_folder
-from hf_lsam.worker import Worker, WorkerSettings
+from hf_lsam.worker import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import chaos

@@ -9,8 +9,8 @@ from contextlib import suppress
 import pytest
 import torch
 
+from hf_lsam.algorithms import ServerSettings
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.server.core import ServerSettings
 from hf_lsam.server.process import Server
 from hf_lsam.transport.mailbox import ANY_NUMBER, Channel, Kind, Message, RunFolder
 

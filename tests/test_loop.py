@@ -230,7 +230,7 @@ def test_figures_are_logged_and_misuse_is_named():
     with pytest.raises(TypeError, match="no field 'data_distribution'"):
         LSAM(model, optimizer, data_distribution="sharded")
     with pytest.raises(ValueError, match="outside the stability region"):
-        LSAM(model, optimizer, anchor_lr=3.0)
+        LSAM(model, optimizer, coupling="decoupled", coupling_strength=0.1, anchor_lr=3.0)
     lsam = LSAM(model, optimizer, **LSAM_FIELDS)
     with pytest.raises(RuntimeError, match="inside `with lsam:`"):
         lsam.step(lambda: None)

@@ -23,11 +23,12 @@ import torch
 from launch import write_script
 from netns import Machine, machines, why_not
 
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
-from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
 from hf_lsam.server.relay import RelayCore, RelayServer
@@ -35,7 +36,6 @@ from hf_lsam.transport.link import MailboxLink, ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
-from hf_lsam.worker import WorkerSettings
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -376,11 +376,11 @@ def test_a_relay_with_other_settings_is_refused(tmp_path, caplog):
 
 
 def test_what_cannot_work_across_machines_is_an_error_at_the_start(tmp_path):
-    contents = {"fingerprint": LAYOUT.fingerprint.hex(), "settings": {**SETTINGS.as_dict(), "rule": "leader"}}
+    contents = {"fingerprint": LAYOUT.fingerprint.hex(), "settings": {**SETTINGS.as_dict(), "algorithm": "lsgd"}}
     folder = RunFolder.create(tmp_path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
-    with pytest.raises(RuntimeError, match="server_rule='leader' works on one machine only"):
+    with pytest.raises(RuntimeError, match=r"algorithm=.lsgd. works on one machine only"):
         RelayServer(folder, address=("127.0.0.1", 1), secret=SECRET)
-    folder.run["settings"]["rule"] = "smoothed"
+    folder.run["settings"]["algorithm"] = "lsam"
     with pytest.raises(RuntimeError, match=r"vectors cross the network unencrypted.*allow_remote"):
         GlobalServer(folder, address=("0.0.0.0", 0), secret=SECRET)
 

@@ -26,11 +26,13 @@ ROOMS = [
     "identity",
     "figures",
     "record",
+    "simulation",
     "worker",
+    "rates",
     "server",
     "transport",
     "checkpoint",
-    "rules",
+    "algorithms",
     "anchor",
     "coupling",
     "sam",
@@ -39,7 +41,7 @@ ROOMS = [
     "parameters",
 ]
 # Arithmetic: torch and the standard library alone.
-ARITHMETIC = ["rules", "anchor", "coupling", "sam", "batchnorm", "landscape", "parameters"]
+ARITHMETIC = ["algorithms", "anchor", "coupling", "sam", "batchnorm", "landscape", "parameters"]
 
 
 def room_of(path: Path) -> str:
@@ -65,9 +67,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found.append((node.module, False))
         elif isinstance(node, ast.ImportFrom):
             folder = path.parent if node.level == 1 else path.parents[node.level - 1]
-            parts = [*folder.relative_to(PACKAGE).parts, *(node.module or "").split(".")]
-            names = [".".join(filter(None, parts))] if node.module else [alias.name for alias in node.names]
-            found += [(name, True) for name in names]
+            module = ".".join(filter(None, [*folder.relative_to(PACKAGE).parts, node.module]))
+            found += [(name, True) for name in ([module] if module else [alias.name for alias in node.names])]
     return found
 
 

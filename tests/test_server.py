@@ -17,14 +17,15 @@ import pytest
 import torch
 from torch import nn
 
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors, save_tensors
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.server.core import ServerCore, ServerSettings
+from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.local import LocalLink
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
-from hf_lsam.worker import Worker, WorkerSettings
+from hf_lsam.worker import Worker
 
 CPU = torch.device("cpu")
 SETTINGS = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0)
@@ -121,7 +122,7 @@ def test_a_push_that_finds_the_mailbox_full_is_skipped_and_its_sum_goes_out_with
     x = nn.Parameter(torch.full((2,), 3.0))
     core = ServerCore(torch.zeros(2), SETTINGS)
     link = BusyLink(core)
-    worker = Worker([("x", x)], link, WorkerSettings(4, coupling_strength=0.0))
+    worker = Worker([("x", x)], link, WorkerSettings(4, 0.0, "decoupled"))
     for _ in range(6):
         worker.after_optimizer_step([0.1])
     assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 0, 6)

@@ -26,11 +26,13 @@ from hf_lsam import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
 from hf_lsam.callbacks import FailureSignatures
 from hf_lsam.parameters import trainable_parameters
 
-# LSAM with every part of it at work.
+# The paper's Algorithm 1 with every part of it at work.
 LSAM = {
     "sam_rho": 0.1,
     "sync_steps": 4,
+    "coupling": "decoupled",
     "coupling_strength": 0.5,
+    "compensate_coupling": False,
     "anchor_lr": 0.8,
     "anchor_momentum_correction": 0.3,
 }
@@ -65,7 +67,7 @@ def reference(
     ascent_weight: float = 1.0,
     adaptive: bool = False,
     context: Callable = contextlib.nullcontext,
-    score: bool = False,
+    coupling: str = "decoupled",
 ) -> SimpleNamespace:
     """LSAM with one worker: Algorithm 1 with SAM on each micro-batch, in plain PyTorch.
 
@@ -92,6 +94,7 @@ def reference(
 
     optimizer = make_optimizer(parameters)
     scheduler = make_scheduler(optimizer) if make_scheduler else None
+    handed_in = flat()
     y, total, in_total, previous, version = flat(), torch.zeros_like(flat()), 0, None, 0
     seen = SimpleNamespace(loss=[], sharpness=[], norm=[], drift=[], x=[], y=[])
     model.train()
@@ -125,7 +128,7 @@ def reference(
         norm = torch.cat([g.flatten() for g in accumulated]).norm().item()
         if clip is not None and norm > clip:
             accumulated = [g * (clip / (norm + 1e-6)) for g in accumulated]
-        if score:
+        if coupling == "score":
             strength = lambda0 / (optimizer.param_groups[0]["lr"] * tau)
             away = (flat() - y).split([p.numel() for p in parameters])
             accumulated = [g + strength * a.view_as(g) for g, a in zip(accumulated, away, strict=True)]
@@ -135,12 +138,15 @@ def reference(
         optimizer.zero_grad()
         if scheduler is not None:
             scheduler.step()
-        if not score:
+        if coupling == "decoupled":
             put(flat() - lambda0 / tau * (flat() - y))
         total, in_total = total + (flat() - y), in_total + 1
         if in_total == tau:
-            mean = -total / tau
+            mean = handed_in - flat() if coupling == "merge" else -total / tau
             y = y - anchor_lr * (mean if previous is None else mean + beta * (mean - previous))
+            if coupling == "merge":
+                put(flat() + lambda0 * (y - flat()))
+                handed_in = flat()
             total, in_total, previous, version = torch.zeros_like(y), 0, mean, version + 1
         seen.loss.append(loss)
         seen.sharpness.append(sharpness)
@@ -149,7 +155,7 @@ def reference(
         seen.x.append(flat())
         seen.y.append(y)
     if in_total:
-        mean = -total / tau
+        mean = handed_in - flat() if coupling == "merge" else -total / tau
         y, version = y - anchor_lr * (mean if previous is None else mean + beta * (mean - previous)), version + 1
     seen.final_anchor, seen.version = y, version
     return seen
@@ -555,13 +561,46 @@ def test_coupling_in_the_score_is_the_decoupled_one_at_the_learning_rate_the_pul
     for ours, theirs in zip(score.recorder.x, decoupled.recorder.x, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
     steps = [[b] for b in (batches_of(blobs()) * 2)[:12]]
-    assert_same_run(score, reference(net(), steps, sgd(0.07), rho=0.05, score=True))
+    assert_same_run(score, reference(net(), steps, sgd(0.07), rho=0.05, coupling="score"))
 
 
-@pytest.mark.parametrize("fields", [{"optim": "adamw_torch"}, {"optim": "sgd", "optim_args": "momentum=0.9"}])
-def test_coupling_in_the_score_is_refused_with_other_optimizers(tmp_path, fields):
-    with pytest.raises(ValueError, match=r"coupling='score'.*rescale or average.*coupling='decoupled'.*plain SGD"):
-        train(tmp_path, net(), max_steps=2, coupling="score", **fields)
+def test_coupling_in_the_score_with_momentum(tmp_path):
+    fields = {"optim": "sgd", "optim_args": "momentum=0.9", "coupling_strength": 0.1}
+    trainer = train(tmp_path, net(), max_steps=12, coupling="score", **fields)
+    steps = [[b] for b in (batches_of(blobs()) * 2)[:12]]
+    assert_same_run(trainer, reference(net(), steps, sgd(momentum=0.9), lambda0=0.1, coupling="score"))
+
+
+def test_coupling_in_the_score_is_refused_with_other_optimizers(tmp_path):
+    with pytest.raises(ValueError, match=r"coupling='score'.*rescale it per coordinate.*coupling='merge'.*SGD"):
+        train(tmp_path, net(), max_steps=2, coupling="score", optim="adamw_torch")
+
+
+# --- merging, the default; and the learning rate of a coupling that brakes ---
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_a_worker_that_merges(tmp_path, optim):
+    # 15 steps: the last period is cut short, and its movement counts whole.
+    trainer = train(tmp_path, net(), max_steps=15, coupling="merge", optim=optim)
+    steps = [[b] for b in (batches_of(blobs()) * 2)[:15]]
+    make = sgd() if optim == "sgd" else lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
+    assert_same_run(trainer, reference(net(), steps, make, coupling="merge"))
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_compensated_coupling_steps_with_a_higher_rate_and_logs_both(tmp_path, scheduler):
+    fields = {"max_steps": 12, "lr_scheduler_type": scheduler}
+    raised = train(tmp_path, net(), learning_rate=0.02, compensate_coupling=True, **fields)
+    factor = 1 + 0.5 / (0.8 * (1 - 0.5 / 4))
+    by_hand = train(tmp_path, net(), learning_rate=0.02 * factor, **fields)
+    for ours, theirs in zip(raised.recorder.x, by_hand.recorder.x, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    first, other = raised.state.log_history[0], by_hand.state.log_history[0]
+    assert first["learning_rate"] == pytest.approx(other["learning_rate"] / factor)
+    assert first["lsam/worker_learning_rate"] == pytest.approx(other["learning_rate"])
+    assert "lsam/worker_learning_rate" not in other
+    assert raised.optimizer.param_groups[0]["lr"] == pytest.approx(by_hand.optimizer.param_groups[0]["lr"] / factor)
 
 
 # --- BatchNorm ---

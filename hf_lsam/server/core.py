@@ -6,40 +6,15 @@ in simulations of a cluster.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 import torch
 from torch import Tensor
 
+from ..algorithms import ALGORITHMS, ServerHalf, ServerSettings
 from ..anchor import Anchor
-from ..rules import RULES, Elastic, Leader, Smoothed
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What the server needs to know of a run.
-
-    Args:
-        sync_steps: tau, local steps between two pushes of a worker.
-        anchor_lr: eta'; for "elastic", alpha.
-        anchor_momentum_correction: beta.
-        anchor_optimizer: "sgd", "nesterov" or "adam".
-        anchor_momentum: momentum of "nesterov", first decay rate of "adam".
-        rule: what is done with a push: "smoothed", "elastic" or "leader" (see `rules`).
-    """
-
-    sync_steps: int
-    anchor_lr: float = 1.0
-    anchor_momentum_correction: float = 0.3
-    anchor_optimizer: str = "sgd"
-    anchor_momentum: float = 0.9
-    rule: str = "smoothed"
-
-    as_dict = asdict
 
 
 class ServerCore:
-    """Counts the workers, refuses what is not finite, and hands all else to the rule that moves the anchor.
+    """Counts the workers, refuses what is not finite, and hands all else to the algorithm that moves the anchor.
 
     n counts the workers that are live: joined, and neither finished nor gone; on all machines, if there are several.
 
@@ -47,7 +22,7 @@ class ServerCore:
         vector: initial anchor, float32 [d]; owned from here on.
         settings: see `ServerSettings`.
 
-    State: the anchor's and the rule's.
+    State: the anchor's and the algorithm's.
     Process: one; not thread-safe.
     """
 
@@ -60,15 +35,7 @@ class ServerCore:
             settings.anchor_optimizer,
             settings.anchor_momentum,
         )
-        if settings.rule not in RULES:
-            raise ValueError(f"`rule` must be one of {RULES}, got {settings.rule!r}.")
-        self._rule: Smoothed | Elastic | Leader
-        if settings.rule == "smoothed":
-            self._rule = Smoothed(self.anchor, settings.sync_steps)
-        elif settings.rule == "elastic":
-            self._rule = Elastic(self.anchor, settings.anchor_lr)
-        else:
-            self._rule = Leader(self.anchor)
+        self._algorithm: ServerHalf = ALGORITHMS[settings.algorithm].server_half(self.anchor, settings)
         self.live: dict[int, int] = {}  # worker -> 1; a machine -> the workers that are live on it
         self.accepted_pushes = 0
         self.refused_pushes = 0
@@ -80,12 +47,12 @@ class ServerCore:
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it pushed stays."""
         self.live.pop(worker, None)
-        self._rule.leave(worker, self.live_workers)
+        self._algorithm.leave(worker, self.live_workers)
 
     def count(self, machine: int, workers: int) -> None:
         """Counts `workers` live workers on `machine`, a number that no worker has."""
         self.live[machine] = workers
-        self._rule.leave(machine, self.live_workers)
+        self._algorithm.leave(machine, self.live_workers)
 
     @property
     def live_workers(self) -> int:
@@ -94,13 +61,13 @@ class ServerCore:
 
     @torch.no_grad()
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool:
-        """Takes what one worker hands in (see `rules`): the sum of x - y over `steps` local steps, or x - y, or x.
+        """Takes what one worker hands in (see `algorithms`).
 
         Args:
             vector: float32 [d]; read, not kept.
             steps: how many local steps it covers, at least 1.
             worker: who hands it in.
-            loss: the worker's mean loss over these steps, where the rule asks for it.
+            loss: the worker's mean loss over these steps, where the algorithm asks for it.
 
         Returns:
             False if a value is NaN or infinite, or so large that the squared norm is: the push is refused and
@@ -112,18 +79,18 @@ class ServerCore:
             self.refused_pushes += 1
             return False
         self.accepted_pushes += 1
-        self._rule.push(vector, steps, worker, loss, self.live_workers)
+        self._algorithm.push(vector, steps, worker, loss, self.live_workers)
         return True
 
     def flush(self) -> None:
         """Ends the run: the anchor takes what is still pending."""
-        self._rule.flush()
+        self._algorithm.flush()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold, as tensors by name."""
-        return {**self.anchor.state_tensors(), **self._rule.state_tensors()}
+        return {**self.anchor.state_tensors(), **self._algorithm.state_tensors()}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_tensors` gave."""
         self.anchor.load_state_tensors(state)
-        self._rule.load_state_tensors(state)
+        self._algorithm.load_state_tensors(state)

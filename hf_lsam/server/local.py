@@ -24,6 +24,7 @@ class LocalLink:
         self.stop_requested = False
         self.evicted = False
         self.staleness: list[int] = []
+        self.counted_at: int | None = -1  # nothing was handed in that an anchor might not count
         self.accepted = 0
         self.refused = 0
         self.refused_in_a_row = 0
@@ -39,6 +40,7 @@ class LocalLink:
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         behind = self.version - version
+        self.counted_at = self.version
         if self._core.push(total, steps, self.worker, loss):
             self.accepted += 1
             self.refused_in_a_row = 0

@@ -26,10 +26,10 @@ from pathlib import Path
 import psutil
 from torch import Tensor
 
+from ..algorithms import ServerSettings
 from ..transport.gloo import Listener
 from ..transport.mailbox import RunFolder
 from ..transport.peer import Header, Peer
-from .core import ServerSettings
 from .process import Server
 
 logger = logging.getLogger(__name__)
@@ -88,13 +88,13 @@ def machine_settings(folder: RunFolder) -> MachineSettings:
     """What run.json says of them.
 
     Raises:
-        RuntimeError: if the rule of the run needs more than sums of differences from other machines.
+        RuntimeError: if the algorithm of the run needs more than sums of differences from other machines.
     """
-    rule = folder.run["settings"]["rule"]
-    if rule != "smoothed":
+    algorithm = folder.run["settings"]["algorithm"]
+    if algorithm != "lsam":
         raise RuntimeError(
-            f"server_rule={rule!r} works on one machine only: relays add differences up, and that is no exchange of "
-            "this rule. Use server_rule='smoothed', or start all workers on one machine."
+            f"algorithm={algorithm!r} works on one machine only: relays add differences up, and that is no exchange of "
+            "this algorithm. Use algorithm='lsam', or start all workers on one machine."
         )
     return MachineSettings(**folder.run.get("machines", {}))
 
@@ -130,7 +130,7 @@ class GlobalServer(Server):
         allow_remote: listen beyond this machine.
 
     Raises:
-        RuntimeError: if it cannot listen there, or if the rule of the run is one of a single machine.
+        RuntimeError: if it cannot listen there, or if the algorithm of the run is one of a single machine.
     """
 
     def __init__(self, folder: RunFolder, *rest, address: tuple[str, int], secret: bytes, allow_remote: bool = False):

@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors, save_tensors
 from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder
-from .core import ServerCore, ServerSettings
+from .core import ServerCore
 
 logger = logging.getLogger(__name__)
 

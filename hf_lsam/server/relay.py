@@ -25,12 +25,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..algorithms import ServerSettings
 from ..anchor import Anchor
 from ..transport import gloo
 from ..transport.gloo import JoinRefused
 from ..transport.mailbox import Kind, Message, RunFolder
 from ..transport.peer import Header, Peer
-from .core import ServerSettings
 from .machines import Refused, Say, join_word, machine_settings
 from .process import UNKNOWN_PUSHES, Server
 
@@ -151,7 +151,7 @@ class RelayServer(Server):
         secret: from `read_secret`.
 
     Raises:
-        RuntimeError: if the rule of the run is one of a single machine.
+        RuntimeError: if the algorithm of the run is one of a single machine.
     """
 
     def __init__(self, folder: RunFolder, *rest, address: tuple[str, int], secret: bytes):

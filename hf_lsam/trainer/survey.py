@@ -49,7 +49,7 @@ class LandscapeSurvey:
                 "run_id": read_record(args.output_dir).run["run_id"],
                 "batches": args.landscape_batches,
                 "batchnorm": bool(self._batchnorm),
-                **self._surveyed(workers, args.kernel_precision()),
+                **self._surveyed(workers, args.kernel_precision(self.worker.settings.sync_steps)),
             }
             beside = folder / ".landscape.json"
             beside.write_text(json.dumps(measured))

@@ -41,6 +41,7 @@ from ..checkpoint import SERVER_STATE, newest_sealed
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
 from ..parameters import trainable_parameters
+from ..rates import RaisedRates, momentum_of
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
 from ..transport.link import ServerGone
@@ -345,6 +346,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     def log(self, logs, start_time=None):
         if self.is_in_train and "loss" in logs and self.worker is not None:
             logs.update(self.figures.since_last_log())
+            if self.rates.factor != 1.0:
+                logs["lsam/worker_learning_rate"] = logs["learning_rate"] * self.rates.factor
             for warning in self._signatures.observe(
                 logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
             ):
@@ -408,7 +411,14 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         if server_state is not None and not server_state.exists():
             logger.warning(f"{self._common_checkpoint} holds no anchor: its model becomes the first one.")
             server_state = None
-        self.worker = self._run.join(named, self.args.worker_settings(), self.args.server_settings(), server_state)
+        sync_steps = self.args.steps_between_pushes(max_steps)
+        self.rates = RaisedRates(
+            self.optimizer, self.args.learning_rate_factor(sync_steps, momentum_of(self.optimizer))
+        )
+        logger.info(f"sync_steps={sync_steps}; the optimizer steps with {self.rates.factor:g} times its learning rate.")
+        self.worker = self._run.join(
+            named, self.args.worker_settings(sync_steps), self.args.server_settings(sync_steps), server_state
+        )
         self.figures = Figures(self.worker)
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self.server_gone = None
@@ -428,7 +438,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             "adapter": base is not model,
             "trainable_parameters": self.worker.layout.numel,
         }
-        return describe(self.args.identity.num_workers, {**self.args.lsam_fields(), **trainer_fields}, about)
+        settings = {**self.args.lsam_fields(), "sync_steps": self.worker.settings.sync_steps, **trainer_fields}
+        return describe(self.args.identity.num_workers, settings, about)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state
@@ -463,7 +474,7 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     """transformers' Trainer with LSAM; takes the same arguments, with `args` an `LSAMConfig`.
 
     ```python
-    args = LSAMConfig(output_dir="out", sam_rho=0.05, sync_steps=16, coupling_strength=0.1)
+    args = LSAMConfig(output_dir="out", sam_rho=0.05)
     trainer = LSAMTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)
     trainer.train()
     trainer.save_model()    # the anchor

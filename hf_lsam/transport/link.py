@@ -96,6 +96,7 @@ class MailboxLink:
         self.stop_requested = False
         self.save_requested = False
         self.finished = False
+        self.counted_at: int | None = -1  # nothing was handed in that an anchor might not count
         self.staleness: list[int] = []  # of each accepted push since it was last taken
         self.accepted = 0
         self.refused = 0
@@ -257,6 +258,7 @@ class MailboxLink:
         self._push_frame = Message(Kind.PUSH, self.worker, a=steps, b=self._pushes, loss=loss)
         self._push_sent = False
         self._pushed_version = version
+        self.counted_at = None
 
     def _start_pull(self, incoming: Tensor) -> None:
         self._pulling = self.version
@@ -353,6 +355,7 @@ class MailboxLink:
     def _handle(self, message: Message) -> None:
         if message.kind in (Kind.ACCEPTED, Kind.REJECTED):
             self._push_frame = None
+            self.counted_at = message.a  # a refused one is as if counted: it will not come again
             if message.kind is Kind.ACCEPTED:
                 self.accepted += 1
                 self.refused_in_a_row = 0
@@ -401,6 +404,7 @@ class MailboxLink:
         if self._push_sent and self._push_frame.b <= message.a:
             self.accepted += 1
             self._push_frame = None
+            self.counted_at = -1
         elif self._evicted_at is not None or self.evicted:
             self._push_frame = None  # of differences from long ago; what came after them is dropped as well
             self._pushes -= 1

@@ -1,0 +1,37 @@
+"""EASGD: at every tau-th step a worker and the anchor move towards each other, x <- x - alpha d and y <- y + alpha d.
+
+Zhang, Choromanska and LeCun, Deep learning with Elastic Averaging SGD (arXiv 1412.6651), Algorithm 1; the paper's beta
+is n alpha. The worker reads the newest published anchor instead of asking for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..coupling import exchange_elastically
+from .base import ServerHalf, WorkerHalf
+
+
+class ElasticWorker(WorkerHalf):
+    """Moves only when it hands in: both sides move, or neither."""
+
+    hands_in_a_part = False
+
+    def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
+        """push = x - y, and x <- x - alpha (x - y)."""
+        exchange_elastically(x, y, push, self.settings.coupling_strength)
+        return steps
+
+
+class ElasticServer(ServerHalf):
+    """Every push moves the anchor, whoever sends it."""
+
+    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
+        """Takes x - y of one worker at one step."""
+        self.anchor.vector.add_(vector, alpha=self.settings.moving_rate)
+        self.anchor.version += 1
+
+
+worker_half, server_half = ElasticWorker, ElasticServer

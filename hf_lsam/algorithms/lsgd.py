@@ -1,0 +1,63 @@
+"""LSGD: the anchor is the worker whose mean loss over its last tau steps was the lowest, and pulls at all others.
+
+Teng et al., Leader Stochastic Gradient Descent (arXiv 1905.10395), Algorithm 1; its lambda is lambda0 / tau. The paper
+has a leader a machine besides the global one; on one machine they are the same. Only what was pushed is known, so the
+lead changes when the new leader pushes, not when the old one gets worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..anchor import Anchor
+from ..coupling import pull
+from .base import ServerHalf, ServerSettings, WorkerHalf
+
+
+class LedWorker(WorkerHalf):
+    """Pulled towards the leader after every step, x <- x - c (x - y); hands in x and its loss."""
+
+    wants_loss = True
+
+    def after_step(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor]) -> None:
+        pull(x, y, self.settings.pull)
+
+    def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
+        """push = x."""
+        torch._foreach_copy_(list(push), [parameter.detach() for parameter in x])
+        return steps
+
+
+class LeaderServer(ServerHalf):
+    """Keeps the parameters of whoever leads.
+
+    State: the last loss of each worker.
+    """
+
+    def __init__(self, anchor: Anchor, settings: ServerSettings):
+        super().__init__(anchor, settings)
+        self._losses: dict[int, float] = {}
+
+    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
+        """Takes the parameters of one worker and its mean loss; NaN never leads."""
+        self._losses[worker] = loss if math.isfinite(loss) else math.inf
+        if math.isfinite(loss) and loss <= min(self._losses.values()):
+            self.anchor.vector.copy_(vector)
+            self.anchor.version += 1
+
+    def leave(self, worker: int, live: int) -> None:
+        """A worker that is gone no longer leads; the anchor stays until another does."""
+        self._losses.pop(worker, None)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"losses": torch.tensor([*self._losses.items()], dtype=torch.float64).reshape(-1, 2)}
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        self._losses = {int(worker): loss for worker, loss in state["losses"].tolist()}
+
+
+worker_half, server_half = LedWorker, LeaderServer

@@ -1,0 +1,179 @@
+"""simulation.py: n workers under a virtual clock are n processes in lock step; what the clock does to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lockstep import ETA, MOMENTUM, RHO, LockstepNet, batch_generator, draw, loss_of
+from torch import nn
+
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
+from hf_lsam.parameters import ParameterLayout, trainable_parameters
+from hf_lsam.server.lifetime import start_server
+from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
+from hf_lsam.transport.mailbox import RunFolder
+
+TAU = 4
+
+
+def cluster(machines: list[Machine], worker=None, server=None, **options) -> Cluster:
+    """A cluster on `LockstepProblem`'s problem; the batches do not depend on its seed."""
+    generators = [batch_generator(100 + rank) for rank in range(len(machines))]
+
+    def loss(model: nn.Module, rank: int):
+        x = draw(generators[rank])
+        return lambda: loss_of(model, x)
+
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, ETA, MOMENTUM)
+
+    worker = worker or WorkerSettings(TAU)
+    server = server or ServerSettings(worker.sync_steps, algorithm=worker.algorithm)
+    return Cluster(LockstepNet(), optimizer, loss, machines, worker, server, Gradient(RHO), **options)
+
+
+def digest(vector: torch.Tensor) -> str:
+    return hashlib.sha256(vector.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("coupling", ["merge", "decoupled"])
+def test_4_equal_workers_without_latency_are_processes_in_lock_step_bit_for_bit(tmp_path, coupling):
+    workers, steps = 3, 4 * TAU
+    simulated = cluster([Machine()] * workers, WorkerSettings(TAU, 0.7, coupling))
+    *_, _ = simulated.run(steps)
+
+    path = tmp_path / "run"
+    path.mkdir()
+    named = trainable_parameters(LockstepNet())
+    layout = ParameterLayout(named)
+    start = layout.read([p for _, p in named], torch.empty(layout.numel))
+    run = {"fingerprint": layout.fingerprint.hex(), "settings": ServerSettings(TAU).as_dict()}
+    folder = RunFolder.create(path, start, workers, layout.manifest, run)
+    server = start_server(folder.path, tmp_path / "server.log")
+    script = Path(__file__).with_name("lockstep.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(path), str(rank), "0.7", coupling],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+
+    def ask(rank: int, request: str):
+        processes[rank].stdin.write(request + "\n")
+        processes[rank].stdin.flush()
+        return json.loads(processes[rank].stdout.readline())
+
+    try:
+        assert [json.loads(process.stdout.readline()) for process in processes] == ["joined"] * workers
+        for _ in range(steps):
+            for rank in range(workers):
+                assert ask(rank, "step") == "stepped"
+        x = [ask(rank, "digest")[0] for rank in range(workers)]
+        for process in processes:
+            process.stdin.write("finish\n")
+            process.stdin.flush()
+        finals = [json.loads(process.stdout.readline())[1] for process in processes]
+    finally:
+        for process in processes:
+            process.stdin.close()
+            process.wait(60)
+            process.stdout.close()
+        server.wait(60)
+    assert x == [digest(vector) for vector in simulated.workers]
+    assert finals == [digest(simulated.anchor)] * workers
+
+
+def test_a_run_is_a_function_of_its_seed():
+    machines = [Machine(1.0, jitter=0.3, latency=0.2, bandwidth=1e3), Machine(1.7, jitter=0.3, latency=0.1)]
+
+    def final(seed: int) -> torch.Tensor:
+        *_, last = cluster(machines, seed=seed).run(20)
+        return last.anchor
+
+    assert torch.equal(final(0), final(0))
+    assert not torch.equal(final(0), final(1))  # of jitter alone
+
+
+def test_fast_workers_wait_for_nobody_and_slow_ones_are_stale():
+    moments = [*cluster([Machine(1.0), Machine(3.0, latency=1.5)]).run(24, moments=3)]
+    assert [moment.steps for moment in moments] == [8, 16, 24]
+    assert [moment.seconds for moment in moments] == [8.0, 16.0, 72.0 + 1.5]
+    assert moments[0].steps_in_all == 8 + 2
+    assert moments[-1].steps_in_all == 48
+    assert max(moment.staleness for moment in moments) > 0
+
+
+def test_a_push_crosses_the_link_at_its_bandwidth_and_latency():
+    numel = ParameterLayout(trainable_parameters(LockstepNet())).numel
+    one_way = 0.5 + 4 * numel / 100.0
+    run = cluster([Machine(latency=0.5, bandwidth=100.0)])
+    seen = [(m.seconds, m.bytes) for m in run.run(12)]
+    # The last push leaves at 12 s and arrives one transfer later.
+    assert seen[-1][0] == pytest.approx(12 + one_way)
+    pushes = 3 if one_way + 0.5 <= TAU else 2  # one that finds the last not yet answered goes out with the next
+    assert seen[-1][1] >= 4 * numel * pushes
+
+
+def test_a_barrier_makes_everyone_as_slow_as_the_slowest_and_its_link():
+    free = [Machine(1.0), Machine(2.0)]
+    *_, last = cluster(free, barrier=True).run(3 * TAU)
+    assert last.seconds == 3 * TAU * 2.0
+    far = [Machine(1.0, latency=0.25), Machine(2.0, latency=0.25)]
+    *_, last = cluster(far, barrier=True).run(3 * TAU)
+    assert last.seconds == pytest.approx(3 * TAU * 2.0 + 2 * 2 * 0.25 + 0.25)  # there and back twice, and there
+
+
+def test_a_worker_that_dies_leaves_n_and_one_that_joins_begins_at_the_anchor():
+    run = cluster([Machine(), Machine(dies_at=6.5), Machine(joins_at=9.0)])
+    moments = [*run.run(12, moments=2)]
+    assert moments[-1].steps_in_all == 12 + 6 + 12
+    assert moments[-1].seconds == 9.0 + 12.0
+    assert torch.isfinite(moments[-1].anchor).all()
+
+
+def test_a_pause_holds_up_its_worker_alone():
+    *_, last = cluster([Machine(), Machine(pauses=((4.5, 10.0),))]).run(8)
+    assert last.seconds == 18.0
+    assert last.steps_in_all == 16
+
+
+def test_data_parallel_is_one_worker_with_the_mean_gradient():
+    machines = [Machine(1.0), Machine(2.0, latency=0.1, bandwidth=1e4)]
+    generators = [batch_generator(rank) for rank in range(2)]
+
+    def loss(model, rank):
+        x = draw(generators[rank])
+        return lambda: loss_of(model, x)
+
+    run = DataParallel(LockstepNet(), lambda p: torch.optim.SGD(p, ETA, MOMENTUM), loss, machines, Gradient())
+    *_, last = run.run(5)
+    model, again = LockstepNet(), [batch_generator(rank) for rank in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), ETA, MOMENTUM)
+    for _ in range(5):
+        (sum(loss_of(model, draw(generator)) for generator in again) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(last.anchor, expected, rtol=1e-5, atol=1e-6)
+    all_reduce = 2 * (0.1 + 4 * len(expected) / 2 / 1e4)
+    assert last.seconds == pytest.approx(5 * (2.0 + all_reduce))
+    assert last.bytes == 5 * 2 * 2 * 4 * len(expected)
+
+
+@pytest.mark.parametrize("algorithm", ["easgd", "lsgd"])
+def test_the_baselines_run_in_it(algorithm):
+    settings = WorkerSettings(TAU, 0.3, algorithm=algorithm)
+    server = ServerSettings(TAU, algorithm=algorithm, moving_rate=0.3)
+    *_, last = cluster([Machine(), Machine(1.5)], settings, server).run(16)
+    assert math.isfinite(last.anchor.norm().item())
+    assert last.bytes > 0
