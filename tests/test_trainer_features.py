@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,12 +18,13 @@ import peft
 import pytest
 import torch
 import trl
-from models import Net, Rows, Stream, arguments, blobs, net, sentences, tiny_bert, vector
+from models import HIDDEN, Net, Rows, Stream, arguments, blobs, net, sentences, tiny_bert, vector
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
+from hf_lsam.batchnorm import STATISTICS
 from hf_lsam.callbacks import FailureSignatures
 from hf_lsam.parameters import trainable_parameters
 
@@ -603,6 +605,60 @@ def test_pass_2_leaves_batchnorm_statistics_alone(tmp_path):
         for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
             assert torch.equal(ours[name], plain[name]), name
     assert [seen["norm.num_batches_tracked"].item() for seen in runs[0]] == [2, 4, 6]
+
+
+def test_pass_2_leaves_the_statistics_of_a_model_from_model_init_alone(tmp_path):
+    """Trainer makes another model when training begins: the layers are that one's."""
+    args = arguments(LSAMConfig, tmp_path, max_steps=6, batchnorm_statistics="worker", **LSAM)
+    trainer = LSAMTrainer(model_init=lambda: net(batchnorm=True), args=args, train_dataset=blobs())
+    trainer._signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
+    for _ in range(2):  # and another one when it begins again
+        trainer.train()
+        assert trainer.model.norm.num_batches_tracked == 6
+
+
+class Frozen(Net):
+    """Its BatchNorm stays in evaluation mode."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def frozen_net() -> Frozen:
+    torch.manual_seed(0)
+    model = Frozen(batchnorm=True)
+    model.norm.running_mean.fill_(0.5)
+    model.norm.running_var.fill_(2.0)
+    return model
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_frozen_batchnorm_stays_as_it_was(tmp_path, statistics):
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **keywords):
+            assert_as_it_was(model)
+
+    def assert_as_it_was(model):
+        assert model.norm.running_mean.tolist() == [0.5] * HIDDEN
+        assert model.norm.running_var.tolist() == [2.0] * HIDDEN
+        assert model.norm.num_batches_tracked == 0
+
+    fields = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": blobs(8), "landscape_points": 5}
+    trainer = train(
+        tmp_path, frozen_net(), max_steps=8, batchnorm_statistics=statistics, callbacks=[Watch()], **fields
+    )
+    assert_as_it_was(trainer.model)
+    trainer.evaluate()
+    assert_as_it_was(trainer.model)
+    anchor = net(batchnorm=True)
+    anchor.load_state_dict(trainer.model.state_dict())
+    anchor.eval()
+    with torch.no_grad():
+        expected = mean_loss(anchor, batches_of(blobs(), 32)[0]).item()
+    landscape = json.loads((tmp_path / "lsam" / "landscape.json").read_text())
+    assert landscape["lines"]["0"][landscape["fractions"].index(0.0)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_batchnorm_model_as_in_the_reference(tmp_path):

@@ -147,7 +147,6 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 "The model is spread over several devices (device_map). A worker has one device; with LSAM each would "
                 "spread over all. Load the model without device_map."
             )
-        self._batchnorm = tracking_layers(self.model)
         self._signatures = FailureSignatures(args.identity.num_workers)
         self.add_callback(LSAMCallback(self))
 
@@ -398,6 +397,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         named = trainable_parameters(self.model)
+        self._batchnorm = tracking_layers(self.model)  # of this model: `model_init` makes a new one for each `train`
         if self.args.batchnorm_statistics == "average":
             named += running_statistics(self.model)
         group_of = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
