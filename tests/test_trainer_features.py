@@ -984,6 +984,26 @@ def test_log_history_has_lsams_own_figures(tmp_path):
     )
 
 
+def test_what_a_loss_of_your_own_logs_is_logged_as_it_is_and_takes_no_figures_away(tmp_path):
+    class Chatty(LSAMTrainer):
+        def compute_loss(self, model, inputs, *positional, **keywords):
+            loss = super().compute_loss(model, inputs, *positional, **keywords)
+            if model.training:
+                self.log({"loss": -1.0, "part": loss.item()})
+            return loss
+
+    quiet = train(tmp_path / "quiet", net(), max_steps=8, logging_steps=4)
+    chatty = train(tmp_path / "chatty", net(), max_steps=8, logging_steps=4, kind=Chatty)
+    own = [entry for entry in chatty.state.log_history if "part" in entry]
+    assert len(own) == 16  # both passes of 8 steps
+    assert all(set(entry) == {"loss", "part", "epoch", "step"} for entry in own)
+    measured = [[e for e in t.state.log_history if "lsam/sharpness" in e] for t in (quiet, chatty)]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 2
+    records = [(tmp_path / name / "lsam" / "worker-0.jsonl").read_text().splitlines() for name in ("quiet", "chatty")]
+    assert len(records[0]) == len(records[1])
+
+
 def test_trackers_get_lsams_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

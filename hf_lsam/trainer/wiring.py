@@ -342,7 +342,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     # --- logging ---
 
     def log(self, logs, start_time=None):
-        if self.is_in_train and "loss" in logs and self.worker is not None:
+        # Trainer alone hands over the start time, with what it measured between two log points.
+        if start_time is not None and self.is_in_train and "loss" in logs:
             logs.update(self.figures.since_last_log())
             for warning in self._signatures.observe(
                 logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
