@@ -23,7 +23,7 @@ from .callbacks import FailureSignatures
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .figures import Figures
 from .identity import detach
-from .parameters import trainable_parameters
+from .parameters import refuse_changes, trainable_parameters
 from .record import RecordWriter, describe
 from .run import EndSignals, Run
 from .worker import Worker
@@ -195,6 +195,7 @@ class LSAM:
         try:
             if error is None:
                 self._signals.obey()
+                refuse_changes(_unwrapped(self._model), self.worker.parameters)
                 self.worker.finish()
                 self.worker.adopt_anchor()
                 self._finished = True
@@ -319,7 +320,11 @@ class LSAM:
 
         Returns:
             LSAM's figures and `measured`.
+
+        Raises:
+            ValueError: if parameters were frozen or unfrozen since `with lsam` was entered.
         """
+        refuse_changes(_unwrapped(self._model), self.worker.parameters)
         figures = self.figures.since_last_log() | measured
         learning_rate = max(self._learning_rates(), default=0.0)
         self._record.log(self.worker.local_steps, {**figures, "learning_rate": learning_rate})

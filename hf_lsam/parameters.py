@@ -46,6 +46,27 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
+def refuse_changes(model: nn.Module, since_the_start: Sequence[Tensor]) -> None:
+    """Raises ValueError if the trainable parameters of `model` are not those it had when the run began.
+
+    Args:
+        since_the_start: those, as `trainable_parameters` gave them; other tensors among them do not matter.
+    """
+    taking_part = {id(tensor) for tensor in since_the_start}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in taking_part:
+            what = "has become trainable, or is another tensor than it was,"
+        elif not parameter.requires_grad and id(parameter) in taking_part:
+            what = "has been frozen"
+        else:
+            continue
+        raise ValueError(
+            f"The parameter `{name}` {what} since the run began: what is perturbed and exchanged was settled then, so "
+            "its gradients would be wrong and the anchor's value of it not the workers'. Choose what trains before "
+            "training begins; to unfreeze a layer later, end this run there and train again from its anchor."
+        )
+
+
 class ParameterLayout:
     """The order, shapes and offsets by which a list of parameters becomes one flat vector.
 

@@ -243,6 +243,19 @@ def test_figures_are_logged_and_misuse_is_named():
     assert 0 < figures["lsam/drift"] < 1
 
 
+def test_a_layer_that_is_unfrozen_while_training_is_refused():
+    for log in (True, False):
+        model = network()
+        model.layers[0].requires_grad_(False)
+        lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+        with pytest.raises(ValueError, match=r"`layers\.0\.weight` has become trainable"), lsam:
+            model.layers[0].requires_grad_(True)
+            for x, labels in batches(2):
+                lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+            if log:
+                lsam.log()
+
+
 SCRIPT = """
     import json, sys
     import torch

@@ -1235,6 +1235,26 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path):
     refuse(tmp_path, r"no trainable parameter.*nothing to perturb.*Unfreeze", model=net().requires_grad_(False))
 
 
+@pytest.mark.parametrize(
+    ("begins_frozen", "logging_strategy", "what"),
+    [(True, "steps", "has become trainable"), (False, "no", "has been frozen")],
+)
+def test_a_layer_that_is_unfrozen_or_frozen_while_training_is_refused(tmp_path, begins_frozen, logging_strategy, what):
+    """At the next log point; without any, before the run counts as finished."""
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            if state.global_step == 3:
+                model.first.requires_grad_(begins_frozen)
+
+    model = net()
+    model.first.requires_grad_(not begins_frozen)
+    with pytest.raises(ValueError, match=rf"`first\.weight` {what}.*end this run there and train again"):
+        train(tmp_path, model, max_steps=8, logging_strategy=logging_strategy, callbacks=[Change()])
+    model.first.requires_grad_(True)
+    train(tmp_path, model, max_steps=2)  # as the message says
+
+
 def test_a_model_spread_over_devices_is_refused(tmp_path):
     model = net()
     model.hf_device_map = {"first": 0, "last": 1}

@@ -40,7 +40,7 @@ from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
-from ..parameters import trainable_parameters
+from ..parameters import refuse_changes, trainable_parameters
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
 from ..transport.link import ServerGone
@@ -344,6 +344,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     def log(self, logs, start_time=None):
         # Trainer alone hands over the start time, with what it measured between two log points.
         if start_time is not None and self.is_in_train and "loss" in logs:
+            refuse_changes(self.model, self.worker.parameters)
             logs.update(self.figures.since_last_log())
             for warning in self._signatures.observe(
                 logs["lsam/drift"], logs["lsam/staleness"], logs["lsam/anchor_version"], logs["learning_rate"]
@@ -437,6 +438,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         self._signals.obey()
         if self.server_gone is not None:
             raise self.server_gone
+        refuse_changes(self.model, worker.parameters)
         best = -1 if state.best_global_step is None else state.best_global_step
         drift = worker.drift()
         # A stop before the last step is somebody's decision and holds for all; running out of data is not.
