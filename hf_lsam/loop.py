@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -222,17 +222,19 @@ class LSAM:
             raise OSError(f"There is no server at the moment: the anchor's state was not saved to {folder}. Try again.")
         save_tensors(own / WORKER_STATE, self.worker.state_tensors())
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+    def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple]) -> Tensor:
         """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
 
         Args:
-            compute_loss: runs the model on the batch and returns the loss, 0-d; called twice where the step perturbs.
+            compute_loss: runs the model on the batch and returns the loss, 0-d, or a model's output that holds it under
+                "loss", or as the first of a tuple; called twice where the step perturbs.
 
         Returns:
             the detached loss at the worker's own parameters (pass 1), 0-d, on the device.
 
         Raises:
             RuntimeError: outside `with lsam`.
+            ValueError: if what `compute_loss` returns is no loss to take a gradient of.
         """
         if self._signal_was_shown:
             self._signals.obey()
@@ -243,7 +245,7 @@ class LSAM:
         arguments, scaler = self.arguments, self._scaler
 
         def one_pass() -> Tensor:
-            loss = compute_loss()
+            loss = _loss_in(compute_loss())
             self._backward(loss)
             return loss.detach()
 
@@ -389,6 +391,27 @@ class LSAM:
 
     def _learning_rates(self) -> list[float]:
         return [0.0 if group is None else float(group["lr"]) for group in self._groups]
+
+
+def _loss_in(output: Any) -> Tensor:
+    """The loss in what a closure returned, found as Trainer finds it in a model's output."""
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and output:
+        loss = output[0]
+    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+        return loss
+    if not isinstance(loss, Tensor):
+        found = f"a {type(output).__name__} without a loss tensor" if loss is not output else f"a {type(loss).__name__}"
+    elif loss.dim():
+        found = f"a loss of shape {list(loss.shape)}, not reduced to one number"
+    else:
+        found = "a loss that is cut off from the parameters (detached, or computed under torch.no_grad)"
+    raise ValueError(
+        f"The closure given to `LSAM.step` returned {found}: there is no gradient to take. Return the batch's mean loss "
+        'as a 0-d tensor, such as `loss_fn(model(x), y)` or `model(**batch)["loss"]`, without .item() or .detach().'
+    )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

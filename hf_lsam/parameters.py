@@ -21,7 +21,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
     Raises:
         ValueError: if there is none, or if one is stored in half precision (a SAM perturbation of size 1e-5 moves
-            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding), sparse or
+            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding), complex or
             sharded.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -42,6 +42,12 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 "its rounding step, so the ascent would be lost. Load the model with dtype=torch.float32 and train "
                 "with bf16=True or fp16=True (autocast), or keep the base in half precision and train a float32 "
                 "LoRA adapter."
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"The trainable parameter `{name}` is complex ({parameter.dtype}). Workers exchange real vectors, so its "
+                "imaginary part would be lost. Keep it as a real parameter with a last dimension of 2, and make it "
+                "complex in the forward pass with torch.view_as_complex."
             )
     return named
 

@@ -243,6 +243,42 @@ def test_figures_are_logged_and_misuse_is_named():
     assert 0 < figures["lsam/drift"] < 1
 
 
+def test_the_closure_returns_a_loss_or_an_output_that_holds_one():
+    def run(wrap):
+        model = network()
+        lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+        torch.manual_seed(5)
+        with lsam:
+            for x, labels in batches(6):
+                loss = lsam.step(lambda x=x, labels=labels: wrap(nn.functional.cross_entropy(model(x), labels)))
+        assert loss.shape == ()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    expected = run(lambda loss: loss)
+    for wrap in (lambda loss: {"loss": loss, "logits": None}, lambda loss: (loss, None)):
+        assert torch.equal(run(wrap), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda loss: loss.mean().item(), "a float"),
+        (lambda loss: None, "a NoneType"),
+        (lambda loss: loss, r"a loss of shape \[8\], not reduced"),
+        (lambda loss: loss.mean().detach(), "a loss that is cut off from the parameters"),
+        (lambda loss: {"logits": loss}, "a dict without a loss"),
+        (lambda loss: (loss, loss), r"a loss of shape \[8\], not reduced"),
+        (lambda loss: [loss.mean()], "a list"),
+    ],
+)
+def test_a_closure_that_returns_no_loss_is_refused(wrap, found):
+    model = network()
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+    x, labels = next(batches(1))
+    with pytest.raises(ValueError, match=f"returned {found}.*Return the batch's mean loss as a 0-d tensor"), lsam:
+        lsam.step(lambda: wrap(nn.functional.cross_entropy(model(x), labels, reduction="none")))
+
+
 def test_a_layer_that_is_unfrozen_while_training_is_refused():
     for log in (True, False):
         model = network()

@@ -140,7 +140,11 @@ for name, (data, fields) in RUNS.items():
     )
     with trainer.local():
         results[name]["own"] = digest(vector(trainer.model))
-report(opened=opened, wrong_number=wrong_number, **results)
+try:
+    trainer.hyperparameter_search(n_trials=1)
+except Exception as error:
+    search = str(error)
+report(opened=opened, wrong_number=wrong_number, search=search, **results)
 """
 
 
@@ -178,6 +182,11 @@ def test_another_number_of_workers_than_configured_is_refused(data_runs):
     for report in data_runs:
         assert "num_workers=3, but 2 were started" in report["wrong_number"]
         assert "accelerate launch --multi_gpu --num_processes 3" in report["wrong_number"]
+
+
+def test_a_hyperparameter_search_with_several_workers_is_refused(data_runs):
+    for report in data_runs:
+        assert "2 of them would train with different settings. Search with one worker" in report["search"]
 
 
 @pytest.mark.parametrize("name", ["sharded", "group_by_length"])

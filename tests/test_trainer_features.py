@@ -1231,6 +1231,13 @@ def test_half_precision_weights_are_refused(tmp_path):
     refuse(tmp_path, r"`first.weight` is stored in torch.bfloat16.*lost.*dtype=torch.float32", model=net().bfloat16())
 
 
+def test_complex_parameters_are_refused(tmp_path):
+    model = net()
+    model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"`phase` is complex \(torch\.complex64\).*torch\.view_as_complex"):
+        train(tmp_path, model)
+
+
 def test_a_model_without_trainable_parameters_is_refused(tmp_path):
     refuse(tmp_path, r"no trainable parameter.*nothing to perturb.*Unfreeze", model=net().requires_grad_(False))
 

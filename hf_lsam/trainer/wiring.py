@@ -378,6 +378,15 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 self._say_who_resumes()
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
+    def hyperparameter_search(self, *positional, **keywords):
+        if self.args.identity.num_workers > 1:
+            raise ValueError(
+                f"hyperparameter_search chooses each trial at worker 0 and tells the others through a process group, "
+                f"which LSAM's workers do not have: {self.args.identity.num_workers} of them would train with different "
+                "settings. Search with one worker (plain `python script.py`), or give each trial a launch of its own."
+            )
+        return super().hyperparameter_search(*positional, **keywords)
+
     def _inner_training_loop(self, *positional, **keywords):
         error = None
         try:
