@@ -1281,3 +1281,11 @@ def test_plain_training_arguments_are_refused(tmp_path):
         LSAMTrainer(model=net(), args=args, train_dataset=blobs())
     with pytest.raises(TypeError, match="got NoneType"):
         LSAMTrainer(model=net(), train_dataset=blobs())
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "KTOTrainer", "RewardTrainer"])
+def test_part_of_a_batch_whose_rows_belong_together_is_refused(tmp_path, name):
+    kind = type(f"My{name}", (LSAMTrainerMixin, getattr(trl, name)), {})
+    args = arguments(LSAMConfig, tmp_path, sam_ascent_fraction=0.5)
+    with pytest.raises(ValueError, match=rf"{name} makes its batches of rows that belong together.*Use sam_ascent"):
+        kind(model=net(), args=args)

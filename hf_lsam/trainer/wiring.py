@@ -120,6 +120,14 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 "passes, so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, "
                 "such as SFTTrainer or DPOTrainer."
             )
+        pairing = _stacks_rows(type(self))
+        if pairing and args.sam_ascent_fraction < 1:
+            raise ValueError(
+                f"sam_ascent_fraction={args.sam_ascent_fraction} lets pass 1 see the first rows of each batch, and "
+                f"{pairing} makes its batches of rows that belong together (chosen rows stacked over rejected ones): "
+                "cut, they would be scored against the wrong ones. Use sam_ascent_fraction=1.0; sam_interval saves time "
+                "there too."
+            )
         if not is_pinned(args.identity):
             # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
             args.pin_process(args.device.type == "cpu")
@@ -485,6 +493,12 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
 
 def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
+
+
+def _stacks_rows(kind: type) -> str | None:
+    """The trl trainer whose batches are not of rows that each stand alone, if `kind` is one: all but SFTTrainer."""
+    from_trl = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
+    return from_trl[0] if from_trl and from_trl[0] != "SFTTrainer" else None
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:
