@@ -23,6 +23,7 @@ from .callbacks import FailureSignatures
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .figures import Figures
 from .identity import detach
+from .optimizers import showing_anchor, switch
 from .parameters import refuse_changes, trainable_parameters
 from .record import RecordWriter, describe
 from .run import EndSignals, Run
@@ -79,7 +80,8 @@ class LSAM:
 
     Args:
         model: the model, on its device.
-        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
+        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared. One with a mode for
+            evaluation (schedule-free) is in training mode inside `with lsam`, and in the other inside `anchor` and after.
         accelerator: takes care of the backward pass and of fp16 scaling.
         gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
@@ -175,6 +177,7 @@ class LSAM:
             self.worker = self._run.join(
                 self._named, self.arguments.worker_settings(), self.arguments.server_settings(), server_state
             )
+            switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
             self.worker.adopt_anchor()
             if resume_from is not None and (own := resume_from / str(rank) / WORKER_STATE).exists():
                 self.worker.load_state_tensors(load_tensors(own))
@@ -197,6 +200,7 @@ class LSAM:
                 self._signals.obey()
                 refuse_changes(_unwrapped(self._model), self.worker.parameters)
                 self.worker.finish()
+                switch(self.optimizer, "eval")
                 self.worker.adopt_anchor()
                 self._finished = True
         except BaseException as raised:
@@ -304,7 +308,7 @@ class LSAM:
         """
         with ExitStack() as stack:
             if self.worker is not None and not self._finished:
-                stack.enter_context(self.worker.showing_anchor())
+                stack.enter_context(showing_anchor(self.worker, self.optimizer))
                 stack.enter_context(kept_statistics(self._batchnorm))
             if self.arguments.batchnorm_statistics == "average":
                 keep_variances_positive(self._batchnorm)

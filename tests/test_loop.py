@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launch import accelerate_launch, write_script
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -220,6 +221,42 @@ def test_the_anchor_is_shown_with_statistics_of_its_own():
             with lsam.anchor(estimation):
                 assert torch.equal(lsam.worker.own_parameters[:96].view(16, 6), own[0])
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own, strict=True))
+
+
+@pytest.mark.parametrize("habit", ["none", "inside", "around"])
+def test_a_schedule_free_optimizer_switches_its_mode_at_x_and_not_at_the_anchor(habit):
+    """Whether the loop leaves it alone, or evaluates as its manual says: inside the anchor, or around it."""
+
+    def run(shows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model = network()
+        optimizer = AdamWScheduleFree(model.parameters(), lr=0.05)
+        lsam = LSAM(model, optimizer, **LSAM_FIELDS)
+        torch.manual_seed(5)
+        optimizer.train()
+        with lsam:
+            for step, (x, labels) in enumerate(batches(12)):
+                lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+                if not shows or step % 3:
+                    continue
+                if habit == "around":
+                    optimizer.eval()
+                with lsam.anchor():
+                    if habit == "inside":
+                        optimizer.eval()
+                    shown = torch.cat([p.detach().flatten() for p in model.parameters()])
+                    assert torch.equal(shown, lsam.worker.anchor)
+                    if habit == "inside":
+                        optimizer.train()
+                if habit == "around":
+                    optimizer.train()
+            own = lsam.worker.own_parameters
+        final = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer.eval()
+        assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), final)
+        return own, final
+
+    for ours, undisturbed in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, undisturbed, rtol=0, atol=1e-6)
 
 
 def test_figures_are_logged_and_misuse_is_named():

@@ -26,6 +26,7 @@ ROOMS = [
     "identity",
     "figures",
     "record",
+    "optimizers",
     "worker",
     "server",
     "transport",

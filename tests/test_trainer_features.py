@@ -1129,6 +1129,7 @@ def test_lora_trains_exchanges_and_saves_the_adapter_alone(tmp_path):
         (5, {"anchor_optimizer": "nesterov", "anchor_lr": 0.2, "anchor_momentum": 0.6}),
         (7, {"anchor_optimizer": "adam", "anchor_lr": 0.01, "anchor_momentum_correction": 0.9}),
         (9, {"langevin_temperature": 1e-4, "sam_interval": 2}),
+        (6, {"optim": "schedule_free_adamw"}),
     ],
 )
 def test_resume_continues_bit_for_bit(tmp_path, stop, fields):
@@ -1178,6 +1179,95 @@ def test_resume_from_a_plain_trainers_checkpoint_starts_a_new_anchor_there(tmp_p
     model = net()
     model.load_state_dict(saved)
     assert_same_run(trainer, reference(model, [[b] for b in batches_of(blobs())[4:]], sgd()))
+
+
+# --- optimizers that train at one point and are evaluated at another ---
+
+
+class Averaged(torch.optim.SGD):
+    """SGD that is evaluated at the mean of its points, which changes places with the parameters."""
+
+    evaluates, steps = False, 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        for p in self.param_groups[0]["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.detach(), 1 / self.steps)
+
+    def _change_places(self, evaluates: bool):
+        for p in self.param_groups[0]["params"] if self.evaluates != evaluates else ():
+            if "mean" in self.state[p]:
+                shown = p.detach().clone()
+                p.data.copy_(self.state[p]["mean"])
+                self.state[p]["mean"].copy_(shown)
+        self.evaluates = evaluates
+
+    def eval(self):
+        self._change_places(True)
+
+    def train(self):
+        self._change_places(False)
+
+
+MODES = {
+    "schedule_free_adamw": lambda model: {"optim": "schedule_free_adamw"},
+    "schedule_free_sgd": lambda model: {"optim": "schedule_free_sgd"},
+    "averaged": lambda model: {"optimizers": (Averaged(model.parameters(), lr=0.05), None)},
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_evaluations_and_checkpoints_leave_what_the_optimizer_trains_alone(tmp_path, name):
+    """Without SAM and coupling a worker is the plain Trainer, evaluated as often, and evaluates to the same."""
+    fields = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 4}
+    model, held_out = net(), blobs(24, seed=5)
+    optimizer = MODES[name](model)
+    plain = Trainer(
+        model=model,
+        args=arguments(TrainingArguments, tmp_path / "plain", optim=optimizer.get("optim", "sgd"), **fields),
+        train_dataset=blobs(),
+        eval_dataset=held_out,
+        optimizers=optimizer.get("optimizers", (None, None)),
+    )
+    points = []
+
+    class Points(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            points.append(vector(model))
+
+    plain.add_callback(Points())
+    plain.train()
+    model = net()
+    fields |= {"sam_rho": 0.0, "coupling_strength": 0.0, "eval_dataset": held_out}
+    worker = train(tmp_path / "lsam", model, **fields, **MODES[name](model))
+    for ours, theirs in zip(worker.recorder.x, points, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    anchor = vector(model)
+    metrics = worker.evaluate()
+    assert torch.equal(vector(model), anchor)
+    expected = mean_loss(model, batches_of(held_out, 24)[0]).item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    expected = plain.evaluate()["eval_loss"]
+    with worker.local():
+        assert worker.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(vector(model), anchor)
+
+
+def test_a_second_train_of_such_an_optimizer_goes_on_from_the_anchor(tmp_path):
+    trainer = train(tmp_path, net(), max_steps=8, optim="schedule_free_adamw", sam_rho=0.0)
+    anchor = vector(trainer.model)
+
+    class Start(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **keywords):
+            if state.global_step == 0:
+                trainer.optimizer.train()  # as the step is about to
+                assert torch.equal(vector(model), anchor)
+
+    trainer.add_callback(Start())
+    trainer.train()
+    assert not torch.equal(vector(trainer.model), anchor)
 
 
 # --- what is refused at construction ---

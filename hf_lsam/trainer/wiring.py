@@ -40,6 +40,7 @@ from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
+from ..optimizers import showing_anchor, switch
 from ..parameters import refuse_changes, trainable_parameters
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
@@ -169,14 +170,15 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         if self._showing_local or self.worker is None or self._own is not None or self.worker.shows_anchor:
             yield
             return
-        with self.worker.showing_anchor(), kept_statistics(self._batchnorm):
+        with showing_anchor(self.worker, self.optimizer), kept_statistics(self._batchnorm):
             self._reestimate_batchnorm()
             yield
 
     @contextmanager
     def local(self) -> Iterator[None]:
         """After training, the model holds this worker's last own parameters x inside: `with trainer.local():
-        trainer.evaluate()` measures a worker instead of the anchor."""
+        trainer.evaluate()` measures a worker instead of the anchor. With an optimizer that has a mode for evaluation
+        (schedule-free), they are those of that mode."""
         if self._own is None:
             raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
         worker = self.worker
@@ -429,6 +431,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             server_state = None
         self.worker = self._run.join(named, self.args.worker_settings(), self.args.server_settings(), server_state)
         self.figures = Figures(self.worker)
+        switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self.server_gone = None
         self._signals.catch()
@@ -466,6 +469,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             self._save_checkpoint(self.model, trial)
             raise
         self._summary = {**self.figures.of_run(), "drift": drift}
+        switch(self.optimizer, "eval")
         self._own = worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
         worker.adopt_anchor()
