@@ -24,6 +24,7 @@ ROOMS = [
     "callbacks",
     "run",
     "identity",
+    "data",
     "figures",
     "record",
     "optimizers",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import random
 import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -713,6 +714,32 @@ def test_batchnorm_statistics_are_re_estimated_at_the_anchor(tmp_path):
     torch.testing.assert_close(saved["norm.running_mean"], mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(saved["norm.running_var"], variance, rtol=1e-5, atol=1e-6)
     assert torch.equal(saved["first.weight"], trainer.model.first.weight)
+
+
+def test_one_anchor_is_shown_with_the_same_statistics_each_time_whatever_the_sampler_draws_from(tmp_path):
+    class Shuffled(torch.utils.data.Sampler):
+        def __len__(self):
+            return 64
+
+        def __iter__(self):
+            return iter(random.sample(range(64), 64))
+
+    class Own(LSAMTrainer):
+        def _get_train_sampler(self, *positional, **keywords):
+            return Shuffled()
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.means = []
+
+        def on_evaluate(self, args, state, control, model=None, **keywords):
+            self.means.append(model.norm.running_mean.clone())
+
+    watch = Watch()
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": blobs(8), "batchnorm_batches": 3}
+    train(tmp_path, net(batchnorm=True), kind=Own, max_steps=3, callbacks=[watch], **fields)  # before the first push
+    assert len(watch.means) == 3
+    assert all(torch.equal(mean, watch.means[0]) for mean in watch.means)
 
 
 def test_local_evaluates_a_batchnorm_model_with_the_workers_own_statistics(tmp_path):

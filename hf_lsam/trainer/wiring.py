@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -38,6 +37,7 @@ from ..batchnorm import (
 from ..callbacks import FailureSignatures, LSAMCallback, OtherWorkers
 from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
+from ..data import Generators, agree_on_order
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
 from ..optimizers import showing_anchor, switch
@@ -268,16 +268,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         before, config.data_seed = config.data_seed, seed
         try:
             with data_sharding(num_shards):
-                return super().get_train_dataloader()
+                return agree_on_order(super().get_train_dataloader(), seed)
         finally:
             config.data_seed = before
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler) and self.args.identity.num_workers > 1:
-            # It would draw from the process's own generator, and the workers' shards would overlap.
-            sampler.generator = torch.Generator().manual_seed(self.accelerator.dataloader_config.data_seed)
-        return sampler
 
     # --- what is evaluated and saved is the anchor ---
 
@@ -345,7 +338,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             keep_variances_positive(self._batchnorm)
             return
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), Generators(self._data_seed).in_place():
             batches = itertools.islice(self._train_dataloader(1, self._data_seed), self.args.batchnorm_batches)
             reestimate(self.model, batches, lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)))
 
