@@ -6,6 +6,7 @@ same order. Samplers of torch with a generator do; one that draws from the proce
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 
@@ -57,17 +59,17 @@ class AgreedBatches:
     """
 
     def __init__(self, batches: Iterable[list[int]], seed: int):
-        self._batches = batches
+        self.batch_sampler = batches
         self._seed = seed
         self._epoch = 0
         self.batch_size = getattr(batches, "batch_size", None)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[list[int]]:
         generators = Generators(self._seed + self._epoch)
-        batches = iter(self._batches)
+        batches = iter(self.batch_sampler)
         while True:
             with generators.in_place():
                 batch = next(batches, None)
@@ -79,7 +81,7 @@ class AgreedBatches:
     def set_epoch(self, epoch: int) -> None:
         """Which epoch is next: called by Trainer, and after each one that was gone through."""
         self._epoch = epoch
-        for part in (self._batches, getattr(self._batches, "sampler", None)):
+        for part in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
@@ -92,6 +94,32 @@ def agree_on_order(loader: DataLoader, seed: int) -> DataLoader:
     """
     for shard in (loader.sampler, loader.batch_sampler):
         if isinstance(shard, BatchSamplerShard):
-            # Accelerate tells `sampler` which epoch it is, also when batches are skipped.
+            # Accelerate tells `sampler` which epoch it is, also where it skips batches.
             shard.batch_sampler = shard.sampler = AgreedBatches(shard.batch_sampler, seed)
     return loader
+
+
+def from_the_start(loader: DataLoader) -> Iterable:
+    """The batches of all of `loader` from its first epoch on, also where it is one worker's shard; `loader` stays where
+    it is.
+
+    What its samplers draw, they draw from the process's generators: inside `Generators.in_place` it is the same in every
+    worker. A stream comes as it is.
+    """
+    batches = loader.batch_sampler
+    if batches is None:
+        return loader
+    while isinstance(batches, (BatchSamplerShard, AgreedBatches)):
+        batches = batches.batch_sampler
+    batches = copy.copy(batches)
+    if hasattr(batches, "sampler"):
+        batches.sampler = copy.copy(batches.sampler)
+    for part in (batches, getattr(batches, "sampler", None)):
+        if hasattr(part, "generator"):
+            part.generator = None
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(0)
+    same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+    whole = DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})
+    device = getattr(loader, "device", None)  # of a loader that Accelerate has prepared
+    return whole if device is None else (send_to_device(batch, device) for batch in whole)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
+from .data import Generators, agree_on_order, from_the_start
 from .figures import Figures
 from .identity import detach
 from .optimizers import showing_anchor, switch
@@ -44,7 +47,6 @@ class _LoopArguments(LSAMArguments):
 NOT_IN_A_LOOP = (
     "sam_ascent_fraction",
     "data_distribution",
-    "batchnorm_batches",
     "landscape_points",
     "landscape_batches",
 )
@@ -146,6 +148,7 @@ class LSAM:
             self._accumulation = accelerator.gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
         self._batchnorm = tracking_layers(model)
+        self._whole: WeakKeyDictionary[DataLoader, DataLoader] = WeakKeyDictionary()  # of the shares handed out
         self._micro_step = 0
         self._finished = False
         self._signals = EndSignals()
@@ -283,27 +286,37 @@ class LSAM:
 
     # --- data, evaluation, logging ---
 
-    def shard(self, loader: DataLoader) -> DataLoader:
+    def shard(self, loader: DataLoader, seed: int | None = None) -> DataLoader:
         """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
 
-        A loader that an Accelerator under the same launch has prepared before is sharded already.
+        A loader that an Accelerator under the same launch has prepared before is sharded already. Blocking: until worker
+        0 has called it too.
+
+        Args:
+            loader: the data; what its samplers draw is drawn alike in every worker, and anew each epoch.
+            seed: of the order; None follows `torch.manual_seed`. Worker 0's counts.
         """
         identity = self.arguments.identity
-        return prepare_data_loader(
+        seed = self._run.agree("data_seed", torch.initial_seed() if seed is None else seed)
+        share = prepare_data_loader(
             loader,
             num_processes=identity.num_workers,
             process_index=identity.rank,
             dispatch_batches=False,
             use_seedable_sampler=True,
-            data_seed=0,
+            data_seed=seed,
         )
+        self._whole[share] = loader
+        return agree_on_order(share, seed)
 
     @contextmanager
     def anchor(self, batches: Iterable | None = None, forward: Callable[[Any], Any] | None = None) -> Iterator[None]:
         """The model holds the anchor inside, and what it held before after. After `with lsam` it holds it already.
 
         Args:
-            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor.
+            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor, the same
+                ones in every worker. Of a DataLoader, also of one that `shard` has returned, these are the first
+                `batchnorm_batches` of all its batches, and where it stands does not change; of anything else, all.
             forward: runs the model on one of them; `model(batch)` if None.
         """
         with ExitStack() as stack:
@@ -313,7 +326,11 @@ class LSAM:
             if self.arguments.batchnorm_statistics == "average":
                 keep_variances_positive(self._batchnorm)
             elif self._batchnorm and batches is not None:
-                reestimate(self._model, batches, forward or self._model)
+                if isinstance(batches, DataLoader):
+                    whole = from_the_start(self._whole.get(batches, batches))
+                    batches = itertools.islice(whole, self.arguments.batchnorm_batches)
+                with Generators(0).in_place():
+                    reestimate(self._model, batches, forward or self._model)
             elif self._batchnorm and (warning := self._signatures.batchnorm_not_reestimated()):
                 logger.warning("LSAM: %s", warning)
             yield

@@ -346,21 +346,32 @@ SCRIPT = """
     if order == "before":
         accelerator = Accelerator(cpu=True)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    lsam = LSAM(model, optimizer, accelerator=accelerator, output_dir={output!r}, num_workers=2, **LSAM_FIELDS)
+    lsam = LSAM(model, optimizer, accelerator=accelerator, output_dir={output!r}, num_workers=2, batchnorm_batches=3,
+                **LSAM_FIELDS)
     if order == "after":
         accelerator = Accelerator(cpu=True)
+        torch.manual_seed(lsam.arguments.identity.rank)
         loader = lsam.shard(loader)
-    rows, groups = [], []
+    norm = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm1d)][0]
+    rows, groups, means = [], [], []
+
+    def look():
+        with lsam.anchor(loader, lambda batch: model(batch[0])):
+            means.append(norm.running_mean.tolist())
+
     with lsam:
         for epoch in range(2):
-            for x, labels in loader:
+            for number, (x, labels) in enumerate(loader):
+                if epoch == 0 and number == 2 * lsam.arguments.identity.rank:
+                    look()  # at the first anchor, and each worker at another time
                 rows += x[:, 0].tolist()
                 lsam.step(lambda: torch.nn.functional.cross_entropy(model(x), labels))
                 groups.append(torch.distributed.is_initialized())
         own = lsam.worker.own_parameters
+    look()
     final = torch.cat([p.detach().flatten() for p in model.parameters()])
     report = dict(rank=lsam.arguments.identity.rank, wrapped=type(model).__name__, groups=any(groups),
-                  rows=sorted(rows), steps=lsam.worker.local_steps, version=lsam.worker.version,
+                  rows=sorted(rows), means=means, steps=lsam.worker.local_steps, version=lsam.worker.version,
                   own=own.sum().item(), final=final.double().sum().item())
     print("REPORT" + json.dumps(report), flush=True)
 """
@@ -381,6 +392,8 @@ def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
     assert first["own"] != second["own"]
     assert first["final"] == second["final"]
     assert first["version"] == second["version"] >= 3
+    assert first["means"] == second["means"]  # of BatchNorm at an anchor, from the same batches everywhere
+    assert first["means"][0] != first["means"][1]
 
 
 def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
@@ -389,6 +402,38 @@ def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
     loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True))
     seen = torch.cat([x for x, _ in loader])
     assert sorted(seen[:, 0].tolist()) == sorted(data().tensors[0][:, 0].tolist())
+
+
+def test_the_order_of_a_shared_loader_follows_the_seed():
+    model = network()
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), **LSAM_FIELDS)
+
+    def order(seed_of_torch: int, **keywords) -> list[float]:
+        torch.manual_seed(seed_of_torch)
+        loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True), **keywords)
+        torch.manual_seed(99)
+        return [row for _ in range(2) for x, _ in loader for row in x[:, 0].tolist()]
+
+    assert order(1) == order(1) != order(2)
+    assert order(1, seed=5) == order(2, seed=5) != order(1)
+
+
+def test_showing_the_anchor_does_not_move_the_loader_on():
+    def run(shows: bool) -> list[float]:
+        model = network(normalised=True)
+        lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), batchnorm_batches=100, **LSAM_FIELDS)
+        loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True), seed=3)
+        rows = []
+        with lsam:
+            for _ in range(3):
+                for number, (x, _) in enumerate(loader):
+                    rows += x[:, 0].tolist()
+                    if shows and number == 4:
+                        with lsam.anchor(loader, lambda batch: model(batch[0])):
+                            pass
+        return rows
+
+    assert run(True) == run(False)
 
 
 def train_until(stop: int, signal_at: int, folder: Path, heeds: bool = True, resume_from: Path | None = None):

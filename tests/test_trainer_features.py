@@ -647,9 +647,7 @@ def test_frozen_batchnorm_stays_as_it_was(tmp_path, statistics):
         assert model.norm.num_batches_tracked == 0
 
     fields = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": blobs(8), "landscape_points": 5}
-    trainer = train(
-        tmp_path, frozen_net(), max_steps=8, batchnorm_statistics=statistics, callbacks=[Watch()], **fields
-    )
+    trainer = train(tmp_path, frozen_net(), max_steps=8, batchnorm_statistics=statistics, callbacks=[Watch()], **fields)
     assert_as_it_was(trainer.model)
     trainer.evaluate()
     assert_as_it_was(trainer.model)
