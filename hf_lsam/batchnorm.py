@@ -69,8 +69,8 @@ def kept_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
 def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
     """Inside, everything is in evaluation mode but the BatchNorm layers that training moves, which it yields.
 
-    A layer that the model's own `train()` keeps in evaluation mode is frozen: its statistics belong to the model, as its
-    weights do. In a model that is in training mode already, each layer's own mode tells.
+    A layer that the model's own `train()` keeps in evaluation mode is frozen: its statistics belong to the model, as
+    its weights do. In a model that is in training mode already, each layer's own mode tells.
     """
     modes = [(module, module.training) for module in model.modules()]
     if not model.training:

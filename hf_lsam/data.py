@@ -103,8 +103,8 @@ def from_the_start(loader: DataLoader) -> Iterable:
     """The batches of all of `loader` from its first epoch on, also where it is one worker's shard; `loader` stays where
     it is.
 
-    What its samplers draw, they draw from the process's generators: inside `Generators.in_place` it is the same in every
-    worker. A stream comes as it is.
+    What its samplers draw, they draw from the process's generators: inside `Generators.in_place` it is the same in
+    every worker. A stream comes as it is.
     """
     batches = loader.batch_sampler
     if batches is None:

@@ -83,7 +83,7 @@ class LSAM:
     Args:
         model: the model, on its device.
         optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared. One with a mode for
-            evaluation (schedule-free) is in training mode inside `with lsam`, and in the other inside `anchor` and after.
+            evaluation (schedule-free) is in training mode inside `with lsam`, in the other inside `anchor` and after.
         accelerator: takes care of the backward pass and of fp16 scaling.
         gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
@@ -183,16 +183,19 @@ class LSAM:
             switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
             self.worker.adopt_anchor()
             if resume_from is not None and (own := resume_from / str(rank) / WORKER_STATE).exists():
-                self.worker.load_state_tensors(load_tensors(own))
-            elif resume_from is not None:
-                logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
+                state = load_tensors(own)
+                self.worker.load_state_tensors(state)
+                self._restore_random_states(state)
+            else:
+                if resume_from is not None:
+                    logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
+                if rank:
+                    torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
         except BaseException:
             self._run.leave()
             raise
         self.figures = Figures(self.worker)
         self._signals.catch()
-        if rank:
-            torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
         self._record.begin(resume_from is not None, self.worker.local_steps, None if rank else self._description())
         return self
 
@@ -214,7 +217,8 @@ class LSAM:
             self._run.leave()
 
     def save(self, folder: str | Path) -> None:
-        """Saves what LSAM has to know to go on: this worker's x, y and sum; at worker 0 also the server's state.
+        """Saves what LSAM has to know to go on: this worker's x, y, sum and torch's random state, with which it goes on
+        when `with lsam` is entered; at worker 0 also the server's state.
 
         Model weights, optimizer, scheduler and the place in the data are the caller's to save. Every worker calls it,
         with the same folder.
@@ -227,7 +231,17 @@ class LSAM:
         own.mkdir(parents=True, exist_ok=True)
         if self.arguments.identity.rank == 0 and not self.worker.link.snapshot(folder / SERVER_STATE):
             raise OSError(f"There is no server at the moment: the anchor's state was not saved to {folder}. Try again.")
-        save_tensors(own / WORKER_STATE, self.worker.state_tensors())
+        save_tensors(own / WORKER_STATE, {**self.worker.state_tensors(), **self._random_states()})
+
+    def _random_states(self) -> dict[str, Tensor]:
+        device = self.worker.anchor.device
+        of_device = {"device_generator": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        return {"generator": torch.get_rng_state(), **of_device}
+
+    def _restore_random_states(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["generator"])
+        if "device_generator" in state and self.worker.anchor.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_generator"], self.worker.anchor.device)
 
     def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple]) -> Tensor:
         """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
@@ -289,8 +303,8 @@ class LSAM:
     def shard(self, loader: DataLoader, seed: int | None = None) -> DataLoader:
         """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
 
-        A loader that an Accelerator under the same launch has prepared before is sharded already. Blocking: until worker
-        0 has called it too.
+        A loader that an Accelerator under the same launch has prepared before is sharded already. Blocking: until
+        worker 0 has called it too.
 
         Args:
             loader: the data; what its samplers draw is drawn alike in every worker, and anew each epoch.
@@ -430,8 +444,8 @@ def _loss_in(output: Any) -> Tensor:
     else:
         found = "a loss that is cut off from the parameters (detached, or computed under torch.no_grad)"
     raise ValueError(
-        f"The closure given to `LSAM.step` returned {found}: there is no gradient to take. Return the batch's mean loss "
-        'as a 0-d tensor, such as `loss_fn(model(x), y)` or `model(**batch)["loss"]`, without .item() or .detach().'
+        f"The closure given to `LSAM.step` returned {found}: there is no gradient to take. Return the batch's mean "
+        'loss as a 0-d tensor: `loss_fn(model(x), y)` or `model(**batch)["loss"]`, not its .item() or its .detach().'
     )
 
 

@@ -45,8 +45,8 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             )
         if parameter.is_complex():
             raise ValueError(
-                f"The trainable parameter `{name}` is complex ({parameter.dtype}). Workers exchange real vectors, so its "
-                "imaginary part would be lost. Keep it as a real parameter with a last dimension of 2, and make it "
+                f"The trainable parameter `{name}` is complex ({parameter.dtype}). Workers exchange real vectors, so "
+                "its imaginary part would be lost. Keep it as a real parameter with a last dimension of 2, and make it "
                 "complex in the forward pass with torch.view_as_complex."
             )
     return named

@@ -316,17 +316,22 @@ def test_a_closure_that_returns_no_loss_is_refused(wrap, found):
         lsam.step(lambda: wrap(nn.functional.cross_entropy(model(x), labels, reduction="none")))
 
 
-def test_a_layer_that_is_unfrozen_while_training_is_refused():
-    for log in (True, False):
-        model = network()
-        model.layers[0].requires_grad_(False)
-        lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
-        with pytest.raises(ValueError, match=r"`layers\.0\.weight` has become trainable"), lsam:
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_layer_that_is_unfrozen_while_training_is_refused(logs):
+    model = network()
+    model.layers[0].requires_grad_(False)
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+
+    def run():
+        with lsam:
             model.layers[0].requires_grad_(True)
             for x, labels in batches(2):
                 lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
-            if log:
+            if logs:
                 lsam.log()
+
+    with pytest.raises(ValueError, match=r"`layers\.0\.weight` has become trainable"):
+        run()
 
 
 SCRIPT = """
@@ -499,12 +504,12 @@ model = network()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 lsam = LSAM(model, optimizer, resume_from=out if again else None, output_dir=out, **LSAM_FIELDS)
 with lsam:
-    begin = lsam.worker.own_parameters.tolist()
+    begin = lsam.worker.own_parameters.tolist() + torch.get_rng_state().tolist()
     version = lsam.worker.version
     for x, labels in batches(20):
         lsam.step(lambda: nn.functional.cross_entropy(model(x), labels))
     lsam.save(out)
-    end = lsam.worker.own_parameters.tolist()
+    end = lsam.worker.own_parameters.tolist() + torch.get_rng_state().tolist()
 rank = lsam.arguments.identity.rank
 report = dict(begin=begin, end=end, version=version, steps=lsam.worker.local_steps)
 (out / f"report{rank}.json").write_text(json.dumps(report))
@@ -513,12 +518,14 @@ report = dict(begin=begin, end=end, version=version, steps=lsam.worker.local_ste
 
 def test_two_workers_go_on_each_from_its_own_state_and_the_server_from_its(tmp_path):
     script = write_script(tmp_path / "loop.py", RESUMED)
-    runs = []
+    here = Path(__file__).parent
+    paths, runs = f"{here}{os.pathsep}{here.parent}", []
     for word in ("first", "again"):
-        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=str(Path(__file__).parent))
+        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=paths)
         runs.append([json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in (0, 1)])
     for first, again in zip(*runs, strict=True):
         assert again["begin"] == first["end"]
         assert again["version"] > 0
         assert (first["steps"], again["steps"]) == (20, 40)
-    assert runs[1][0]["begin"] != runs[1][1]["begin"]
+    for part in (slice(0, -5056), slice(-5056, None)):  # parameters; random state
+        assert runs[1][0]["begin"][part] != runs[1][1]["begin"][part]

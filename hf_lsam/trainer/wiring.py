@@ -126,8 +126,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             raise ValueError(
                 f"sam_ascent_fraction={args.sam_ascent_fraction} lets pass 1 see the first rows of each batch, and "
                 f"{pairing} makes its batches of rows that belong together (chosen rows stacked over rejected ones): "
-                "cut, they would be scored against the wrong ones. Use sam_ascent_fraction=1.0; sam_interval saves time "
-                "there too."
+                "cut, they would be scored against the wrong ones. Use sam_ascent_fraction=1.0; sam_interval saves "
+                "time there too."
             )
         if not is_pinned(args.identity):
             # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
@@ -384,9 +384,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     def hyperparameter_search(self, *positional, **keywords):
         if self.args.identity.num_workers > 1:
             raise ValueError(
-                f"hyperparameter_search chooses each trial at worker 0 and tells the others through a process group, "
-                f"which LSAM's workers do not have: {self.args.identity.num_workers} of them would train with different "
-                "settings. Search with one worker (plain `python script.py`), or give each trial a launch of its own."
+                "hyperparameter_search chooses each trial at worker 0 and tells the others through a process group, "
+                f"which LSAM's workers do not have: {self.args.identity.num_workers} of them would train with "
+                "different settings. Search with one worker (plain `python script.py`), or give each trial a launch of "
+                "its own."
             )
         return super().hyperparameter_search(*positional, **keywords)
 
