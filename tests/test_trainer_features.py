@@ -660,6 +660,17 @@ def test_frozen_batchnorm_stays_as_it_was(tmp_path, statistics):
     assert landscape["lines"]["0"][landscape["fractions"].index(0.0)] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_landscape_is_normalised_by_the_batch(tmp_path):
+    trainer = train(tmp_path, net(batchnorm=True), max_steps=8, landscape_points=5)
+    at_anchor = copy.deepcopy(dict(trainer.model.named_buffers()))
+    with torch.no_grad():
+        losses = [mean_loss(trainer.model.train(), batch).item() for batch in batches_of(blobs())[:4]]
+    landscape = json.loads((tmp_path / "lsam" / "landscape.json").read_text())
+    shown = landscape["lines"]["0"][landscape["fractions"].index(0.0)]
+    assert shown == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert at_anchor["norm.num_batches_tracked"] == 8  # the survey's batches did not enter
+
+
 def test_batchnorm_model_as_in_the_reference(tmp_path):
     trainer = train(tmp_path, net(batchnorm=True), max_steps=8)
     assert_same_run(trainer, reference(net(batchnorm=True), [[b] for b in batches_of(blobs())], sgd()))

@@ -60,7 +60,7 @@ class LandscapeSurvey:
     def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
         args, worker, shown = self.args, self.worker, self.worker.own_parameters
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), frozen_statistics(self._batchnorm), uncounted(self):
+        with torch.random.fork_rng(devices=devices), uncounted(self):
             batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
 
             points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
@@ -74,7 +74,7 @@ class LandscapeSurvey:
                 return torch.stack(losses).mean().item()
 
             try:
-                with normalising_by_the_batch(self.model):
+                with normalising_by_the_batch(self.model) as layers, frozen_statistics(layers):
                     return survey(loss, shown, workers, args.landscape_points, strength)
             finally:
                 bar.close()
