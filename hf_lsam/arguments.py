@@ -53,7 +53,8 @@ class LSAMArguments:
         sam_interval (`int`, defaults to 1): perturb at every k-th optimizer step only, step plainly between.
         sam_ascent_fraction (`float`, defaults to 1.0): the share of each batch that pass 1 sees. At 0.25 a step costs
             1.25 forward-backward passes instead of 2. The reported loss is then that of pass 2, and lsam/sharpness
-            compares it with the loss of that share.
+            compares it with the loss of that share. Each row of a batch must stand alone: trl's DPOTrainer and
+            others whose batches stack pairs are refused.
         langevin_temperature (`float`, defaults to 0.0): temperature of the noise added to each step; 0 adds none, 1
             is exact stochastic gradient Langevin dynamics. Denoted T.
 

@@ -65,9 +65,30 @@ def kept_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
             buffer.copy_(value)
 
 
+@contextmanager
+def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
+    """Inside, everything is in evaluation mode but the BatchNorm layers that training moves, which it yields.
+
+    A layer that the model's own `train()` keeps in evaluation mode is frozen: its statistics belong to the model, as
+    its weights do. In a model that is in training mode already, each layer's own mode tells.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    layers = [layer for layer in tracking_layers(model) if layer.training]
+    model.eval()
+    for layer in layers:
+        layer.train()
+    try:
+        yield layers
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], object]) -> int:
-    """Replaces the running statistics by the average over `batches` at the current weights.
+    """Replaces the running statistics by the average over `batches` at the current weights; frozen ones stay.
 
     Everything but the BatchNorm layers is in evaluation mode meanwhile, so dropout does not blur the statistics.
 
@@ -77,26 +98,23 @@ def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], 
         forward: runs the model on one batch; its result is dropped.
 
     Returns:
-        the number of batches seen.
+        the number of batches seen; 0 where every layer is frozen.
     """
-    layers = tracking_layers(model)
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.train()
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
     seen = 0
-    try:
-        for batch in batches:
-            forward(batch)
-            seen += 1
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    with normalising_by_the_batch(model) as layers:
+        if not layers:
+            return seen
+        momenta = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+        try:
+            for batch in batches:
+                forward(batch)
+                seen += 1
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
     return seen
 
 

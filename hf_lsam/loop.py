@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +23,11 @@ from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .callbacks import FailureSignatures
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
+from .data import Generators, agree_on_order, from_the_start
 from .figures import Figures
 from .identity import detach
-from .parameters import trainable_parameters
+from .optimizers import showing_anchor, switch
+from .parameters import refuse_changes, trainable_parameters
 from .rates import RaisedRates, momentum_of
 from .record import RecordWriter, describe
 from .run import EndSignals, Run
@@ -44,7 +48,6 @@ class _LoopArguments(LSAMArguments):
 NOT_IN_A_LOOP = (
     "sam_ascent_fraction",
     "data_distribution",
-    "batchnorm_batches",
     "landscape_points",
     "landscape_batches",
 )
@@ -80,7 +83,8 @@ class LSAM:
 
     Args:
         model: the model, on its device.
-        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
+        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared. One with a mode for
+            evaluation (schedule-free) is in training mode inside `with lsam`, in the other inside `anchor` and after.
         accelerator: takes care of the backward pass and of fp16 scaling.
         gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
@@ -147,6 +151,7 @@ class LSAM:
             self._accumulation = accelerator.gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
         self._batchnorm = tracking_layers(model)
+        self._whole: WeakKeyDictionary[DataLoader, DataLoader] = WeakKeyDictionary()  # of the shares handed out
         self._micro_step = 0
         self._finished = False
         self._signals = EndSignals()
@@ -185,18 +190,22 @@ class LSAM:
                 self.arguments.server_settings(self._sync_steps),
                 server_state,
             )
+            switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
             self.worker.adopt_anchor()
             if resume_from is not None and (own := resume_from / str(rank) / WORKER_STATE).exists():
-                self.worker.load_state_tensors(load_tensors(own))
-            elif resume_from is not None:
-                logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
+                state = load_tensors(own)
+                self.worker.load_state_tensors(state)
+                self._restore_random_states(state)
+            else:
+                if resume_from is not None:
+                    logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
+                if rank:
+                    torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
         except BaseException:
             self._run.leave()
             raise
         self.figures = Figures(self.worker)
         self._signals.catch()
-        if rank:
-            torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
         self._record.begin(resume_from is not None, self.worker.local_steps, None if rank else self._description())
         return self
 
@@ -205,7 +214,9 @@ class LSAM:
         try:
             if error is None:
                 self._signals.obey()
+                refuse_changes(_unwrapped(self._model), self.worker.parameters)
                 self.worker.finish()
+                switch(self.optimizer, "eval")
                 self.worker.adopt_anchor()
                 self._finished = True
         except BaseException as raised:
@@ -216,7 +227,8 @@ class LSAM:
             self._run.leave()
 
     def save(self, folder: str | Path) -> None:
-        """Saves what LSAM has to know to go on: this worker's x, y and sum; at worker 0 also the server's state.
+        """Saves what LSAM has to know to go on: this worker's x, y, sum and torch's random state, with which it goes on
+        when `with lsam` is entered; at worker 0 also the server's state.
 
         Model weights, optimizer, scheduler and the place in the data are the caller's to save. Every worker calls it,
         with the same folder.
@@ -229,19 +241,31 @@ class LSAM:
         own.mkdir(parents=True, exist_ok=True)
         if self.arguments.identity.rank == 0 and not self.worker.link.snapshot(folder / SERVER_STATE):
             raise OSError(f"There is no server at the moment: the anchor's state was not saved to {folder}. Try again.")
-        save_tensors(own / WORKER_STATE, self.worker.state_tensors())
+        save_tensors(own / WORKER_STATE, {**self.worker.state_tensors(), **self._random_states()})
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+    def _random_states(self) -> dict[str, Tensor]:
+        device = self.worker.anchor.device
+        of_device = {"device_generator": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        return {"generator": torch.get_rng_state(), **of_device}
+
+    def _restore_random_states(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["generator"])
+        if "device_generator" in state and self.worker.anchor.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_generator"], self.worker.anchor.device)
+
+    def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple]) -> Tensor:
         """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
 
         Args:
-            compute_loss: runs the model on the batch and returns the loss, 0-d; called twice where the step perturbs.
+            compute_loss: runs the model on the batch and returns the loss, 0-d, or a model's output that holds it under
+                "loss", or as the first of a tuple; called twice where the step perturbs.
 
         Returns:
             the detached loss at the worker's own parameters (pass 1), 0-d, on the device.
 
         Raises:
             RuntimeError: outside `with lsam`.
+            ValueError: if what `compute_loss` returns is no loss to take a gradient of.
         """
         if self._signal_was_shown:
             self._signals.obey()
@@ -252,7 +276,7 @@ class LSAM:
         arguments, scaler = self.arguments, self._scaler
 
         def one_pass() -> Tensor:
-            loss = compute_loss()
+            loss = _loss_in(compute_loss())
             self._backward(loss)
             return loss.detach()
 
@@ -286,37 +310,51 @@ class LSAM:
 
     # --- data, evaluation, logging ---
 
-    def shard(self, loader: DataLoader) -> DataLoader:
+    def shard(self, loader: DataLoader, seed: int | None = None) -> DataLoader:
         """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
 
-        A loader that an Accelerator under the same launch has prepared before is sharded already.
+        A loader that an Accelerator under the same launch has prepared before is sharded already. Blocking: until
+        worker 0 has called it too.
+
+        Args:
+            loader: the data; what its samplers draw is drawn alike in every worker, and anew each epoch.
+            seed: of the order; None follows `torch.manual_seed`. Worker 0's counts.
         """
         identity = self.arguments.identity
-        return prepare_data_loader(
+        seed = self._run.agree("data_seed", torch.initial_seed() if seed is None else seed)
+        share = prepare_data_loader(
             loader,
             num_processes=identity.num_workers,
             process_index=identity.rank,
             dispatch_batches=False,
             use_seedable_sampler=True,
-            data_seed=0,
+            data_seed=seed,
         )
+        self._whole[share] = loader
+        return agree_on_order(share, seed)
 
     @contextmanager
     def anchor(self, batches: Iterable | None = None, forward: Callable[[Any], Any] | None = None) -> Iterator[None]:
         """The model holds the anchor inside, and what it held before after. After `with lsam` it holds it already.
 
         Args:
-            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor.
+            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor, the same
+                ones in every worker. Of a DataLoader, also of one that `shard` has returned, these are the first
+                `batchnorm_batches` of all its batches, and where it stands does not change; of anything else, all.
             forward: runs the model on one of them; `model(batch)` if None.
         """
         with ExitStack() as stack:
             if self.worker is not None and not self._finished:
-                stack.enter_context(self.worker.showing_anchor())
+                stack.enter_context(showing_anchor(self.worker, self.optimizer))
                 stack.enter_context(kept_statistics(self._batchnorm))
             if self.arguments.batchnorm_statistics == "average":
                 keep_variances_positive(self._batchnorm)
             elif self._batchnorm and batches is not None:
-                reestimate(self._model, batches, forward or self._model)
+                if isinstance(batches, DataLoader):
+                    whole = from_the_start(self._whole.get(batches, batches))
+                    batches = itertools.islice(whole, self.arguments.batchnorm_batches)
+                with Generators(0).in_place():
+                    reestimate(self._model, batches, forward or self._model)
             elif self._batchnorm and (warning := self._signatures.batchnorm_not_reestimated()):
                 logger.warning("LSAM: %s", warning)
             yield
@@ -329,7 +367,11 @@ class LSAM:
 
         Returns:
             LSAM's figures and `measured`.
+
+        Raises:
+            ValueError: if parameters were frozen or unfrozen since `with lsam` was entered.
         """
+        refuse_changes(_unwrapped(self._model), self.worker.parameters)
         figures = self.figures.since_last_log() | measured
         learning_rate = max(self._learning_rates(), default=0.0)
         self._record.log(self.worker.local_steps, {**figures, "learning_rate": learning_rate})
@@ -397,6 +439,27 @@ class LSAM:
 
     def _learning_rates(self) -> list[float]:
         return [0.0 if group is None else float(group["lr"]) for group in self._groups]
+
+
+def _loss_in(output: Any) -> Tensor:
+    """The loss in what a closure returned, found as Trainer finds it in a model's output."""
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and output:
+        loss = output[0]
+    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+        return loss
+    if not isinstance(loss, Tensor):
+        found = f"a {type(output).__name__} without a loss tensor" if loss is not output else f"a {type(loss).__name__}"
+    elif loss.dim():
+        found = f"a loss of shape {list(loss.shape)}, not reduced to one number"
+    else:
+        found = "a loss that is cut off from the parameters (detached, or computed under torch.no_grad)"
+    raise ValueError(
+        f"The closure given to `LSAM.step` returned {found}: there is no gradient to take. Return the batch's mean "
+        'loss as a 0-d tensor: `loss_fn(model(x), y)` or `model(**batch)["loss"]`, not its .item() or its .detach().'
+    )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

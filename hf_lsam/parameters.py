@@ -21,7 +21,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
     Raises:
         ValueError: if there is none, or if one is stored in half precision (a SAM perturbation of size 1e-5 moves
-            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding), sparse or
+            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding), complex or
             sharded.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -43,7 +43,34 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 "with bf16=True or fp16=True (autocast), or keep the base in half precision and train a float32 "
                 "LoRA adapter."
             )
+        if parameter.is_complex():
+            raise ValueError(
+                f"The trainable parameter `{name}` is complex ({parameter.dtype}). Workers exchange real vectors, so "
+                "its imaginary part would be lost. Keep it as a real parameter with a last dimension of 2, and make it "
+                "complex in the forward pass with torch.view_as_complex."
+            )
     return named
+
+
+def refuse_changes(model: nn.Module, since_the_start: Sequence[Tensor]) -> None:
+    """Raises ValueError if the trainable parameters of `model` are not those it had when the run began.
+
+    Args:
+        since_the_start: those, as `trainable_parameters` gave them; other tensors among them do not matter.
+    """
+    taking_part = {id(tensor) for tensor in since_the_start}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in taking_part:
+            what = "has become trainable, or is another tensor than it was,"
+        elif not parameter.requires_grad and id(parameter) in taking_part:
+            what = "has been frozen"
+        else:
+            continue
+        raise ValueError(
+            f"The parameter `{name}` {what} since the run began: what is perturbed and exchanged was settled then, so "
+            "its gradients would be wrong and the anchor's value of it not the workers'. Choose what trains before "
+            "training begins; to unfreeze a layer later, end this run there and train again from its anchor."
+        )
 
 
 class ParameterLayout:

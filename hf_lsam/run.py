@@ -44,6 +44,7 @@ SECRET = "secret"  # in the run folder; whose mode is 0700, and the file's 0600
 # Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
 _runs_joined = itertools.count()
 _gathered = itertools.count()  # likewise: a key that is used again is another one
+_agreed = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Run:
         patience: see `Patience`.
 
     Process: the training thread. Blocking: `join` until all workers are there, `leave` until the server has ended (10 s
-    at most), `gather` at worker 0 until all have called it.
+    at most), `gather` at worker 0 until all have called it, `agree` elsewhere until worker 0 has.
     """
 
     def __init__(
@@ -292,6 +293,18 @@ class Run:
         if self._identity.num_workers == 1:
             return [value]
         return self._launch_store().gather(f"user/{next(_gathered)}/{key}", value)
+
+    def agree(self, key: str, value: Any) -> Any:
+        """Worker 0's JSON value, for every worker.
+
+        All workers must call it as often, and in the same order; the others wait for worker 0.
+        """
+        if self._identity.num_workers == 1:
+            return value
+        key = f"agreed/{next(_agreed)}/{key}"
+        if self._identity.rank == 0:
+            self._launch_store().set(key, value)
+        return self._launch_store().get(key)
 
     def _launch_store(self) -> LaunchStore:
         if self._store is None:

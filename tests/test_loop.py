@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launch import accelerate_launch, write_script
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -222,6 +223,42 @@ def test_the_anchor_is_shown_with_statistics_of_its_own():
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own, strict=True))
 
 
+@pytest.mark.parametrize("habit", ["none", "inside", "around"])
+def test_a_schedule_free_optimizer_switches_its_mode_at_x_and_not_at_the_anchor(habit):
+    """Whether the loop leaves it alone, or evaluates as its manual says: inside the anchor, or around it."""
+
+    def run(shows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model = network()
+        optimizer = AdamWScheduleFree(model.parameters(), lr=0.05)
+        lsam = LSAM(model, optimizer, **LSAM_FIELDS)
+        torch.manual_seed(5)
+        optimizer.train()
+        with lsam:
+            for step, (x, labels) in enumerate(batches(12)):
+                lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+                if not shows or step % 3:
+                    continue
+                if habit == "around":
+                    optimizer.eval()
+                with lsam.anchor():
+                    if habit == "inside":
+                        optimizer.eval()
+                    shown = torch.cat([p.detach().flatten() for p in model.parameters()])
+                    assert torch.equal(shown, lsam.worker.anchor)
+                    if habit == "inside":
+                        optimizer.train()
+                if habit == "around":
+                    optimizer.train()
+            own = lsam.worker.own_parameters
+        final = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer.eval()
+        assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), final)
+        return own, final
+
+    for ours, undisturbed in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, undisturbed, rtol=0, atol=1e-6)
+
+
 def test_figures_are_logged_and_misuse_is_named():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -243,6 +280,60 @@ def test_figures_are_logged_and_misuse_is_named():
     assert 0 < figures["lsam/drift"] < 1
 
 
+def test_the_closure_returns_a_loss_or_an_output_that_holds_one():
+    def run(wrap):
+        model = network()
+        lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+        torch.manual_seed(5)
+        with lsam:
+            for x, labels in batches(6):
+                loss = lsam.step(lambda x=x, labels=labels: wrap(nn.functional.cross_entropy(model(x), labels)))
+        assert loss.shape == ()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    expected = run(lambda loss: loss)
+    for wrap in (lambda loss: {"loss": loss, "logits": None}, lambda loss: (loss, None)):
+        assert torch.equal(run(wrap), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda loss: loss.mean().item(), "a float"),
+        (lambda loss: None, "a NoneType"),
+        (lambda loss: loss, r"a loss of shape \[8\], not reduced"),
+        (lambda loss: loss.mean().detach(), "a loss that is cut off from the parameters"),
+        (lambda loss: {"logits": loss}, "a dict without a loss"),
+        (lambda loss: (loss, loss), r"a loss of shape \[8\], not reduced"),
+        (lambda loss: [loss.mean()], "a list"),
+    ],
+)
+def test_a_closure_that_returns_no_loss_is_refused(wrap, found):
+    model = network()
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+    x, labels = next(batches(1))
+    with pytest.raises(ValueError, match=f"returned {found}.*Return the batch's mean loss as a 0-d tensor"), lsam:
+        lsam.step(lambda: wrap(nn.functional.cross_entropy(model(x), labels, reduction="none")))
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_layer_that_is_unfrozen_while_training_is_refused(logs):
+    model = network()
+    model.layers[0].requires_grad_(False)
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), **LSAM_FIELDS)
+
+    def run():
+        with lsam:
+            model.layers[0].requires_grad_(True)
+            for x, labels in batches(2):
+                lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+            if logs:
+                lsam.log()
+
+    with pytest.raises(ValueError, match=r"`layers\.0\.weight` has become trainable"):
+        run()
+
+
 SCRIPT = """
     import json, sys
     import torch
@@ -260,21 +351,32 @@ SCRIPT = """
     if order == "before":
         accelerator = Accelerator(cpu=True)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    lsam = LSAM(model, optimizer, accelerator=accelerator, output_dir={output!r}, num_workers=2, **LSAM_FIELDS)
+    lsam = LSAM(model, optimizer, accelerator=accelerator, output_dir={output!r}, num_workers=2, batchnorm_batches=3,
+                **LSAM_FIELDS)
     if order == "after":
         accelerator = Accelerator(cpu=True)
+        torch.manual_seed(lsam.arguments.identity.rank)
         loader = lsam.shard(loader)
-    rows, groups = [], []
+    norm = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm1d)][0]
+    rows, groups, means = [], [], []
+
+    def look():
+        with lsam.anchor(loader, lambda batch: model(batch[0])):
+            means.append(norm.running_mean.tolist())
+
     with lsam:
         for epoch in range(2):
-            for x, labels in loader:
+            for number, (x, labels) in enumerate(loader):
+                if epoch == 0 and number == 2 * lsam.arguments.identity.rank:
+                    look()  # at the first anchor, and each worker at another time
                 rows += x[:, 0].tolist()
                 lsam.step(lambda: torch.nn.functional.cross_entropy(model(x), labels))
                 groups.append(torch.distributed.is_initialized())
         own = lsam.worker.own_parameters
+    look()
     final = torch.cat([p.detach().flatten() for p in model.parameters()])
     report = dict(rank=lsam.arguments.identity.rank, wrapped=type(model).__name__, groups=any(groups),
-                  rows=sorted(rows), steps=lsam.worker.local_steps, version=lsam.worker.version,
+                  rows=sorted(rows), means=means, steps=lsam.worker.local_steps, version=lsam.worker.version,
                   own=own.sum().item(), final=final.double().sum().item())
     print("REPORT" + json.dumps(report), flush=True)
 """
@@ -295,6 +397,8 @@ def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
     assert first["own"] != second["own"]
     assert first["final"] == second["final"]
     assert first["version"] == second["version"] >= 3
+    assert first["means"] == second["means"]  # of BatchNorm at an anchor, from the same batches everywhere
+    assert first["means"][0] != first["means"][1]
 
 
 def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
@@ -303,6 +407,38 @@ def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
     loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True))
     seen = torch.cat([x for x, _ in loader])
     assert sorted(seen[:, 0].tolist()) == sorted(data().tensors[0][:, 0].tolist())
+
+
+def test_the_order_of_a_shared_loader_follows_the_seed():
+    model = network()
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), **LSAM_FIELDS)
+
+    def order(seed_of_torch: int, **keywords) -> list[float]:
+        torch.manual_seed(seed_of_torch)
+        loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True), **keywords)
+        torch.manual_seed(99)
+        return [row for _ in range(2) for x, _ in loader for row in x[:, 0].tolist()]
+
+    assert order(1) == order(1) != order(2)
+    assert order(1, seed=5) == order(2, seed=5) != order(1)
+
+
+def test_showing_the_anchor_does_not_move_the_loader_on():
+    def run(shows: bool) -> list[float]:
+        model = network(normalised=True)
+        lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), batchnorm_batches=100, **LSAM_FIELDS)
+        loader = lsam.shard(DataLoader(data(), batch_size=8, shuffle=True), seed=3)
+        rows = []
+        with lsam:
+            for _ in range(3):
+                for number, (x, _) in enumerate(loader):
+                    rows += x[:, 0].tolist()
+                    if shows and number == 4:
+                        with lsam.anchor(loader, lambda batch: model(batch[0])):
+                            pass
+        return rows
+
+    assert run(True) == run(False)
 
 
 def train_until(stop: int, signal_at: int, folder: Path, heeds: bool = True, resume_from: Path | None = None):
@@ -368,12 +504,12 @@ model = network()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 lsam = LSAM(model, optimizer, resume_from=out if again else None, output_dir=out, **LSAM_FIELDS)
 with lsam:
-    begin = lsam.worker.own_parameters.tolist()
+    begin = lsam.worker.own_parameters.tolist() + torch.get_rng_state().tolist()
     version = lsam.worker.version
     for x, labels in batches(20):
         lsam.step(lambda: nn.functional.cross_entropy(model(x), labels))
     lsam.save(out)
-    end = lsam.worker.own_parameters.tolist()
+    end = lsam.worker.own_parameters.tolist() + torch.get_rng_state().tolist()
 rank = lsam.arguments.identity.rank
 report = dict(begin=begin, end=end, version=version, steps=lsam.worker.local_steps)
 (out / f"report{rank}.json").write_text(json.dumps(report))
@@ -382,12 +518,14 @@ report = dict(begin=begin, end=end, version=version, steps=lsam.worker.local_ste
 
 def test_two_workers_go_on_each_from_its_own_state_and_the_server_from_its(tmp_path):
     script = write_script(tmp_path / "loop.py", RESUMED)
-    runs = []
+    here = Path(__file__).parent
+    paths, runs = f"{here}{os.pathsep}{here.parent}", []
     for word in ("first", "again"):
-        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=str(Path(__file__).parent))
+        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=paths)
         runs.append([json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in (0, 1)])
     for first, again in zip(*runs, strict=True):
         assert again["begin"] == first["end"]
         assert again["version"] > 0
         assert (first["steps"], again["steps"]) == (20, 40)
-    assert runs[1][0]["begin"] != runs[1][1]["begin"]
+    for part in (slice(0, -5056), slice(-5056, None)):  # parameters; random state
+        assert runs[1][0]["begin"][part] != runs[1][1]["begin"][part]

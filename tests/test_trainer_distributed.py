@@ -57,6 +57,8 @@ def launch(tmp_path: Path, script: str, *arguments: str, num_processes: int = 2,
 
 
 DATA = """
+import random
+
 import datasets
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -88,7 +90,25 @@ class Watch(TrainerCallback):
     on_step_end = on_step_begin
 
 
+class Shuffled(torch.utils.data.Sampler):
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        return iter(random.sample(range(64), 64))
+
+
+SAMPLERS = {
+    "weighted": lambda: torch.utils.data.WeightedRandomSampler(torch.ones(64), 64, replacement=False),
+    "own_sampler": Shuffled,
+}
+
+
 class Watched(LSAMTrainer):
+    def _get_train_sampler(self, *positional, **keywords):
+        name = Path(self.args.output_dir).name
+        return SAMPLERS[name]() if name in SAMPLERS else super()._get_train_sampler(*positional, **keywords)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.watch.drawn[-1] += inputs["index"].tolist()
         return super().training_step(model, inputs, num_items_in_batch)
@@ -110,6 +130,8 @@ RUNS = {
     "sharded": (rows, dict(num_train_epochs=3)),
     "independent": (rows, dict(num_train_epochs=3, data_distribution="independent")),
     "group_by_length": (table, dict(num_train_epochs=3, train_sampling_strategy="group_by_length")),
+    "weighted": (rows, dict(num_train_epochs=3)),
+    "own_sampler": (rows, dict(num_train_epochs=3)),
     "stream": (Stream(rows), dict(max_steps=16)),
     "datasets_stream": (table.remove_columns("length").to_iterable_dataset(), dict(max_steps=16)),
     "datasets_shards": (table.remove_columns("length").to_iterable_dataset(num_shards=4), dict(max_steps=16)),
@@ -140,19 +162,24 @@ for name, (data, fields) in RUNS.items():
     )
     with trainer.local():
         results[name]["own"] = digest(vector(trainer.model))
-report(opened=opened, wrong_number=wrong_number, **results)
+try:
+    trainer.hyperparameter_search(n_trials=1)
+except Exception as error:
+    search = str(error)
+report(opened=opened, wrong_number=wrong_number, search=search, **results)
 """
 
 
 @pytest.fixture(scope="module")
 def data_runs(tmp_path_factory):
-    """What each of two workers saw in six runs within one launch."""
+    """What each of two workers saw in eight runs within one launch."""
     _, reports = launch(tmp_path_factory.mktemp("data"), DATA)
     assert len(reports) == 2
     return reports
 
 
-RUNS = ["sharded", "independent", "group_by_length", "stream", "datasets_stream", "datasets_shards"]
+SAMPLED = ["sharded", "group_by_length", "weighted", "own_sampler"]
+RUNS = [*SAMPLED, "independent", "stream", "datasets_stream", "datasets_shards"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -180,7 +207,12 @@ def test_another_number_of_workers_than_configured_is_refused(data_runs):
         assert "accelerate launch --multi_gpu --num_processes 3" in report["wrong_number"]
 
 
-@pytest.mark.parametrize("name", ["sharded", "group_by_length"])
+def test_a_hyperparameter_search_with_several_workers_is_refused(data_runs):
+    for report in data_runs:
+        assert "2 of them would train with different settings. Search with one worker" in report["search"]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_sharded_data_is_shared_and_reshuffled_each_epoch(data_runs, name):
     first, second = (report[name]["drawn"] for report in data_runs)
     assert len(first) == len(second) == 3

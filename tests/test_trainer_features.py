@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import random
 import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,12 +19,13 @@ import peft
 import pytest
 import torch
 import trl
-from models import Net, Rows, Stream, arguments, blobs, net, sentences, tiny_bert, vector
+from models import HIDDEN, Net, Rows, Stream, arguments, blobs, net, sentences, tiny_bert, vector
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
+from hf_lsam.batchnorm import STATISTICS
 from hf_lsam.callbacks import FailureSignatures
 from hf_lsam.parameters import trainable_parameters
 
@@ -644,6 +647,69 @@ def test_pass_2_leaves_batchnorm_statistics_alone(tmp_path):
     assert [seen["norm.num_batches_tracked"].item() for seen in runs[0]] == [2, 4, 6]
 
 
+def test_pass_2_leaves_the_statistics_of_a_model_from_model_init_alone(tmp_path):
+    """Trainer makes another model when training begins: the layers are that one's."""
+    args = arguments(LSAMConfig, tmp_path, max_steps=6, batchnorm_statistics="worker", **LSAM)
+    trainer = LSAMTrainer(model_init=lambda: net(batchnorm=True), args=args, train_dataset=blobs())
+    trainer._signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
+    for _ in range(2):  # and another one when it begins again
+        trainer.train()
+        assert trainer.model.norm.num_batches_tracked == 6
+
+
+class Frozen(Net):
+    """Its BatchNorm stays in evaluation mode."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def frozen_net() -> Frozen:
+    torch.manual_seed(0)
+    model = Frozen(batchnorm=True)
+    model.norm.running_mean.fill_(0.5)
+    model.norm.running_var.fill_(2.0)
+    return model
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_frozen_batchnorm_stays_as_it_was(tmp_path, statistics):
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **keywords):
+            assert_as_it_was(model)
+
+    def assert_as_it_was(model):
+        assert model.norm.running_mean.tolist() == [0.5] * HIDDEN
+        assert model.norm.running_var.tolist() == [2.0] * HIDDEN
+        assert model.norm.num_batches_tracked == 0
+
+    fields = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": blobs(8), "landscape_points": 5}
+    trainer = train(tmp_path, frozen_net(), max_steps=8, batchnorm_statistics=statistics, callbacks=[Watch()], **fields)
+    assert_as_it_was(trainer.model)
+    trainer.evaluate()
+    assert_as_it_was(trainer.model)
+    anchor = net(batchnorm=True)
+    anchor.load_state_dict(trainer.model.state_dict())
+    anchor.eval()
+    with torch.no_grad():
+        expected = mean_loss(anchor, batches_of(blobs(), 32)[0]).item()
+    landscape = json.loads((tmp_path / "lsam" / "landscape.json").read_text())
+    assert landscape["lines"]["0"][landscape["fractions"].index(0.0)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_landscape_is_normalised_by_the_batch(tmp_path):
+    trainer = train(tmp_path, net(batchnorm=True), max_steps=8, landscape_points=5)
+    at_anchor = copy.deepcopy(dict(trainer.model.named_buffers()))
+    with torch.no_grad():
+        losses = [mean_loss(trainer.model.train(), batch).item() for batch in batches_of(blobs())[:4]]
+    landscape = json.loads((tmp_path / "lsam" / "landscape.json").read_text())
+    shown = landscape["lines"]["0"][landscape["fractions"].index(0.0)]
+    assert shown == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert at_anchor["norm.num_batches_tracked"] == 8  # the survey's batches did not enter
+
+
 def test_batchnorm_model_as_in_the_reference(tmp_path):
     trainer = train(tmp_path, net(batchnorm=True), max_steps=8)
     assert_same_run(trainer, reference(net(batchnorm=True), [[b] for b in batches_of(blobs())], sgd()))
@@ -696,6 +762,32 @@ def test_batchnorm_statistics_are_re_estimated_at_the_anchor(tmp_path):
     torch.testing.assert_close(saved["norm.running_mean"], mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(saved["norm.running_var"], variance, rtol=1e-5, atol=1e-6)
     assert torch.equal(saved["first.weight"], trainer.model.first.weight)
+
+
+def test_one_anchor_is_shown_with_the_same_statistics_each_time_whatever_the_sampler_draws_from(tmp_path):
+    class Shuffled(torch.utils.data.Sampler):
+        def __len__(self):
+            return 64
+
+        def __iter__(self):
+            return iter(random.sample(range(64), 64))
+
+    class Own(LSAMTrainer):
+        def _get_train_sampler(self, *positional, **keywords):
+            return Shuffled()
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.means = []
+
+        def on_evaluate(self, args, state, control, model=None, **keywords):
+            self.means.append(model.norm.running_mean.clone())
+
+    watch = Watch()
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": blobs(8), "batchnorm_batches": 3}
+    train(tmp_path, net(batchnorm=True), kind=Own, max_steps=3, callbacks=[watch], **fields)  # before the first push
+    assert len(watch.means) == 3
+    assert all(torch.equal(mean, watch.means[0]) for mean in watch.means)
 
 
 def test_local_evaluates_a_batchnorm_model_with_the_workers_own_statistics(tmp_path):
@@ -967,6 +1059,26 @@ def test_log_history_has_lsams_own_figures(tmp_path):
     )
 
 
+def test_what_a_loss_of_your_own_logs_is_logged_as_it_is_and_takes_no_figures_away(tmp_path):
+    class Chatty(LSAMTrainer):
+        def compute_loss(self, model, inputs, *positional, **keywords):
+            loss = super().compute_loss(model, inputs, *positional, **keywords)
+            if model.training:
+                self.log({"loss": -1.0, "part": loss.item()})
+            return loss
+
+    quiet = train(tmp_path / "quiet", net(), max_steps=8, logging_steps=4)
+    chatty = train(tmp_path / "chatty", net(), max_steps=8, logging_steps=4, kind=Chatty)
+    own = [entry for entry in chatty.state.log_history if "part" in entry]
+    assert len(own) == 16  # both passes of 8 steps
+    assert all(set(entry) == {"loss", "part", "epoch", "step"} for entry in own)
+    measured = [[e for e in t.state.log_history if "lsam/sharpness" in e] for t in (quiet, chatty)]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 2
+    records = [(tmp_path / name / "lsam" / "worker-0.jsonl").read_text().splitlines() for name in ("quiet", "chatty")]
+    assert len(records[0]) == len(records[1])
+
+
 def test_trackers_get_lsams_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -1092,6 +1204,7 @@ def test_lora_trains_exchanges_and_saves_the_adapter_alone(tmp_path):
         (5, {"anchor_optimizer": "nesterov", "anchor_lr": 0.2, "anchor_momentum": 0.6}),
         (7, {"anchor_optimizer": "adam", "anchor_lr": 0.01, "anchor_momentum_correction": 0.9}),
         (9, {"langevin_temperature": 1e-4, "sam_interval": 2}),
+        (6, {"optim": "schedule_free_adamw"}),
     ],
 )
 def test_resume_continues_bit_for_bit(tmp_path, stop, fields):
@@ -1141,6 +1254,95 @@ def test_resume_from_a_plain_trainers_checkpoint_starts_a_new_anchor_there(tmp_p
     model = net()
     model.load_state_dict(saved)
     assert_same_run(trainer, reference(model, [[b] for b in batches_of(blobs())[4:]], sgd()))
+
+
+# --- optimizers that train at one point and are evaluated at another ---
+
+
+class Averaged(torch.optim.SGD):
+    """SGD that is evaluated at the mean of its points, which changes places with the parameters."""
+
+    evaluates, steps = False, 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        for p in self.param_groups[0]["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.detach(), 1 / self.steps)
+
+    def _change_places(self, evaluates: bool):
+        for p in self.param_groups[0]["params"] if self.evaluates != evaluates else ():
+            if "mean" in self.state[p]:
+                shown = p.detach().clone()
+                p.data.copy_(self.state[p]["mean"])
+                self.state[p]["mean"].copy_(shown)
+        self.evaluates = evaluates
+
+    def eval(self):
+        self._change_places(True)
+
+    def train(self):
+        self._change_places(False)
+
+
+MODES = {
+    "schedule_free_adamw": lambda model: {"optim": "schedule_free_adamw"},
+    "schedule_free_sgd": lambda model: {"optim": "schedule_free_sgd"},
+    "averaged": lambda model: {"optimizers": (Averaged(model.parameters(), lr=0.05), None)},
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_evaluations_and_checkpoints_leave_what_the_optimizer_trains_alone(tmp_path, name):
+    """Without SAM and coupling a worker is the plain Trainer, evaluated as often, and evaluates to the same."""
+    fields = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 4}
+    model, held_out = net(), blobs(24, seed=5)
+    optimizer = MODES[name](model)
+    plain = Trainer(
+        model=model,
+        args=arguments(TrainingArguments, tmp_path / "plain", optim=optimizer.get("optim", "sgd"), **fields),
+        train_dataset=blobs(),
+        eval_dataset=held_out,
+        optimizers=optimizer.get("optimizers", (None, None)),
+    )
+    points = []
+
+    class Points(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            points.append(vector(model))
+
+    plain.add_callback(Points())
+    plain.train()
+    model = net()
+    fields |= {"sam_rho": 0.0, "coupling_strength": 0.0, "eval_dataset": held_out}
+    worker = train(tmp_path / "lsam", model, **fields, **MODES[name](model))
+    for ours, theirs in zip(worker.recorder.x, points, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    anchor = vector(model)
+    metrics = worker.evaluate()
+    assert torch.equal(vector(model), anchor)
+    expected = mean_loss(model, batches_of(held_out, 24)[0]).item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    expected = plain.evaluate()["eval_loss"]
+    with worker.local():
+        assert worker.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(vector(model), anchor)
+
+
+def test_a_second_train_of_such_an_optimizer_goes_on_from_the_anchor(tmp_path):
+    trainer = train(tmp_path, net(), max_steps=8, optim="schedule_free_adamw", sam_rho=0.0)
+    anchor = vector(trainer.model)
+
+    class Start(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **keywords):
+            if state.global_step == 0:
+                trainer.optimizer.train()  # as the step is about to
+                assert torch.equal(vector(model), anchor)
+
+    trainer.add_callback(Start())
+    trainer.train()
+    assert not torch.equal(vector(trainer.model), anchor)
 
 
 # --- what is refused at construction ---
@@ -1194,8 +1396,35 @@ def test_half_precision_weights_are_refused(tmp_path):
     refuse(tmp_path, r"`first.weight` is stored in torch.bfloat16.*lost.*dtype=torch.float32", model=net().bfloat16())
 
 
+def test_complex_parameters_are_refused(tmp_path):
+    model = net()
+    model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"`phase` is complex \(torch\.complex64\).*torch\.view_as_complex"):
+        train(tmp_path, model)
+
+
 def test_a_model_without_trainable_parameters_is_refused(tmp_path):
     refuse(tmp_path, r"no trainable parameter.*nothing to perturb.*Unfreeze", model=net().requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("begins_frozen", "logging_strategy", "what"),
+    [(True, "steps", "has become trainable"), (False, "no", "has been frozen")],
+)
+def test_a_layer_that_is_unfrozen_or_frozen_while_training_is_refused(tmp_path, begins_frozen, logging_strategy, what):
+    """At the next log point; without any, before the run counts as finished."""
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            if state.global_step == 3:
+                model.first.requires_grad_(begins_frozen)
+
+    model = net()
+    model.first.requires_grad_(not begins_frozen)
+    with pytest.raises(ValueError, match=rf"`first\.weight` {what}.*end this run there and train again"):
+        train(tmp_path, model, max_steps=8, logging_strategy=logging_strategy, callbacks=[Change()])
+    model.first.requires_grad_(True)
+    train(tmp_path, model, max_steps=2)  # as the message says
 
 
 def test_a_model_spread_over_devices_is_refused(tmp_path):
@@ -1217,3 +1446,11 @@ def test_plain_training_arguments_are_refused(tmp_path):
         LSAMTrainer(model=net(), args=args, train_dataset=blobs())
     with pytest.raises(TypeError, match="got NoneType"):
         LSAMTrainer(model=net(), train_dataset=blobs())
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "KTOTrainer", "RewardTrainer"])
+def test_part_of_a_batch_whose_rows_belong_together_is_refused(tmp_path, name):
+    kind = type(f"My{name}", (LSAMTrainerMixin, getattr(trl, name)), {})
+    args = arguments(LSAMConfig, tmp_path, sam_ascent_fraction=0.5)
+    with pytest.raises(ValueError, match=rf"{name} makes its batches of rows that belong together.*Use sam_ascent"):
+        kind(model=net(), args=args)

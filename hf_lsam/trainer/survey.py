@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..batchnorm import frozen_statistics
+from ..batchnorm import frozen_statistics, normalising_by_the_batch
 from ..checkpoint import load_tensors, save_tensors
 from ..landscape import survey
 from ..record import FOLDER, read_record
@@ -59,9 +59,8 @@ class LandscapeSurvey:
 
     def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
         args, worker, shown = self.args, self.worker, self.worker.own_parameters
-        modes = [(module, module.training) for module in self.model.modules()]
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), frozen_statistics(self._batchnorm), uncounted(self):
+        with torch.random.fork_rng(devices=devices), uncounted(self):
             batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
 
             points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
@@ -74,13 +73,9 @@ class LandscapeSurvey:
                 bar.update()
                 return torch.stack(losses).mean().item()
 
-            self.model.eval()
-            for layer in self._batchnorm:
-                layer.train()
             try:
-                return survey(loss, shown, workers, args.landscape_points, strength)
+                with normalising_by_the_batch(self.model) as layers, frozen_statistics(layers):
+                    return survey(loss, shown, workers, args.landscape_points, strength)
             finally:
                 bar.close()
                 worker.layout.write(shown, worker.parameters)
-                for module, training in modes:
-                    module.training = training

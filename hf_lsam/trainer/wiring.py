@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -38,9 +37,11 @@ from ..batchnorm import (
 from ..callbacks import FailureSignatures, LSAMCallback, OtherWorkers
 from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
+from ..data import Generators, agree_on_order
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
-from ..parameters import trainable_parameters
+from ..optimizers import showing_anchor, switch
+from ..parameters import refuse_changes, trainable_parameters
 from ..rates import RaisedRates, momentum_of
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
@@ -121,6 +122,14 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 "passes, so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, "
                 "such as SFTTrainer or DPOTrainer."
             )
+        pairing = _stacks_rows(type(self))
+        if pairing and args.sam_ascent_fraction < 1:
+            raise ValueError(
+                f"sam_ascent_fraction={args.sam_ascent_fraction} lets pass 1 see the first rows of each batch, and "
+                f"{pairing} makes its batches of rows that belong together (chosen rows stacked over rejected ones): "
+                "cut, they would be scored against the wrong ones. Use sam_ascent_fraction=1.0; sam_interval saves "
+                "time there too."
+            )
         if not is_pinned(args.identity):
             # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
             args.pin_process(args.device.type == "cpu")
@@ -148,7 +157,6 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 "The model is spread over several devices (device_map). A worker has one device; with LSAM each would "
                 "spread over all. Load the model without device_map."
             )
-        self._batchnorm = tracking_layers(self.model)
         self._signatures = FailureSignatures(args.identity.num_workers)
         self.add_callback(LSAMCallback(self))
 
@@ -163,14 +171,15 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         if self._showing_local or self.worker is None or self._own is not None or self.worker.shows_anchor:
             yield
             return
-        with self.worker.showing_anchor(), kept_statistics(self._batchnorm):
+        with showing_anchor(self.worker, self.optimizer), kept_statistics(self._batchnorm):
             self._reestimate_batchnorm()
             yield
 
     @contextmanager
     def local(self) -> Iterator[None]:
         """After training, the model holds this worker's last own parameters x inside: `with trainer.local():
-        trainer.evaluate()` measures a worker instead of the anchor."""
+        trainer.evaluate()` measures a worker instead of the anchor. With an optimizer that has a mode for evaluation
+        (schedule-free), they are those of that mode."""
         if self._own is None:
             raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
         worker = self.worker
@@ -260,16 +269,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         before, config.data_seed = config.data_seed, seed
         try:
             with data_sharding(num_shards):
-                return super().get_train_dataloader()
+                return agree_on_order(super().get_train_dataloader(), seed)
         finally:
             config.data_seed = before
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler) and self.args.identity.num_workers > 1:
-            # It would draw from the process's own generator, and the workers' shards would overlap.
-            sampler.generator = torch.Generator().manual_seed(self.accelerator.dataloader_config.data_seed)
-        return sampler
 
     # --- what is evaluated and saved is the anchor ---
 
@@ -337,14 +339,16 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             keep_variances_positive(self._batchnorm)
             return
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), Generators(self._data_seed).in_place():
             batches = itertools.islice(self._train_dataloader(1, self._data_seed), self.args.batchnorm_batches)
             reestimate(self.model, batches, lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)))
 
     # --- logging ---
 
     def log(self, logs, start_time=None):
-        if self.is_in_train and "loss" in logs and self.worker is not None:
+        # Trainer alone hands over the start time, with what it measured between two log points.
+        if start_time is not None and self.is_in_train and "loss" in logs:
+            refuse_changes(self.model, self.worker.parameters)
             logs.update(self.figures.since_last_log())
             if self.rates.factor != 1.0:
                 logs["lsam/worker_learning_rate"] = logs["learning_rate"] * self.rates.factor
@@ -380,6 +384,16 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 self._say_who_resumes()
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
+    def hyperparameter_search(self, *positional, **keywords):
+        if self.args.identity.num_workers > 1:
+            raise ValueError(
+                "hyperparameter_search chooses each trial at worker 0 and tells the others through a process group, "
+                f"which LSAM's workers do not have: {self.args.identity.num_workers} of them would train with "
+                "different settings. Search with one worker (plain `python script.py`), or give each trial a launch of "
+                "its own."
+            )
+        return super().hyperparameter_search(*positional, **keywords)
+
     def _inner_training_loop(self, *positional, **keywords):
         error = None
         try:
@@ -401,6 +415,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         named = trainable_parameters(self.model)
+        self._batchnorm = tracking_layers(self.model)  # of this model: `model_init` makes a new one for each `train`
         if self.args.batchnorm_statistics == "average":
             named += running_statistics(self.model)
         group_of = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -420,6 +435,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             named, self.args.worker_settings(sync_steps), self.args.server_settings(sync_steps), server_state
         )
         self.figures = Figures(self.worker)
+        switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
         self._restore_worker(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self.server_gone = None
         self._signals.catch()
@@ -447,6 +463,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         self._signals.obey()
         if self.server_gone is not None:
             raise self.server_gone
+        refuse_changes(self.model, worker.parameters)
         best = -1 if state.best_global_step is None else state.best_global_step
         drift = worker.drift()
         # A stop before the last step is somebody's decision and holds for all; running out of data is not.
@@ -457,6 +474,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             self._save_checkpoint(self.model, trial)
             raise
         self._summary = {**self.figures.of_run(), "drift": drift}
+        switch(self.optimizer, "eval")
         self._own = worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
         worker.adopt_anchor()
@@ -484,6 +502,12 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
 
 def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
+
+
+def _stacks_rows(kind: type) -> str | None:
+    """The trl trainer whose batches are not of rows that each stand alone, if `kind` is one: all but SFTTrainer."""
+    from_trl = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
+    return from_trl[0] if from_trl and from_trl[0] != "SFTTrainer" else None
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:

@@ -1,0 +1,125 @@
+"""The order of the data: the same in every worker, whatever its generators have drawn before.
+
+Accelerate shards an epoch by letting every worker go through all of it and take its part, which is right if all see the
+same order. Samplers of torch with a generator do; one that draws from the process's own generators does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+
+
+class Generators:
+    """The states of Python's, NumPy's and torch's (CPU) generators, seeded alike wherever the seed is the same.
+
+    Args:
+        seed: >= 0.
+    """
+
+    def __init__(self, seed: int):
+        self._states = (
+            random.Random(seed).getstate(),
+            np.random.RandomState(seed % 2**32).get_state(),
+            torch.Generator().manual_seed(seed).get_state(),
+        )
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the process draws from these; after, from its own again, which have not moved."""
+        own = self._exchange(self._states)
+        try:
+            yield
+        finally:
+            self._states = self._exchange(own)
+
+    @staticmethod
+    def _exchange(states: tuple) -> tuple:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        return before
+
+
+class AgreedBatches:
+    """The batches of a batch sampler, drawn from generators that are seeded anew each epoch, alike in every worker.
+
+    Args:
+        batches: the batch sampler.
+        seed: the same in every worker.
+    """
+
+    def __init__(self, batches: Iterable[list[int]], seed: int):
+        self.batch_sampler = batches
+        self._seed = seed
+        self._epoch = 0
+        self.batch_size = getattr(batches, "batch_size", None)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generators = Generators(self._seed + self._epoch)
+        batches = iter(self.batch_sampler)
+        while True:
+            with generators.in_place():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch
+        self.set_epoch(self._epoch + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch is next: called by Trainer, and after each one that was gone through."""
+        self._epoch = epoch
+        for part in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+
+def agree_on_order(loader: DataLoader, seed: int) -> DataLoader:
+    """Makes the shards of a loader that Accelerate has prepared shards of one order; returns the loader.
+
+    Args:
+        seed: the same in every worker.
+    """
+    for shard in (loader.sampler, loader.batch_sampler):
+        if isinstance(shard, BatchSamplerShard):
+            # Accelerate tells `sampler` which epoch it is, also where it skips batches.
+            shard.batch_sampler = shard.sampler = AgreedBatches(shard.batch_sampler, seed)
+    return loader
+
+
+def from_the_start(loader: DataLoader) -> Iterable:
+    """The batches of all of `loader` from its first epoch on, also where it is one worker's shard; `loader` stays where
+    it is.
+
+    What its samplers draw, they draw from the process's generators: inside `Generators.in_place` it is the same in
+    every worker. A stream comes as it is.
+    """
+    batches = loader.batch_sampler
+    if batches is None:
+        return loader
+    while isinstance(batches, (BatchSamplerShard, AgreedBatches)):
+        batches = batches.batch_sampler
+    batches = copy.copy(batches)
+    if hasattr(batches, "sampler"):
+        batches.sampler = copy.copy(batches.sampler)
+    for part in (batches, getattr(batches, "sampler", None)):
+        if hasattr(part, "generator"):
+            part.generator = None
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(0)
+    same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+    whole = DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})
+    device = getattr(loader, "device", None)  # of a loader that Accelerate has prepared
+    return whole if device is None else (send_to_device(batch, device) for batch in whole)
