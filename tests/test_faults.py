@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import accelerate_launch, write_script
+from launch import PATIENCE, accelerate_launch, wait_until, write_script
 from lockstep import SYNC_STEPS, LockstepProblem, digest, initial_parameters
 from models import arguments, blobs, net, vector
 from torch import nn
@@ -234,7 +234,7 @@ class Served:
             time.sleep(0.01)
 
     def join(self, **options) -> MailboxLink:
-        return MailboxLink(self.folder, 0, self.layout, CPU, server_timeout=30.0, **options)
+        return MailboxLink(self.folder, 0, self.layout, CPU, server_timeout=PATIENCE, **options)
 
     def kill(self) -> None:
         self.server.kill()
@@ -244,7 +244,7 @@ class Served:
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.join(10)
+        self.server.join(PATIENCE)
         self.kill()
         self.folder.remove()
 
@@ -341,7 +341,7 @@ def test_a_server_killed_while_it_publishes_leaves_the_last_anchor_readable(tmp_
 def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_path):
     with Served(tmp_path) as run:
         link = run.join()
-        guest = MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=30.0)
+        guest = MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=PATIENCE)
         assert guest.worker == 1
         for who in (link, guest):
             who.push(torch.ones(NUMEL) * 4, 4, 0)
@@ -355,7 +355,7 @@ def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_p
         guest.push(torch.ones(NUMEL) * 4, 4, 1)  # of the steps it made meanwhile
         guest.settle()
         results.append(finish(guest))
-        waiting.join(10)
+        waiting.join()
         assert [result.tolist() for result in results] == [[2.0] * NUMEL] * 2
 
 
@@ -439,7 +439,7 @@ def test_a_saver_killed_at_any_instant_leaves_a_whole_file(tmp_path):
         has_saved = processes.Event()
         saver = processes.Process(target=save_for_ever, args=[has_saved])
         saver.start()
-        assert has_saved.wait(60)
+        assert has_saved.wait(PATIENCE)
         saver.join(generator.uniform(0.0, 0.05))
         saver.kill()
         saver.join()
@@ -570,7 +570,7 @@ def test_a_server_that_is_told_to_end_has_its_workers_save_and_leave(tmp_path):
         strike = At(5, cluster.server.terminate)
         trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[strike])
         trainer.train()
-        cluster.server.join(10)
+        cluster.server.join()
         assert cluster.server.exitcode == 143
     finally:
         cluster.kill_all()
@@ -632,10 +632,7 @@ def launch(tmp_path: Path, fault: str, *extra: str):
     script = write_script(tmp_path / "script.py", LAUNCHED)
     path = f"{TESTS}{os.pathsep}{TESTS.parent}"
     run = accelerate_launch(script, str(tmp_path), fault, check=False, extra=extra, PYTHONPATH=path)
-    deadline = time.monotonic() + 20
-    while list((tmp_path / "shared").iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert list((tmp_path / "shared").iterdir()) == []
+    wait_until(lambda: not list((tmp_path / "shared").iterdir()))
     reports = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import accelerate_launch, write_script
+from launch import PATIENCE, accelerate_launch, write_script
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent
@@ -451,7 +451,7 @@ def test_resume_with_a_worker_more_starts_it_at_the_anchor_and_says_so(resumed):
 
 def left_behind(path: Path) -> list[str]:
     """Processes whose command line names `path`, and exchange files below it, once they have had time to go."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while True:
         left = [str(file) for file in (path / "shared").iterdir()]
         for process in psutil.process_iter(["cmdline"]):
@@ -497,7 +497,7 @@ def test_workers_with_different_parameters_are_refused(tmp_path):
 
 
 def test_a_launch_that_starts_one_process_instead_of_two_is_an_error_that_names_multi_gpu(tmp_path):
-    run, _ = launch(tmp_path, FAILING, "nothing", multi_gpu=False, check=False, timeout=60)
+    run, _ = launch(tmp_path, FAILING, "nothing", multi_gpu=False, check=False)
     assert run.returncode != 0
     assert "asked for 2 processes and started 1" in run.stderr
     assert "Add --multi_gpu" in run.stderr
