@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -494,6 +496,15 @@ def test_workers_with_different_parameters_are_refused(tmp_path):
     assert "`last.weight` [4, 16] torch.float32 here, `last.weight` [3, 16] torch.float32 there" in run.stderr
     assert "Build the same model" in run.stderr
     assert left_behind(tmp_path) == []
+
+
+def test_an_option_of_the_script_is_not_the_launchers(tmp_path):
+    source = "from hf_lsam.identity import Identity\nprint('started', Identity.from_environment().num_workers)"
+    script = write_script(tmp_path / "script.py", source)
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), "--num_processes", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout == "started 1\n", run.stderr
 
 
 def test_a_launch_that_starts_one_process_instead_of_two_is_an_error_that_names_multi_gpu(tmp_path):
