@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,6 +29,8 @@ from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
 from hf_lsam.worker import Worker, WorkerSettings
 
+# Forked children run nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 CPU = torch.device("cpu")
 SETTINGS = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0)
 
@@ -335,6 +340,56 @@ def test_a_worker_that_dies_is_dropped_and_the_others_go_on(served):
     wait_until(lambda: folder.version)
     assert folder.version == 1, "with one worker left, the four steps that are in complete a period"
     finish_all([first])
+
+
+def test_a_worker_has_left_although_a_child_of_its_process_lives_on(served):
+    """As the workers of a DataLoader with `persistent_workers` do."""
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    first.push(torch.ones(5) * 4, 4, 0)
+    first.settle()
+    with forked_child():
+        second.close()
+        wait_until(lambda: folder.version)
+    finish_all([first])
+
+
+def test_a_killed_worker_is_dropped_although_a_child_of_its_process_lives_on(served):
+    folder, layout, _ = served
+    near, far = multiprocessing.get_context("fork").Pipe()
+
+    def body():
+        MailboxLink(folder, 1, layout, CPU)
+        with forked_child() as child:
+            far.send(child)
+            signal.pause()
+
+    worker = multiprocessing.get_context("fork").Process(target=body)
+    worker.start()
+    (first,) = join_all(folder, layout, [0])
+    child = near.recv()
+    first.push(torch.ones(5) * 4, 4, 0)
+    first.settle()
+    worker.kill()
+    worker.join()
+    try:
+        wait_until(lambda: folder.version)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    finish_all([first])
+
+
+@contextmanager
+def forked_child() -> Iterator[int]:
+    """The id of a child of this process that does nothing."""
+    child = os.fork()
+    if not child:
+        signal.pause()
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_garbage_on_the_socket_changes_nothing(served):

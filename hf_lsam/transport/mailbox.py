@@ -32,6 +32,7 @@ import socket
 import struct
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
 LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
+# What tells others that this process lives. A child that is forked, such as a worker of a DataLoader, would hold it
+# open, and the process would not be known to have left, or died, before all its children have.
+_signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(_signs_of_life)])
 ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
 
 
@@ -154,6 +159,7 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.shut()  # a copy of the descriptor may be open in a child that is no Python's
         self._socket.close()
 
 
@@ -395,6 +401,7 @@ class RunFolder:
         except OSError:
             connection.close()
             raise
+        _signs_of_life.add(connection)
         return Channel(connection)
 
     def clear(self) -> None:
@@ -452,6 +459,7 @@ def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
     path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
     beside = path / "launch.new"
     held = beside.open("w")
+    _signs_of_life.add(held)
     fcntl.flock(held, fcntl.LOCK_EX)
     beside.rename(path / "launch")  # whoever finds it finds it locked
     return path, held
