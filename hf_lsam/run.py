@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -125,7 +126,7 @@ class Run:
         self._store: LaunchStore | None = None
         self._link: LocalLink | MailboxLink | None = None
         self._folder: RunFolder | None = None
-        self._launch_lock: TextIO | None = None
+        self._launch: tuple[Path, TextIO] | None = None  # the folder this worker has made, and its lock
         self._server: subprocess.Popen | None = None
         self._server_options: list[str] = []
 
@@ -182,7 +183,7 @@ class Run:
         self, layout: ParameterLayout, tensors: list[Tensor], contents: dict[str, Any], number: int, state: Path | None
     ) -> None:
         """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
-        path, self._launch_lock = make_launch_folder(self._shared_memory_dir)
+        path, _ = self._launch = make_launch_folder(self._shared_memory_dir)
         here, key = self._identity, f"machines/{number}"
         meeting = None
         if here.num_machines > 1:
@@ -277,10 +278,11 @@ class Run:
                 self._server.terminate()
                 self._server.wait()
             self._server = None
-            self._folder.remove()
-        if self._launch_lock is not None:
-            self._launch_lock.close()
-            self._launch_lock = None
+        if self._launch is not None:
+            path, lock = self._launch
+            shutil.rmtree(path, ignore_errors=True)
+            lock.close()
+            self._launch = None
         self._folder = None
 
     def gather(self, key: str, value: Any) -> list[Any] | None:

@@ -467,14 +467,15 @@ def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
 
 def dead_launches(parent: Path) -> list[Path]:
     """The folders in `parent` of this user's launches of which nothing lives."""
-    return [
-        folder
-        for folder in parent.glob(f"{LAUNCH_PREFIX}*")
-        if (lock := folder / "launch").exists()
-        and folder.stat().st_uid == os.getuid()
-        and not _is_locked(lock)
-        and not is_served(folder)
-    ]
+    return [folder for folder in parent.glob(f"{LAUNCH_PREFIX}*") if _is_of_dead_launch(folder)]
+
+
+def _is_of_dead_launch(folder: Path) -> bool:
+    try:
+        ours = (folder / "launch").stat().st_uid == os.getuid()
+    except FileNotFoundError:  # never a launch's, or its launch has just removed it
+        return False
+    return ours and not _is_locked(folder / "launch") and not is_served(folder)
 
 
 def _is_locked(path: Path) -> bool:
