@@ -9,6 +9,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ from hf_lsam.server.core import ServerCore, ServerSettings
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.server.local import LocalLink
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
-from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served, make_launch_folder
+from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, dead_launches, is_served, make_launch_folder
 from hf_lsam.worker import Worker, WorkerSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -463,6 +464,22 @@ def test_only_a_checkpoint_that_is_complete_is_taken_for_the_newest(tmp_path):
     assert not is_sealed(tmp_path / "checkpoint-10")
     assert newest_sealed(tmp_path) == tmp_path / "checkpoint-2"
     assert newest_sealed(tmp_path / "checkpoint-2") is None
+
+
+def test_whether_a_launch_is_dead_can_be_asked_while_it_removes_its_folder(tmp_path, monkeypatch):
+    folder, lock = make_launch_folder(tmp_path)
+    lock.close()
+    assert dead_launches(tmp_path) == [folder]
+    look = Path.stat
+
+    def removed_after_the_first_look(path: Path, **options):
+        found = look(path, **options)
+        if path == folder / "launch":
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(Path, "stat", removed_after_the_first_look)
+    dead_launches(tmp_path)
 
 
 # --- resume ---

@@ -490,8 +490,10 @@ def _is_locked(path: Path) -> bool:
 
 
 def _taken(path: Path) -> str:
-    record = path / "server.json"
-    owner = json.loads(record.read_text()) if record.exists() else {"run": "unknown", "pid": "unknown"}
+    try:
+        owner = json.loads((path / "server.json").read_text())
+    except FileNotFoundError:  # it has not written it yet, or has just ended
+        owner = {"run": "unknown", "pid": "unknown"}
     return (
         f"{path} is served already, by run {owner['run']}, pid {owner['pid']}. Two runs in one folder would write over "
         "each other's anchor. Give this run a folder of its own, or end the other."
