@@ -19,6 +19,8 @@ import torch
 from launch import PATIENCE, accelerate_launch, write_script
 from safetensors.torch import load_file
 
+from hf_lsam.checkpoint import is_sealed
+
 TESTS = Path(__file__).parent
 PREAMBLE = """
 import hashlib, json, os, sys
@@ -446,6 +448,44 @@ def test_resume_with_a_worker_more_starts_it_at_the_anchor_and_says_so(resumed):
     assert "Worker 1 has no state" not in run.stderr
     assert len({report["resumed"]["rng"] for report in reports}) == 3
     assert len({report["resumed"]["end"] for report in reports}) == 1
+
+
+LIMITED = """
+import time
+
+
+class Uneven(TrainerCallback):
+    \"\"\"Worker 0 stands still after its first checkpoint until worker 1 has saved its third.\"\"\"
+
+    def on_save(self, args, state, control, **keywords):
+        if RANK == 0 and state.global_step == 4:
+            while not (OUT / "run/workers/1/checkpoint-12/lsam_complete.json").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), 9)
+
+    def on_train_begin(self, args, state, control, **keywords):
+        (OUT / f"begin{RANK}").write_text(str(state.global_step))
+
+
+args = arguments(
+    LSAMConfig, OUT / "run", max_steps=int(sys.argv[2]), save_strategy="steps", save_steps=4, save_total_limit=1, **LSAM
+)
+trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(512), callbacks=[Uneven()])
+trainer.train(resume_from_checkpoint=sys.argv[2] == "8")
+report(steps=trainer.state.global_step)
+"""
+
+
+def test_a_fast_worker_keeps_the_state_that_belongs_to_worker_0s_checkpoint(tmp_path):
+    run, reports = launch(tmp_path, LIMITED, "100000", check=False)
+    assert reports == []
+    own = tmp_path / "run" / "workers" / "1"
+    assert is_sealed(own / "checkpoint-4")
+    assert not (own / "checkpoint-8").exists()  # neither worker 0's nor among the newest `save_total_limit`
+    run, reports = launch(tmp_path, LIMITED, "8")
+    assert [report["steps"] for report in reports] == [8, 8]
+    assert [(tmp_path / f"begin{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+    assert "has no state of its own" not in run.stderr
 
 
 # --- what goes wrong ---
