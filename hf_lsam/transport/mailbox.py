@@ -17,6 +17,19 @@ a copy writes into a file without a name, never into its successor's. The anchor
 readers that never ask: version v lies in slot v % 2, the writer announces "begun v + 1" before it touches the other
 slot, and a reader that finds "begun" two ahead after its copy knows that the slot may have changed under it and copies
 again.
+
+    writer                  reader
+    begun <- v + 2
+    ---- barrier            v <- complete
+    slot v % 2 <- y         ---- barrier
+    ---- barrier            copy <- slot v % 2
+    complete <- v + 2       ---- barrier
+                            whole if begun < v + 2
+
+All four are needed where the processor may let stores and loads of different words pass each other (aarch64): without
+the writer's first or the reader's second a copy holds the new slot's words while "begun" is still the old one, and
+without the others "complete" is seen before what it announces. x86-64 keeps stores among stores and loads among loads
+in order by itself.
 """
 
 from __future__ import annotations
@@ -31,6 +44,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -191,6 +205,18 @@ def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
 _ANCHOR_FILES = ("anchor_0", "anchor_1", "version")
 
 
+def _barrier() -> None:
+    """No access to memory before it is seen after one that follows it, by any process, on x86-64 and on aarch64.
+
+    Python has no barrier of its own. Giving a lock back orders all that precedes it, taking one all that follows, and
+    neither processor lets the second pass the first (on aarch64: a load-acquire after a store-release).
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    lock.release()
+    lock.acquire()
+
+
 class RunFolder:
     """The files of one run on one machine.
 
@@ -324,7 +350,9 @@ class RunFolder:
         if (version - self.version) % 2 == 0:  # versions were left out: what is being read must not be written over
             self.publish(vector, version - 1)
         self._version[1] = version  # begun: from here on a reader of version - 2 will copy again
+        _barrier()
         self._slots[version % 2].copy_(vector)
+        _barrier()
         self._version[0] = version  # complete
 
     def next_version(self, at_least: int) -> int:
@@ -336,8 +364,10 @@ class RunFolder:
 
     @property
     def version(self) -> int:
-        """The newest complete version; one read of shared memory."""
-        return int(self._version[0])
+        """The newest complete version; one read of shared memory, that precedes all that follow."""
+        version = int(self._version[0])
+        _barrier()
+        return version
 
     def slot(self, version: int) -> Tensor:
         """The shared copy that holds `version`, valid as long as `is_whole(version)`."""
@@ -345,6 +375,7 @@ class RunFolder:
 
     def is_whole(self, version: int) -> bool:
         """Whether a copy of `slot(version)` that has just ended cannot have been written over meanwhile."""
+        _barrier()
         return int(self._version[1]) < version + 2
 
     # --- the socket ---
