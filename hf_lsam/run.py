@@ -233,12 +233,17 @@ class Run:
 
     def _join_as_guest(self, layout: ParameterLayout, tensors: list[Tensor], settings: ServerSettings) -> MailboxLink:
         path = Path(self._server_address)
-        if not is_served(path) and not (path / "run.json").exists():
-            raise ServerGone(
-                f"No server runs in server_address={path}. Start one: python -m hf_lsam.server --run_dir {path}"
-            )
         contents = self._contents(layout, settings)
         give_up = time.monotonic() + self._patience.server_timeout
+        if not is_served(path):
+            logger.info("waiting for a server in server_address=%s", path)
+        while not is_served(path) and not (path / "run.json").exists():  # it may be about to start
+            if time.monotonic() > give_up:
+                raise ServerGone(
+                    f"No server runs in server_address={path}, and none was started there within "
+                    f"{self._patience.server_timeout:g} s. Start one: python -m hf_lsam.server --run_dir {path}"
+                )
+            time.sleep(0.05)
         while True:  # its server may have died a moment ago, and be started again
             try:
                 folder = RunFolder.found_or_open(path, _initial(layout, tensors), layout.manifest, contents)

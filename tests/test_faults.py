@@ -130,9 +130,34 @@ def test_the_place_of_a_dead_guest_is_taken_by_a_new_one_that_begins_at_the_anch
     assert "worker 0 is gone" in (tmp_path / "log").read_text()
 
 
+def test_a_guest_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
+    folder, results = tmp_path / "run", []
+    folder.mkdir()
+
+    def body():
+        try:
+            run, worker = join_as_guest(folder, 3, 4)
+            results.append(worker.link.worker)
+            run.leave()
+        except ServerGone as error:
+            results.append(error)
+
+    with caplog.at_level(logging.INFO, "hf_lsam.run"):
+        guest = threading.Thread(target=body)
+        guest.start()
+        wait_until(lambda: "waiting for a server in server_address=" in caplog.text or results)
+    cluster = Cluster(folder, tmp_path / "log")
+    try:
+        guest.join()
+        assert results == [0]
+    finally:
+        cluster.end()
+        cluster.kill_all()
+
+
 def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tuple[Run, Worker]:
     """Joins the run in `folder` from the test's own process, with the settings of chaos.py's workers."""
-    run = Run(Identity(), folder, folder / "log", str(folder), Patience(**patience))
+    run = Run(Identity(), folder, folder / "log", str(folder), Patience(**{"server_timeout": PATIENCE, **patience}))
     settings = ServerSettings(sync_steps, anchor_momentum_correction=0.0)
     try:
         worker = run.join([("x", nn.Parameter(torch.zeros(numel)))], WorkerSettings(sync_steps), settings)
@@ -144,7 +169,7 @@ def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tupl
 
 def test_a_guest_with_other_settings_or_without_a_server_is_refused(tmp_path):
     with pytest.raises(ServerGone, match=r"No server runs in .*python -m hf_lsam\.server --run_dir"):
-        join_as_guest(tmp_path, 3, 4)
+        join_as_guest(tmp_path, 3, 4, server_timeout=0.1)
     cluster = Cluster(tmp_path / "run", tmp_path / "log")
     try:
         run, _ = join_as_guest(cluster.folder, 3, 4)
