@@ -181,7 +181,7 @@ class LSAM:
             elif resume_from is not None:
                 logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
         except BaseException:
-            self._run.leave()
+            self._run.leave(failed=True)
             raise
         self.figures = Figures(self.worker)
         self._signals.catch()
@@ -203,7 +203,7 @@ class LSAM:
             raise
         finally:
             self._record.end(self.worker.local_steps, error)
-            self._run.leave()
+            self._run.leave(failed=error is not None)
 
     def save(self, folder: str | Path) -> None:
         """Saves what LSAM has to know to go on: this worker's x, y and sum; at worker 0 also the server's state.

@@ -269,17 +269,21 @@ class Run:
             "service": self._patience.service.as_dict(),
         }
 
-    def leave(self) -> None:
-        """Closes this worker's end, also after an error; worker 0 sees the server off."""
+    def leave(self, failed: bool = False) -> None:
+        """Closes this worker's end; worker 0 sees the server off.
+
+        Args:
+            failed: with an error. The other workers of the launch end with one as well.
+        """
         # The server goes on until the final anchor has reached the other machines.
         others_wait = self._identity.num_machines > 1 and isinstance(self._link, MailboxLink) and self._link.finished
         if self._link is not None:
-            self._link.close()
+            self._link.close(failed)
             self._link = None
         if self._server is not None:
             try:
                 self._server.wait(timeout=self._patience.server_timeout if others_wait else 10)
-            except subprocess.TimeoutExpired:  # others still train, while this one ends with an error
+            except subprocess.TimeoutExpired:  # it has not heard of the error that this worker ends with
                 self._server.terminate()
                 self._server.wait()
             self._server = None

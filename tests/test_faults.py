@@ -385,6 +385,22 @@ def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_p
         assert [result.tolist() for result in results] == [[2.0] * NUMEL] * 2
 
 
+def test_a_worker_of_a_launch_that_ends_with_an_error_does_not_harm_a_guest_and_a_guest_nobody(tmp_path):
+    with Served(tmp_path) as run:
+        link = run.join()
+        first, second = (MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU) for _ in range(2))
+        first.close(failed=True)
+        while "worker 1 is gone" not in run.log.read_text():
+            link.poll(0, torch.empty(NUMEL))
+        link.push(torch.ones(NUMEL) * 4, 4, 0)
+        link.settle()
+        link.close(failed=True)
+        while not second.save_requested:
+            second.poll(0, torch.empty(NUMEL))
+        finish(second)
+    assert "worker 0 ended with an error: the launch ends" in run.log.read_text()
+
+
 # --- a full disk, a damaged file ---
 
 

@@ -275,6 +275,31 @@ def test_a_worker_that_dies_leaves_n_on_all_machines(tmp_path):
         run.finish()
 
 
+@pytest.mark.parametrize("failing", [(0, 0), (1, 1)])
+def test_a_worker_that_ends_with_an_error_ends_those_of_all_machines_with_one(tmp_path, failing):
+    with cluster(tmp_path, [1, 2, 1]) as run:
+        run.period()
+        waiting = run.links.pop((2, 0))  # it has finished, and waits for the others
+        errors = []
+
+        def wait():
+            with pytest.raises(ServerGone) as error:
+                waiting.finish(False, -1, torch.empty(NUMEL))
+            errors.append(str(error.value))
+            waiting.close()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        run.links.pop(failing).close(failed=True)
+        for (machine, _), link in list(run.links.items()):
+            who = f"Worker {failing[1]} on this" if machine == failing[0] else "A worker on another"
+            with pytest.raises(ServerGone, match=f"{who} machine ended with an error"):
+                poll_for_ever(link)
+            link.close()
+        thread.join()
+        assert "A worker on another machine ended with an error" in errors[0]
+
+
 def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
     with cluster(tmp_path, [1, 1]) as run:
         run.period()

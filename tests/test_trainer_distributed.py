@@ -19,7 +19,7 @@ import torch
 from launch import PATIENCE, accelerate_launch, write_script
 from safetensors.torch import load_file
 
-from hf_lsam.checkpoint import is_sealed
+from hf_lsam.checkpoint import is_sealed, newest_sealed
 
 TESTS = Path(__file__).parent
 PREAMBLE = """
@@ -508,8 +508,8 @@ def left_behind(path: Path) -> list[str]:
 FAILING = """
 class Fail(TrainerCallback):
     def on_step_end(self, args, state, control, **keywords):
-        if RANK == 1 and state.global_step == 3 and sys.argv[2] == "raise":
-            raise RuntimeError("worker 1 has had enough")
+        if sys.argv[2] == f"raise {RANK}" and state.global_step == 3:
+            raise RuntimeError(f"worker {RANK} has had enough")
 
 
 (OUT / "shared").mkdir(exist_ok=True)
@@ -518,14 +518,24 @@ args = arguments(LSAMConfig, OUT / "run", max_steps=100_000, shared_memory_dir=s
 model = net()
 if RANK == 1 and sys.argv[2] == "mismatch":
     model.last = torch.nn.Linear(16, 4)
-LSAMTrainer(model=model, args=args, train_dataset=blobs(), callbacks=[Fail()]).train()
+try:
+    LSAMTrainer(model=model, args=args, train_dataset=blobs(), callbacks=[Fail()]).train()
+except BaseException as error:
+    report(error=f"{type(error).__name__}: {error}")
+    raise
 """
 
 
-def test_an_error_in_one_worker_ends_the_run_and_leaves_nothing_behind(tmp_path):
-    run, _ = launch(tmp_path, FAILING, "raise", check=False)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_worker_ends_all_with_an_error_and_leaves_nothing_behind(tmp_path, failing):
+    run, reports = launch(tmp_path, FAILING, f"raise {failing}", check=False)
     assert run.returncode != 0
-    assert "worker 1 has had enough" in run.stderr
+    assert reports[failing]["error"] == f"RuntimeError: worker {failing} has had enough"
+    # The launcher ends the others when one has ended, which may come first.
+    expected = (f"ServerGone: Worker {failing} on this machine ended with an error", "SystemExit: 143")
+    assert reports[1 - failing]["error"].startswith(expected)
+    assert newest_sealed(tmp_path / "run" / ("" if failing else "workers/1")) is not None
+    assert f"worker {failing} ended with an error: the launch ends" in (tmp_path / "run" / "server.log").read_text()
     assert left_behind(tmp_path) == []
 
 

@@ -68,6 +68,9 @@ os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(_signs
 ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
 
 
+ELSEWHERE = -1  # stands for the number of a worker on another machine
+
+
 class Kind(IntEnum):
     """What a message says. Workers send the first group, the server the second."""
 
@@ -76,6 +79,7 @@ class Kind(IntEnum):
     FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
     SNAPSHOT = 4  # the server is to write its state into the run folder
     PING = 5  # still there, in a long step
+    FAILED = 6  # ends with an error; a launch ends with it
 
     WELCOME = 11  # worker: the number given; a: the last push of this process that was counted; b: ticket
     REFUSED = 12  # a: Refusal
@@ -85,7 +89,9 @@ class Kind(IntEnum):
     FINISHED = 16  # all have finished, the anchor is final; b: best step, or -1
     SNAPSHOT_DONE = 17  # a: 1 if written, 0 if it failed
     EVICTED = 18  # nothing was heard for `worker_timeout`; the worker may join again
-    GONE = 19  # the server of all machines is lost for good, and this machine's ends
+    GONE = (
+        19  # no server from here on. a: 0 if that of all machines is lost, 1 if a worker has failed; b: see ELSEWHERE
+    )
 
 
 class Refusal(IntEnum):
