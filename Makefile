@@ -19,8 +19,8 @@ quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers a
 	$(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/train_text_classification.py --config recipes/text_classification/quickstart.yaml
 
-test: .venv/.test  ## Runs the tests
-	$(BIN)/python -m pytest
+test: .venv/.test  ## Runs the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 style: .venv/.quality  ## Formats the code
 	$(BIN)/ruff check --fix .

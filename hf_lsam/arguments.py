@@ -82,7 +82,8 @@ class LSAMArguments:
             Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed. max_steps is
             the budget of each worker.
         server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
-            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error.
+            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. A guest waits
+            as long for a server that has not started yet.
         worker_timeout (`float`, defaults to 600.0): seconds after which a worker that is not heard of is dropped.
             Longer than the longest evaluation. When it wakes, it begins again at the anchor.
         machine_timeout (`float`, defaults to 30.0): seconds without a sign of life after which another machine is

@@ -93,8 +93,13 @@ def is_sealed(folder: Path) -> bool:
 
 def newest_sealed(output_dir: Path) -> Path | None:
     """The newest complete checkpoint-N in `output_dir`, if there is one."""
-    numbered = [(int(number), path) for path in output_dir.glob("checkpoint-*") if (number := path.name[11:]).isdigit()]
-    return next((path for _, path in sorted(numbered, reverse=True) if is_sealed(path)), None)
+    return next((path for _, path in sorted(numbered(output_dir).items(), reverse=True) if is_sealed(path)), None)
+
+
+def numbered(output_dir: Path) -> dict[int, Path]:
+    """The folders checkpoint-N in `output_dir`, complete or not, by N."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return {int(path.name[11:]): path for path in folders}
 
 
 def _flush(path: Path) -> None:

@@ -10,16 +10,18 @@ The only thing workers share before they share an anchor is the launcher's key-v
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -96,17 +98,21 @@ class Identity:
 def _processes_asked_of_launcher() -> int | None:
     """--num_processes on the command line of the `accelerate launch` that is this process's parent, if it is one."""
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
         return None
-    program = words[:4]  # `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`
-    if not any("accelerate" in word for word in program) or not any("launch" in word for word in program):
-        return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes"):
-            value = value or following
-            return int(value) if value.isdigit() else None
+    program = [Path(word).name for word in words[:4]]
+    for length, name in enumerate(program, 1):
+        # `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`
+        if "launch" in name and any("accelerate" in word for word in program[:length]):
+            return _number_of_processes(words[length:])
+    return None
+
+
+def _number_of_processes(words: list[str]) -> int | None:
+    """--num_processes among Accelerate's own options; what follows the script's name is the script's."""
+    with suppress(SystemExit), redirect_stderr(io.StringIO()):  # it was another program, and did not take them
+        return launch_command_parser().parse_args(words).num_processes
     return None
 
 

@@ -202,7 +202,7 @@ class LSAM:
                 if rank:
                     torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
         except BaseException:
-            self._run.leave()
+            self._run.leave(failed=True)
             raise
         self.figures = Figures(self.worker)
         self._signals.catch()
@@ -224,7 +224,7 @@ class LSAM:
             raise
         finally:
             self._record.end(self.worker.local_steps, error)
-            self._run.leave()
+            self._run.leave(failed=error is not None)
 
     def save(self, folder: str | Path) -> None:
         """Saves what LSAM has to know to go on: this worker's x, y, sum and torch's random state, with which it goes on

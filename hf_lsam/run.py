@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -127,7 +128,7 @@ class Run:
         self._store: LaunchStore | None = None
         self._link: LocalLink | MailboxLink | None = None
         self._folder: RunFolder | None = None
-        self._launch_lock: TextIO | None = None
+        self._launch: tuple[Path, TextIO] | None = None  # the folder this worker has made, and its lock
         self._server: subprocess.Popen | None = None
         self._server_options: list[str] = []
 
@@ -184,7 +185,7 @@ class Run:
         self, layout: ParameterLayout, tensors: list[Tensor], contents: dict[str, Any], number: int, state: Path | None
     ) -> None:
         """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
-        path, self._launch_lock = make_launch_folder(self._shared_memory_dir)
+        path, _ = self._launch = make_launch_folder(self._shared_memory_dir)
         here, key = self._identity, f"machines/{number}"
         meeting = None
         if here.num_machines > 1:
@@ -234,12 +235,17 @@ class Run:
 
     def _join_as_guest(self, layout: ParameterLayout, tensors: list[Tensor], settings: ServerSettings) -> MailboxLink:
         path = Path(self._server_address)
-        if not is_served(path) and not (path / "run.json").exists():
-            raise ServerGone(
-                f"No server runs in server_address={path}. Start one: python -m hf_lsam.server --run_dir {path}"
-            )
         contents = self._contents(layout, settings)
         give_up = time.monotonic() + self._patience.server_timeout
+        if not is_served(path):
+            logger.info("waiting for a server in server_address=%s", path)
+        while not is_served(path) and not (path / "run.json").exists():  # it may be about to start
+            if time.monotonic() > give_up:
+                raise ServerGone(
+                    f"No server runs in server_address={path}, and none was started there within "
+                    f"{self._patience.server_timeout:g} s. Start one: python -m hf_lsam.server --run_dir {path}"
+                )
+            time.sleep(0.05)
         while True:  # its server may have died a moment ago, and be started again
             try:
                 folder = RunFolder.found_or_open(path, _initial(layout, tensors), layout.manifest, contents)
@@ -265,24 +271,29 @@ class Run:
             "service": self._patience.service.as_dict(),
         }
 
-    def leave(self) -> None:
-        """Closes this worker's end, also after an error; worker 0 sees the server off."""
+    def leave(self, failed: bool = False) -> None:
+        """Closes this worker's end; worker 0 sees the server off.
+
+        Args:
+            failed: with an error. The other workers of the launch end with one as well.
+        """
         # The server goes on until the final anchor has reached the other machines.
         others_wait = self._identity.num_machines > 1 and isinstance(self._link, MailboxLink) and self._link.finished
         if self._link is not None:
-            self._link.close()
+            self._link.close(failed)
             self._link = None
         if self._server is not None:
             try:
                 self._server.wait(timeout=self._patience.server_timeout if others_wait else 10)
-            except subprocess.TimeoutExpired:  # others still train, while this one ends with an error
+            except subprocess.TimeoutExpired:  # it has not heard of the error that this worker ends with
                 self._server.terminate()
                 self._server.wait()
             self._server = None
-            self._folder.remove()
-        if self._launch_lock is not None:
-            self._launch_lock.close()
-            self._launch_lock = None
+        if self._launch is not None:
+            path, lock = self._launch
+            shutil.rmtree(path, ignore_errors=True)
+            lock.close()
+            self._launch = None
         self._folder = None
 
     def gather(self, key: str, value: Any) -> list[Any] | None:

@@ -50,7 +50,7 @@ from hf_lsam.transport.mailbox import is_served
 FAULTS = ("kill", "stop", "nan", "join", "kill server")
 WORKERS, STEPS, SYNC_STEPS, STEP_SECONDS = 4, 300, 4, 0.004
 DIMENSION, ROWS, BATCH, LEARNING_RATE = 16, 512, 32, 0.02
-WORKER_TIMEOUT, SERVER_TIMEOUT = 1.5, 60.0
+WORKER_TIMEOUT, SERVER_TIMEOUT = 1.5, 240.0
 KEPT = {"founding", "lock", "parameters.json", "run.json", "snapshot.safetensors"}
 # Forked, not started anew: importing torch takes longer than a schedule.
 processes = multiprocessing.get_context("fork")
@@ -93,7 +93,7 @@ def mean_loss(parameters: Tensor) -> float:
 def serve(run_dir: Path, log: Path, resume: bool) -> None:
     """The body of a server process."""
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    run_server(run_dir, resume or None, idle_timeout=60.0)
+    run_server(run_dir, resume or None, idle_timeout=240.0)
 
 
 def work(run_dir: Path, log: Path, number: int, steps: int, faults: list[Fault], pipe: Connection) -> None:
@@ -210,7 +210,7 @@ class Cluster:
     def end(self) -> int:
         """Ends the server as a user would; its exit code."""
         self.server.terminate()
-        self.server.join(10)
+        self.server.join(60)
         if self.server.is_alive():
             self.server.kill()
             self.server.join()
@@ -224,7 +224,7 @@ class Cluster:
             process.join()
 
 
-def run_schedule(schedule: list[Fault], limit: float = 60.0) -> Outcome:
+def run_schedule(schedule: list[Fault], limit: float = 600.0) -> Outcome:
     """Runs one schedule and checks what must hold after it."""
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="hf_lsam-chaos-") as scratch:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch import PATIENCE
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -57,7 +59,7 @@ class Browser:
         try:
             self._session = None
             self("Browser.close")
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=PATIENCE)
         finally:
             if self._process.poll() is None:
                 self._process.kill()
@@ -107,7 +109,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._answers], [], [], 60)
+            ready, _, _ = select.select([self._answers], [], [], PATIENCE)
             data = os.read(self._answers, 1 << 20) if ready else b""
             if not data:
                 raise AssertionError("the browser has ended, or says nothing")

@@ -1,11 +1,14 @@
-"""What every test is held to: it leaves no process, thread, shared-memory file or environment variable behind."""
+"""What every test is held to: it leaves no process, thread, shared-memory file or environment variable behind.
+
+Only what this process and its descendants have made counts: other test sessions may run on the machine, and do where
+pytest-xdist starts several processes.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from launch import own_processes
+from launch import SESSION, SHARED_MEMORY, own_processes, own_shared_memory
 
-SHARED_MEMORY = Path("/dev/shm")
+os.environ[SESSION] = f"{os.getpid()} {time.time()}"
 # Set once by libraries at their first use and then left alone.
 LIBRARY_VARIABLES = ("ACCELERATE_", "PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "MPLBACKEND", "TF_", "CUDA_MODULE_")
 # Pools that a library starts once for the whole process.
@@ -26,7 +29,7 @@ def _state() -> dict[str, set]:
     return {
         "process": {f"{pid} {command}" for pid, command in own_processes()},
         "thread": {thread for thread in threading.enumerate() if not thread.name.startswith(LIBRARY_THREADS)},
-        "shared-memory file": set(SHARED_MEMORY.glob("hf_lsam-*")),
+        "shared-memory file": own_shared_memory(),
         "environment variable": {
             (name, value) for name, value in os.environ.items() if not name.startswith(LIBRARY_VARIABLES)
         },
@@ -36,9 +39,9 @@ def _state() -> dict[str, set]:
 @pytest.fixture(autouse=True)
 def nothing_leaks():
     """Fails a test that leaves something behind."""
-    before = _state()
+    before = {**_state(), "shared-memory file": set(SHARED_MEMORY.iterdir())}
     yield
-    deadline = time.monotonic() + 10  # what is being shut down may take a moment to go
+    deadline = time.monotonic() + 60  # what is being shut down may take a moment to go
     while True:
         after = _state()
         left = {what: after[what] - before[what] for what in before if after[what] - before[what]}

@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPTS / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def report_of(script: str, output: Path, *arguments: str) -> dict:
@@ -112,7 +112,7 @@ def test_bench_server_says_how_much_room_it_needs():
 
 def test_gpu_check_without_a_gpu():
     script = SCRIPTS / "gpu_check.sh"
-    done = subprocess.run([str(script)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "gpu_check: no CUDA device is available here, so nothing can be checked.\n"
@@ -142,7 +142,7 @@ def test_long_work_shows_how_long_it_will_take(terminal, quiet):
     termios.tcsetwinsize(ours, (24, 100))
     errors = theirs if terminal else subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", script], cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=errors)
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate()
     os.close(theirs)
     if terminal:
         said = b""

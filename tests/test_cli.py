@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import yaml
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from launch import accelerate_launch, write_script
+from launch import accelerate_launch, free_port, wait_until, write_script
 from models import arguments, blobs, net, sentences, tiny_bert
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -97,7 +96,7 @@ def started(tmp_path):
         for process in processes:
             if process.is_running():
                 process.kill()
-        psutil.wait_procs(processes, timeout=10)
+        psutil.wait_procs(processes)
         for folder in shared:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -108,13 +107,6 @@ def logged(run_dir: Path) -> set[int]:
     except FileNotFoundError:
         return set()
     return {rank for rank, entries in workers.items() if sum("loss" in entry for entry in entries) > 2}
-
-
-def wait_until(condition, explain=str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.1)
 
 
 # --- the group ---
@@ -172,7 +164,7 @@ def test_doctor_says_what_a_script_would_be_refused_for():
 
 def test_doctor_wants_the_other_machine_to_be_there():
     options = ["--multi_gpu", "--num_machines", 2, "--machine_rank", 0, "--num_processes", 2]
-    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", 29871]
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     result = hf_lsam("doctor", "--wait", 15, *options, *address)
     assert result.exit_code == 1
     assert "on all 2 machines at the same time" in result.output
@@ -256,7 +248,7 @@ def test_monitor_lives_in_a_terminal_until_the_run_has_ended(finished):
     except OSError:
         pass  # its end has been closed
     os.close(ours)
-    assert process.wait(timeout=30) == 0
+    assert process.wait() == 0
     assert b"finished" in seen
     assert b"\x1b[" in seen
 

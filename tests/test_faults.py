@@ -9,6 +9,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import accelerate_launch, write_script
+from launch import PATIENCE, accelerate_launch, wait_until, write_script
 from lockstep import SYNC_STEPS, LockstepProblem, digest, initial_parameters
 from models import arguments, blobs, net, vector
 from torch import nn
@@ -33,7 +34,7 @@ from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.server.local import LocalLink
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
-from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, is_served, make_launch_folder
+from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, dead_launches, is_served, make_launch_folder
 from hf_lsam.worker import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -130,9 +131,34 @@ def test_the_place_of_a_dead_guest_is_taken_by_a_new_one_that_begins_at_the_anch
     assert "worker 0 is gone" in (tmp_path / "log").read_text()
 
 
+def test_a_guest_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
+    folder, results = tmp_path / "run", []
+    folder.mkdir()
+
+    def body():
+        try:
+            run, worker = join_as_guest(folder, 3, 4)
+            results.append(worker.link.worker)
+            run.leave()
+        except ServerGone as error:
+            results.append(error)
+
+    with caplog.at_level(logging.INFO, "hf_lsam.run"):
+        guest = threading.Thread(target=body)
+        guest.start()
+        wait_until(lambda: "waiting for a server in server_address=" in caplog.text or results)
+    cluster = Cluster(folder, tmp_path / "log")
+    try:
+        guest.join()
+        assert results == [0]
+    finally:
+        cluster.end()
+        cluster.kill_all()
+
+
 def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tuple[Run, Worker]:
     """Joins the run in `folder` from the test's own process, with the settings of chaos.py's workers."""
-    run = Run(Identity(), folder, folder / "log", str(folder), Patience(**patience))
+    run = Run(Identity(), folder, folder / "log", str(folder), Patience(**{"server_timeout": PATIENCE, **patience}))
     settings = ServerSettings(sync_steps, anchor_momentum_correction=0.0)
     try:
         worker = run.join([("x", nn.Parameter(torch.zeros(numel)))], WorkerSettings(sync_steps), settings)
@@ -144,7 +170,7 @@ def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tupl
 
 def test_a_guest_with_other_settings_or_without_a_server_is_refused(tmp_path):
     with pytest.raises(ServerGone, match=r"No server runs in .*python -m hf_lsam\.server --run_dir"):
-        join_as_guest(tmp_path, 3, 4)
+        join_as_guest(tmp_path, 3, 4, server_timeout=0.1)
     cluster = Cluster(tmp_path / "run", tmp_path / "log")
     try:
         run, _ = join_as_guest(cluster.folder, 3, 4)
@@ -235,7 +261,7 @@ class Served:
             time.sleep(0.01)
 
     def join(self, **options) -> MailboxLink:
-        return MailboxLink(self.folder, 0, self.layout, CPU, server_timeout=30.0, **options)
+        return MailboxLink(self.folder, 0, self.layout, CPU, server_timeout=PATIENCE, **options)
 
     def kill(self) -> None:
         self.server.kill()
@@ -245,7 +271,7 @@ class Served:
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.join(10)
+        self.server.join(PATIENCE)
         self.kill()
         self.folder.remove()
 
@@ -342,7 +368,7 @@ def test_a_server_killed_while_it_publishes_leaves_the_last_anchor_readable(tmp_
 def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_path):
     with Served(tmp_path) as run:
         link = run.join()
-        guest = MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=30.0)
+        guest = MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=PATIENCE)
         assert guest.worker == 1
         for who in (link, guest):
             who.push(torch.ones(NUMEL) * 4, 4, 0)
@@ -356,8 +382,24 @@ def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_p
         guest.push(torch.ones(NUMEL) * 4, 4, 1)  # of the steps it made meanwhile
         guest.settle()
         results.append(finish(guest))
-        waiting.join(10)
+        waiting.join()
         assert [result.tolist() for result in results] == [[2.0] * NUMEL] * 2
+
+
+def test_a_worker_of_a_launch_that_ends_with_an_error_does_not_harm_a_guest_and_a_guest_nobody(tmp_path):
+    with Served(tmp_path) as run:
+        link = run.join()
+        first, second = (MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU) for _ in range(2))
+        first.close(failed=True)
+        while "worker 1 is gone" not in run.log.read_text():
+            link.poll(0, torch.empty(NUMEL))
+        link.push(torch.ones(NUMEL) * 4, 4, 0)
+        link.settle()
+        link.close(failed=True)
+        while not second.save_requested:
+            second.poll(0, torch.empty(NUMEL))
+        finish(second)
+    assert "worker 0 ended with an error: the launch ends" in run.log.read_text()
 
 
 # --- a full disk, a damaged file ---
@@ -440,7 +482,7 @@ def test_a_saver_killed_at_any_instant_leaves_a_whole_file(tmp_path):
         has_saved = processes.Event()
         saver = processes.Process(target=save_for_ever, args=[has_saved])
         saver.start()
-        assert has_saved.wait(60)
+        assert has_saved.wait(PATIENCE)
         saver.join(generator.uniform(0.0, 0.05))
         saver.kill()
         saver.join()
@@ -464,6 +506,22 @@ def test_only_a_checkpoint_that_is_complete_is_taken_for_the_newest(tmp_path):
     assert not is_sealed(tmp_path / "checkpoint-10")
     assert newest_sealed(tmp_path) == tmp_path / "checkpoint-2"
     assert newest_sealed(tmp_path / "checkpoint-2") is None
+
+
+def test_whether_a_launch_is_dead_can_be_asked_while_it_removes_its_folder(tmp_path, monkeypatch):
+    folder, lock = make_launch_folder(tmp_path)
+    lock.close()
+    assert dead_launches(tmp_path) == [folder]
+    look = Path.stat
+
+    def removed_after_the_first_look(path: Path, **options):
+        found = look(path, **options)
+        if path == folder / "launch":
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(Path, "stat", removed_after_the_first_look)
+    dead_launches(tmp_path)
 
 
 # --- resume ---
@@ -571,7 +629,7 @@ def test_a_server_that_is_told_to_end_has_its_workers_save_and_leave(tmp_path):
         strike = At(5, cluster.server.terminate)
         trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[strike])
         trainer.train()
-        cluster.server.join(10)
+        cluster.server.join()
         assert cluster.server.exitcode == 143
     finally:
         cluster.kill_all()
@@ -633,10 +691,7 @@ def launch(tmp_path: Path, fault: str, *extra: str):
     script = write_script(tmp_path / "script.py", LAUNCHED)
     path = f"{TESTS}{os.pathsep}{TESTS.parent}"
     run = accelerate_launch(script, str(tmp_path), fault, check=False, extra=extra, PYTHONPATH=path)
-    deadline = time.monotonic() + 20
-    while list((tmp_path / "shared").iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert list((tmp_path / "shared").iterdir()) == []
+    wait_until(lambda: not list((tmp_path / "shared").iterdir()))
     reports = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import PATIENCE, free_port
 from netns import machines, why_not
 
 from hf_lsam.transport import gloo, peer
@@ -28,7 +29,7 @@ from hf_lsam.transport.wire import MACHINE
 SECRET = bytes(range(32))
 FINGERPRINT = b"f" * 32
 NUMEL = 300_000
-SILENCE = 2.0  # seconds
+SILENCE = 5.0  # seconds; a busy machine may keep a process from running for some
 
 # The other side, as a process of its own: `node.py ROLE HOST PORT NUMEL`. It says on stdout what has happened.
 NODE = """
@@ -37,7 +38,7 @@ from hf_lsam.transport.gloo import Listener, connect
 from hf_lsam.transport.peer import Header, Peer
 
 role, host, port, numel = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-run = dict(secret=bytes(range(32)), run_id="run", fingerprint=b"f" * 32, numel=numel, silence=2.0)
+run = dict(secret=bytes(range(32)), run_id="run", fingerprint=b"f" * 32, numel=numel, silence=5.0)
 
 def say(*words):
     print(*words, flush=True)
@@ -158,7 +159,7 @@ def listening(**settings) -> Iterator[Listener]:
 
 
 def join(address: tuple[str, int], **different) -> Peer:
-    settings = {"secret": SECRET, "run_id": "run", "fingerprint": FINGERPRINT, "numel": NUMEL, "timeout": 30.0}
+    settings = {"secret": SECRET, "run_id": "run", "fingerprint": FINGERPRINT, "numel": NUMEL, "timeout": PATIENCE}
     return connect(address, **{**settings, "silence": SILENCE, **different})
 
 
@@ -203,7 +204,7 @@ def serving(listener: Listener) -> Iterator[list[Peer]]:
 
 
 def read(connection: socket.socket, size: int) -> bytes:
-    return gloo._read_exactly(connection, size, time.monotonic() + 30)
+    return gloo._read_exactly(connection, size, time.monotonic() + PATIENCE)
 
 
 def stranger(listener: Listener) -> tuple[socket.socket, bytes]:
@@ -323,8 +324,7 @@ def test_other_machines_are_let_in_only_on_request(host, here):
 
 
 def test_a_machine_that_comes_before_the_server_waits_for_it(node):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = probe.getsockname()
+    address = ("127.0.0.1", free_port())
     node("machine", address)
     time.sleep(0.5)
     with listening(port=address[1]) as listener:
@@ -332,8 +332,7 @@ def test_a_machine_that_comes_before_the_server_waits_for_it(node):
 
 
 def test_nobody_there_is_said_so():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = probe.getsockname()
+    address = ("127.0.0.1", free_port())
     with pytest.raises(ConnectionError, match="Is the global server up"):
         join(address, timeout=0.1)
 
@@ -553,7 +552,7 @@ def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(l
     def pausing(self, what, *rest):
         tell(self, what, *rest)
         if what == peer._ARRIVED:
-            go_on.wait(30)  # the thread that receives may be stopped anywhere
+            go_on.wait(PATIENCE)  # the thread that receives may be stopped anywhere
 
     with serving(listener) as peers:
         machine = join(listener.address)

@@ -441,6 +441,30 @@ def test_showing_the_anchor_does_not_move_the_loader_on():
     assert run(True) == run(False)
 
 
+NO_LOG = """
+import sys
+import torch
+from hf_lsam.loop import LSAM
+
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with LSAM(model, optimizer, sync_steps=4, shared_memory_dir=sys.argv[1], output_dir=sys.argv[2]):
+    pass
+"""
+
+
+def test_a_server_whose_log_cannot_be_written_is_an_error_that_leaves_nothing_behind(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "file").touch()
+    script = write_script(tmp_path / "script.py", NO_LOG)
+    words = (str(tmp_path / "shared"), str(tmp_path / "file" / "out"))
+    run = accelerate_launch(script, *words, check=False, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert run.returncode != 0
+    assert "file/out/server.log cannot be written (Not a directory)" in run.stderr
+    assert "Set output_dir to a folder that can be written to." in run.stderr
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
 def train_until(stop: int, signal_at: int, folder: Path, heeds: bool = True, resume_from: Path | None = None):
     """From step `resume_from` says to `stop`, with a signal on the way; what a caller saves is saved."""
     model = network()

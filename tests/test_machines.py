@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import write_script
+from launch import PATIENCE, free_port, wait_until, write_script
 from netns import Machine, machines, why_not
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
@@ -188,7 +188,7 @@ class Cluster:
     def until(self, condition: Callable[[], bool]) -> None:
         """Lets workers poll until it holds."""
         nowhere = torch.empty(NUMEL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline
             for link in self.links.values():
@@ -220,8 +220,7 @@ class Cluster:
         for link in self.links.values():
             link.close()
         for thread in self.threads:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in self.threads)
+            thread.join()
 
 
 def poll_for_ever(link: MailboxLink) -> None:
@@ -274,6 +273,31 @@ def test_a_worker_that_dies_leaves_n_on_all_machines(tmp_path):
         run.period()
         assert run.top.pushes_of(1) == [2 * TAU, TAU]
         run.finish()
+
+
+@pytest.mark.parametrize("failing", [(0, 0), (1, 1)])
+def test_a_worker_that_ends_with_an_error_ends_those_of_all_machines_with_one(tmp_path, failing):
+    with cluster(tmp_path, [1, 2, 1]) as run:
+        run.period()
+        waiting = run.links.pop((2, 0))  # it has finished, and waits for the others
+        errors = []
+
+        def wait():
+            with pytest.raises(ServerGone) as error:
+                waiting.finish(False, -1, torch.empty(NUMEL))
+            errors.append(str(error.value))
+            waiting.close()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        run.links.pop(failing).close(failed=True)
+        for (machine, _), link in list(run.links.items()):
+            who = f"Worker {failing[1]} on this" if machine == failing[0] else "A worker on another"
+            with pytest.raises(ServerGone, match=f"{who} machine ended with an error"):
+                poll_for_ever(link)
+            link.close()
+        thread.join()
+        assert "A worker on another machine ended with an error" in errors[0]
 
 
 def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
@@ -435,11 +459,6 @@ os.rename(OUT / f"rank{RANK}.new", OUT / f"rank{RANK}.json")
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 class Launches:
     """`accelerate launch` on each machine of a run.
 
@@ -470,11 +489,8 @@ class Launches:
                 process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             self.processes.append(process)
 
-    def until(self, condition: Callable[[], object], seconds: float = 240.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.story()
-            time.sleep(0.1)
+    def until(self, condition: Callable[[], object]) -> None:
+        wait_until(condition, self.story)
 
     def has_reached(self, rank: int, step: int) -> bool:
         path = self.folder / f"progress{rank}"
@@ -521,7 +537,7 @@ def test_two_launches_on_loopback_are_one_run(tmp_path):
     with launches(tmp_path, 2, 2, max_steps=40) as run:
         reports = run.reports(range(4))
         for process in run.processes:
-            assert process.wait(60) == 0, run.story()
+            assert process.wait() == 0, run.story()
     assert [(report["machine"], report["local_rank"]) for report in reports] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(report["steps"] == 40 and report["error"] is None for report in reports), (reports, run.story())
     assert len({report["end"] for report in reports}) == 1
@@ -537,7 +553,7 @@ def test_sigterm_to_the_global_server_has_the_workers_of_all_machines_save_and_l
         os.kill(json.loads((run_folder(run, 0) / "server.json").read_text())["pid"], signal.SIGTERM)
         reports = run.reports(range(2))
         for process in run.processes:
-            assert process.wait(60) == 0, run.story()
+            assert process.wait() == 0, run.story()
     for report, folder in zip(reports, ("0", "1/workers/1"), strict=True):
         assert report["error"] is None, run.story()
         newest = newest_sealed(tmp_path / "out" / folder)
@@ -567,7 +583,7 @@ def test_the_servers_of_both_machines_are_killed_and_the_run_goes_on(tmp_path):
             run.until(lambda machine=machine, again=again: run.log(machine).count(again) == 2 - (machine == 0))
         reports = run.reports(range(2))
         for process in run.processes:
-            assert process.wait(60) == 0, run.story()
+            assert process.wait() == 0, run.story()
     assert reports[0]["end"] == reports[1]["end"]
     assert all(report["steps"] == 200 and report["error"] is None for report in reports)
     assert all(report["versions"] == sorted(report["versions"]) for report in reports)
@@ -608,7 +624,7 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
                 links[name] = (run, run.join([("x", x)], WorkerSettings(TAU), SETTINGS))
         run_id = json.loads((tmp_path / "a" / "run" / "server.json").read_text())["run"]
         server = start_server(tmp_path / "d" / "run", tmp_path / "d.log", None, places["a"])
-        assert server.wait(60) == 1
+        assert server.wait() == 1
         owner = f"The port belongs to run {run_id}, pid {servers['a'].pid}. Give this run another one, or end that."
         assert owner in (tmp_path / "d.log").read_text()
         first, second = links["a"][1], links["b"][1]
@@ -653,7 +669,7 @@ def test_a_link_that_is_slow_and_then_cut_comes_back_and_all_machines_end_at_one
         run.until(lambda: run.log(0).count("machine 2 joined from") == 2)
         reports = run.reports(range(3))
         for process in run.processes:
-            assert process.wait(60) == 0, run.story()
+            assert process.wait() == 0, run.story()
     assert len({report["end"] for report in reports}) == 1
     assert all(report["steps"] == 400 and report["error"] is None for report in reports)
     assert all(report["versions"] == sorted(report["versions"]) for report in reports)

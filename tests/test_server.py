@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,10 +12,12 @@ import struct
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from launch import PATIENCE, wait_until
 from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
@@ -27,6 +30,8 @@ from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
 from hf_lsam.worker import Worker
 
+# Forked children run nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 CPU = torch.device("cpu")
 SETTINGS = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0)
 
@@ -240,7 +245,7 @@ def served(tmp_path):
     server = start_server(folder.path, tmp_path / "server.log")
     yield folder, layout, server
     try:
-        server.wait(20)
+        server.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
@@ -258,7 +263,7 @@ def join_all(folder, layout, workers=(0, 1)) -> list[MailboxLink]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     return [links[n] for n in workers]
 
 
@@ -269,7 +274,7 @@ def finish_all(links) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     for link in links:
         link.close()
 
@@ -333,11 +338,59 @@ def test_a_worker_that_dies_is_dropped_and_the_others_go_on(served):
     first.settle()
     assert folder.version == 0
     second.close()  # as the kernel does when a process is killed
-    deadline = time.monotonic() + 10
-    while folder.version == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: folder.version)
     assert folder.version == 1, "with one worker left, the four steps that are in complete a period"
     finish_all([first])
+
+
+def test_a_worker_has_left_although_a_child_of_its_process_lives_on(served):
+    """As the workers of a DataLoader with `persistent_workers` do."""
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    first.push(torch.ones(5) * 4, 4, 0)
+    first.settle()
+    with forked_child():
+        second.close()
+        wait_until(lambda: folder.version)
+    finish_all([first])
+
+
+def test_a_killed_worker_is_dropped_although_a_child_of_its_process_lives_on(served):
+    folder, layout, _ = served
+    near, far = multiprocessing.get_context("fork").Pipe()
+
+    def body():
+        MailboxLink(folder, 1, layout, CPU)
+        with forked_child() as child:
+            far.send(child)
+            signal.pause()
+
+    worker = multiprocessing.get_context("fork").Process(target=body)
+    worker.start()
+    (first,) = join_all(folder, layout, [0])
+    child = near.recv()
+    first.push(torch.ones(5) * 4, 4, 0)
+    first.settle()
+    worker.kill()
+    worker.join()
+    try:
+        wait_until(lambda: folder.version)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    finish_all([first])
+
+
+@contextmanager
+def forked_child() -> Iterator[int]:
+    """The id of a child of this process that does nothing."""
+    child = os.fork()
+    if not child:
+        signal.pause()
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_garbage_on_the_socket_changes_nothing(served):
@@ -345,10 +398,10 @@ def test_garbage_on_the_socket_changes_nothing(served):
     links = join_all(folder, layout)
     unknown_kind = struct.pack("<IHHqqd32s", 0x4C53414D, 99, 0, 0, 0, 0.0, b"")
     for garbage in (b"GET / HTTP/1.0\r\n\r\n" * 10, os.urandom(1000), unknown_kind):
-        channel = folder.connect(lambda: True, 5)
+        channel = folder.connect(lambda: True, PATIENCE)
         channel._socket.sendall(garbage)
         with pytest.raises(ConnectionError):  # the server hangs up
-            channel.wait(5)
+            channel.wait(PATIENCE)
         channel.close()
     links[0].push(torch.ones(5) * 8, 8, 0)
     links[0].settle()
@@ -362,12 +415,10 @@ def test_an_early_stop_and_the_best_step_reach_the_others(served):
     results = {}
     stopper = threading.Thread(target=lambda: results.update(first=first.finish(True, 40, torch.empty(5))))
     stopper.start()
-    deadline = time.monotonic() + 10
-    while not second.stop_requested and time.monotonic() < deadline:
+    while not second.stop_requested:
         second.poll(0, torch.empty(5))
-    assert second.stop_requested
     results["second"] = second.finish(False, -1, torch.empty(5))
-    stopper.join(10)
+    stopper.join()
     assert results["first"][1] == results["second"][1] == 40
     first.close()
     second.close()
@@ -415,7 +466,7 @@ def test_sigterm_ends_a_server_and_its_folder(tmp_path):
             link.poll(0, torch.empty(5))
     assert all(link.stop_requested for link in links)
     finish_all(links)
-    assert server.wait(10) == 143
+    assert server.wait() == 143
     assert not folder.path.exists()
 
 

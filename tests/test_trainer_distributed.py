@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from launch import accelerate_launch, write_script
+from launch import PATIENCE, accelerate_launch, write_script
 from safetensors.torch import load_file
+
+from hf_lsam.checkpoint import is_sealed, newest_sealed
 
 TESTS = Path(__file__).parent
 PREAMBLE = """
@@ -478,12 +482,50 @@ def test_resume_with_a_worker_more_starts_it_at_the_anchor_and_says_so(resumed):
     assert len({report["resumed"]["end"] for report in reports}) == 1
 
 
+LIMITED = """
+import time
+
+
+class Uneven(TrainerCallback):
+    \"\"\"Worker 0 stands still after its first checkpoint until worker 1 has saved its third.\"\"\"
+
+    def on_save(self, args, state, control, **keywords):
+        if RANK == 0 and state.global_step == 4:
+            while not (OUT / "run/workers/1/checkpoint-12/lsam_complete.json").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), 9)
+
+    def on_train_begin(self, args, state, control, **keywords):
+        (OUT / f"begin{RANK}").write_text(str(state.global_step))
+
+
+args = arguments(
+    LSAMConfig, OUT / "run", max_steps=int(sys.argv[2]), save_strategy="steps", save_steps=4, save_total_limit=1, **LSAM
+)
+trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(512), callbacks=[Uneven()])
+trainer.train(resume_from_checkpoint=sys.argv[2] == "8")
+report(steps=trainer.state.global_step)
+"""
+
+
+def test_a_fast_worker_keeps_the_state_that_belongs_to_worker_0s_checkpoint(tmp_path):
+    run, reports = launch(tmp_path, LIMITED, "100000", check=False)
+    assert reports == []
+    own = tmp_path / "run" / "workers" / "1"
+    assert is_sealed(own / "checkpoint-4")
+    assert not (own / "checkpoint-8").exists()  # neither worker 0's nor among the newest `save_total_limit`
+    run, reports = launch(tmp_path, LIMITED, "8")
+    assert [report["steps"] for report in reports] == [8, 8]
+    assert [(tmp_path / f"begin{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+    assert "has no state of its own" not in run.stderr
+
+
 # --- what goes wrong ---
 
 
 def left_behind(path: Path) -> list[str]:
     """Processes whose command line names `path`, and exchange files below it, once they have had time to go."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while True:
         left = [str(file) for file in (path / "shared").iterdir()]
         for process in psutil.process_iter(["cmdline"]):
@@ -498,8 +540,8 @@ def left_behind(path: Path) -> list[str]:
 FAILING = """
 class Fail(TrainerCallback):
     def on_step_end(self, args, state, control, **keywords):
-        if RANK == 1 and state.global_step == 3 and sys.argv[2] == "raise":
-            raise RuntimeError("worker 1 has had enough")
+        if sys.argv[2] == f"raise {RANK}" and state.global_step == 3:
+            raise RuntimeError(f"worker {RANK} has had enough")
 
 
 (OUT / "shared").mkdir(exist_ok=True)
@@ -508,14 +550,24 @@ args = arguments(LSAMConfig, OUT / "run", max_steps=100_000, shared_memory_dir=s
 model = net()
 if RANK == 1 and sys.argv[2] == "mismatch":
     model.last = torch.nn.Linear(16, 4)
-LSAMTrainer(model=model, args=args, train_dataset=blobs(), callbacks=[Fail()]).train()
+try:
+    LSAMTrainer(model=model, args=args, train_dataset=blobs(), callbacks=[Fail()]).train()
+except BaseException as error:
+    report(error=f"{type(error).__name__}: {error}")
+    raise
 """
 
 
-def test_an_error_in_one_worker_ends_the_run_and_leaves_nothing_behind(tmp_path):
-    run, _ = launch(tmp_path, FAILING, "raise", check=False)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_worker_ends_all_with_an_error_and_leaves_nothing_behind(tmp_path, failing):
+    run, reports = launch(tmp_path, FAILING, f"raise {failing}", check=False)
     assert run.returncode != 0
-    assert "worker 1 has had enough" in run.stderr
+    assert reports[failing]["error"] == f"RuntimeError: worker {failing} has had enough"
+    # The launcher ends the others when one has ended, which may come first.
+    expected = (f"ServerGone: Worker {failing} on this machine ended with an error", "SystemExit: 143")
+    assert reports[1 - failing]["error"].startswith(expected)
+    assert newest_sealed(tmp_path / "run" / ("" if failing else "workers/1")) is not None
+    assert f"worker {failing} ended with an error: the launch ends" in (tmp_path / "run" / "server.log").read_text()
     assert left_behind(tmp_path) == []
 
 
@@ -528,8 +580,17 @@ def test_workers_with_different_parameters_are_refused(tmp_path):
     assert left_behind(tmp_path) == []
 
 
+def test_an_option_of_the_script_is_not_the_launchers(tmp_path):
+    source = "from hf_lsam.identity import Identity\nprint('started', Identity.from_environment().num_workers)"
+    script = write_script(tmp_path / "script.py", source)
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), "--num_processes", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout == "started 1\n", run.stderr
+
+
 def test_a_launch_that_starts_one_process_instead_of_two_is_an_error_that_names_multi_gpu(tmp_path):
-    run, _ = launch(tmp_path, FAILING, "nothing", multi_gpu=False, check=False, timeout=60)
+    run, _ = launch(tmp_path, FAILING, "nothing", multi_gpu=False, check=False)
     assert run.returncode != 0
     assert "asked for 2 processes and started 1" in run.stderr
     assert "Add --multi_gpu" in run.stderr

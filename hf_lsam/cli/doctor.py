@@ -336,12 +336,19 @@ def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
         else:
             yield Finding("wrong", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they do not fit.", elsewhere)
     if left := dead_launches(folder):
-        size = sum(file.stat().st_size for path in left for file in path.rglob("*") if file.is_file())
+        size = sum(_size(file) for path in left for file in path.glob("*"))
         yield Finding(
             "note",
             f"launches that were killed hold {size / 2**20:.1f} MiB of /dev/shm: {', '.join(map(str, left))}.",
             "The next launch removes what they have left.",
         )
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # a launch that has just begun removes it
+        return 0
 
 
 def version_findings() -> Iterator[Finding]:

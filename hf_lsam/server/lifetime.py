@@ -97,8 +97,10 @@ def start_server(
 
     Returns:
         the process; it ends by itself when the last worker has left.
+
+    Raises:
+        OSError: if its log cannot be written.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
     if resume is not None:
         command += ["--resume"] if resume is True else ["--resume", str(resume)]
@@ -106,7 +108,16 @@ def start_server(
     # The package may lie where only the user's script finds it.
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with log.open("a") as stream:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("a")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The server was not started, because its log {log} cannot be written ({error.strerror}); without a "
+            "server the workers cannot exchange anything. Set output_dir to a folder that can be written to.",
+        ) from error
+    with stream:
         return subprocess.Popen(
             command,
             env=environment,

@@ -69,5 +69,5 @@ class LocalLink:
         save_tensors(path, self._core.state_tensors())
         return True
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         pass

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..algorithms import ServerSettings
 from ..transport.gloo import Listener
-from ..transport.mailbox import RunFolder
+from ..transport.mailbox import ELSEWHERE, RunFolder
 from ..transport.peer import Header, Peer
 from .process import Server
 
@@ -46,13 +46,14 @@ class Say(IntEnum):
     PUSH = 3  # vector: sum of differences; a: steps in it; b: which push of this process it is, from 1
     STOP_ALL = 4  # a worker asks that all stop
     FINISH = 5  # all workers here have finished; a: 1 if none of them waits for the end; b: best step, or -1
+    FAILED = 6  # a worker of the launch ended with an error
 
     WELCOME = 11  # vector: the anchor; a: its version; b: the last push of this process that was counted
     REFUSED = 12  # a: Refused
     ANCHOR = 13  # vector: the newest; a: its version
     ACCEPTED = 14  # b: which push
     REJECTED = 15  # b: which push, of NaN or infinity
-    STOP = 16  # a: 1 if by a signal, and a checkpoint is to be saved
+    STOP = 16  # a: 1 if a checkpoint is to be saved; b: 1 if a worker of the launch ended with an error
     FINISHED = 17  # vector: the final anchor; a: its version; b: best step, or -1
 
 
@@ -178,7 +179,7 @@ class GlobalServer(Server):
         if self.terminating and self._leave_by == float("inf"):
             self._awaited.clear()
             for machine in self._machines.values():
-                machine.peer.post(Header(Say.STOP, 1))
+                machine.peer.post(Header(Say.STOP, 1, int(self._failed is not None)))
         if self._machines:
             self._idle_since = now
         return super()._look_after(now)
@@ -262,7 +263,7 @@ class GlobalServer(Server):
         last = self._counted.get(machine.process, self._counted_unless_known)
         machine.peer.post(Header(Say.WELCOME, machine.told, last), self._newest())
         if self._stopping or self.terminating:
-            machine.peer.post(Header(Say.STOP, int(self.terminating)))
+            machine.peer.post(Header(Say.STOP, int(self.terminating), int(self._failed is not None)))
 
     def _lose(self, machine: _Machine, reason: object) -> None:
         """Ends the link of a machine; its workers leave n at once."""
@@ -296,6 +297,8 @@ class GlobalServer(Server):
             self._push_of_machine(machine, header, vector)
         elif header.kind == Say.STOP_ALL:
             self._stop_run()
+        elif header.kind == Say.FAILED and machine.number < self._across.count:
+            self._fail(ELSEWHERE)
         elif header.kind == Say.FINISH and not machine.finished:
             machine.finished, machine.told_final = True, bool(header.a)
             self._best_step = max(self._best_step, header.b)

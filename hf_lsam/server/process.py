@@ -121,6 +121,7 @@ class Server:
         self._started = False
         self._ended = False
         self._best_step = -1
+        self._failed: int | None = None  # the worker of the launch that ended with an error
         patience = [1.0, self._service.worker_timeout / 4, self._service.snapshot_seconds or 1.0]
         self._patience = max(0.01, min(patience))
         self.terminating = False
@@ -232,7 +233,7 @@ class Server:
         if self.terminating and self._leave_by == float("inf"):
             self._leave_by = now + GRACE_SECONDS
             for connection in self._workers.values():
-                self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
+                self._tell_to_leave(connection)
         if self._workers:
             self._idle_since = now
         return not self._is_over(now)
@@ -311,7 +312,7 @@ class Server:
         last = self._counted.get(connection.process, self._counted_unless_known)
         self._tell(connection, Message(Kind.WELCOME, connection.worker, a=last, b=connection.ticket))
         if self.terminating:
-            self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
+            self._tell_to_leave(connection)
 
     def _hang_up(self, connection: _Connection, reason: object) -> None:
         """Ends a connection, whoever was at its other end; a worker's mailbox goes with it."""
@@ -339,6 +340,7 @@ class Server:
             Kind.FINISH: self._finish,
             Kind.SNAPSHOT: self._snapshot,
             Kind.PING: lambda connection, message: None,
+            Kind.FAILED: lambda connection, message: self._fail(connection.worker),
         }.get(message.kind)
         if handler is None or not self._started:
             raise ValueError(f"unexpected {message.kind.name}")
@@ -399,6 +401,20 @@ class Server:
 
     # --- the end ---
 
+    def _fail(self, worker: int) -> None:
+        """A worker ends with an error. If it is one of the launch, so do the others; a guest's is nobody else's."""
+        if worker < self._expected and self._failed is None and not self._ended:
+            logger.error("worker %d ended with an error: the launch ends", worker)
+            self._failed = worker
+            self.terminating = True
+
+    def _tell_to_leave(self, connection: _Connection) -> None:
+        """A worker is to save and leave: one of the launch with an error, if another had one."""
+        if self._failed is not None and connection.worker < self._expected:
+            self._tell(connection, Message(Kind.GONE, connection.worker, a=1, b=self._failed))
+        else:
+            self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
+
     def _stop_all(self) -> None:
         for connection in self._workers.values():
             if not connection.finished:
@@ -410,7 +426,7 @@ class Server:
 
     def _end_if_all_finished(self) -> None:
         """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""
-        if self._ended or not self._expected or not self._started or self._absent:
+        if self._ended or not self._expected or not self._started or self._absent or self._failed is not None:
             return
         training = [c for c in self._workers.values() if not c.finished]
         if any(connection.worker < self._expected for connection in training):

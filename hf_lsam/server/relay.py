@@ -29,7 +29,7 @@ from ..algorithms import ServerSettings
 from ..anchor import Anchor
 from ..transport import gloo
 from ..transport.gloo import JoinRefused
-from ..transport.mailbox import Kind, Message, RunFolder
+from ..transport.mailbox import ELSEWHERE, Kind, Message, RunFolder
 from ..transport.peer import Header, Peer
 from .machines import Refused, Say, join_word, machine_settings
 from .process import UNKNOWN_PUSHES, Server
@@ -306,8 +306,12 @@ class RelayServer(Server):
                 logger.warning("the global server refused sum %d", header.b)
         elif header.kind == Say.STOP:
             self._told_to_end = self._told_to_end or bool(header.a)
+            if header.b:
+                self._failed = ELSEWHERE
             for connection in self._workers.values():
-                if not connection.finished:
+                if header.b:
+                    self._tell_to_leave(connection)
+                elif not connection.finished:
                     self._tell(connection, Message(Kind.STOP, connection.worker, a=header.a))
         elif header.kind == Say.FINISHED:
             self._final, self._best_step = True, max(self._best_step, header.b)
@@ -353,6 +357,11 @@ class RelayServer(Server):
             self._peer.post(Header(Say.FINISH, int(not self._workers), self._best_step))
 
     # --- the end ---
+
+    def _fail(self, worker: int) -> None:
+        super()._fail(worker)
+        if self._failed is not None and self._linked:
+            self._peer.post(Header(Say.FAILED))
 
     def _stop_run(self) -> None:
         super()._stop_run()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from transformers import set_seed
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, save_tensors, seal
+from ..checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, numbered, save_tensors, seal
 
 logger = transformers_logging.get_logger(__name__)
 
@@ -26,9 +28,30 @@ class Checkpoints:
         return folder if rank == 0 else str(Path(folder) / "workers" / str(rank))
 
     def _save_checkpoint(self, model, trial):
-        with self.args.saving_own_state():
-            super()._save_checkpoint(model, trial)
-        seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        folder, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
+        if self.args.identity.rank != 0:
+            self.args.save_total_limit = None
+        try:
+            with self.args.saving_own_state():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        seal(folder / f"checkpoint-{self.state.global_step}")
+        if limit and self.args.identity.rank != 0:
+            self._rotate_own(folder, limit)
+
+    def _rotate_own(self, folder: Path, limit: int):
+        """Deletes all but the newest `limit` and those that a run which resumes at one of worker 0's would go on from.
+
+        Workers are not equally fast: when this one has saved anew, worker 0 may still be before what it saved last.
+        """
+        mine = [number for number, path in numbered(folder).items() if is_sealed(path)]
+        common = numbered(folder.parent.parent)
+        needed = {max(reached) for at in common if (reached := [number for number in mine if number <= at])}
+        kept = {folder / f"checkpoint-{number}" for number in needed}
+        for path in map(Path, sort_checkpoints(str(folder), use_mtime=True)[:-limit]):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -42,8 +65,8 @@ class Checkpoints:
         if rank == 0 or not number.isdigit():
             return common
         candidates = [
-            (int(path.name.rpartition("-")[2]), path)
-            for path in (common.parent / "workers" / str(rank)).glob("checkpoint-*")
+            (at, path)
+            for at, path in numbered(common.parent / "workers" / str(rank)).items()
             if (path / WORKER_STATE).exists()
             and (path / "trainer_state.json").exists()
             and (is_sealed(path) or not is_sealed(common))  # a power cut may have caught this one alone

@@ -404,7 +404,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         finally:
             self._record.end(self.state.global_step, error)
             self._signals.restore()
-            self._run.leave()
+            self._run.leave(failed=error is not None)
 
     @property
     def must_end(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import load_tensors, save_tensors
 from ..parameters import ParameterLayout, first_difference
 from .copier import Copier
-from .mailbox import ANY_NUMBER, Channel, Kind, Message, Refusal, RunFolder
+from .mailbox import ANY_NUMBER, ELSEWHERE, Channel, Kind, Message, Refusal, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ PING_SECONDS = 1.0
 
 
 class ServerGone(RuntimeError):
-    """The server process ended and none took its place while a worker still needed it."""
+    """The server process ended while a worker still needed it: none took its place, or the whole launch ends."""
 
 
 class RefusedError(ValueError):
@@ -226,8 +226,14 @@ class MailboxLink:
         save_tensors(path, load_tensors(self._folder.snapshot_path))
         return True
 
-    def close(self) -> None:
-        """Leaves; the server takes the closed connection for the worker's end."""
+    def close(self, failed: bool = False) -> None:
+        """Leaves; the server takes the closed connection for the worker's end.
+
+        Args:
+            failed: with an error: a launch ends, the others with an error as well.
+        """
+        if failed and self._welcomed and not self.finished:
+            self._send(Message(Kind.FAILED, self.worker))
         self._outgoing.close()
         self._incoming.close()
         self._hang_up()
@@ -376,6 +382,12 @@ class MailboxLink:
             self._next_attempt = 0.0
         elif message.kind is Kind.REFUSED:
             self._refused_return(Refusal(message.a))
+        elif message.kind is Kind.GONE and message.a:
+            who = "A worker on another machine" if message.b == ELSEWHERE else f"Worker {message.b} on this machine"
+            raise ServerGone(
+                f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
+                "resume from the last checkpoint."
+            )
         elif message.kind is Kind.GONE:
             raise ServerGone(
                 f"The server of this machine has lost the one of all machines, or was refused by it, while worker "

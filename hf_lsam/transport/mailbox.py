@@ -17,6 +17,19 @@ a copy writes into a file without a name, never into its successor's. The anchor
 readers that never ask: version v lies in slot v % 2, the writer announces "begun v + 1" before it touches the other
 slot, and a reader that finds "begun" two ahead after its copy knows that the slot may have changed under it and copies
 again.
+
+    writer                  reader
+    begun <- v + 2
+    ---- barrier            v <- complete
+    slot v % 2 <- y         ---- barrier
+    ---- barrier            copy <- slot v % 2
+    complete <- v + 2       ---- barrier
+                            whole if begun < v + 2
+
+All four are needed where the processor may let stores and loads of different words pass each other (aarch64): without
+the writer's first or the reader's second a copy holds the new slot's words while "begun" is still the old one, and
+without the others "complete" is seen before what it announces. x86-64 keeps stores among stores and loads among loads
+in order by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +44,9 @@ import shutil
 import socket
 import struct
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,7 +61,14 @@ logger = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
 LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
+# What tells others that this process lives. A child that is forked, such as a worker of a DataLoader, would hold it
+# open, and the process would not be known to have left, or died, before all its children have.
+_signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(_signs_of_life)])
 ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
+
+
+ELSEWHERE = -1  # stands for the number of a worker on another machine
 
 
 class Kind(IntEnum):
@@ -57,6 +79,7 @@ class Kind(IntEnum):
     FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
     SNAPSHOT = 4  # the server is to write its state into the run folder
     PING = 5  # still there, in a long step
+    FAILED = 6  # ends with an error; a launch ends with it
 
     WELCOME = 11  # worker: the number given; a: the last push of this process that was counted; b: ticket
     REFUSED = 12  # a: Refusal
@@ -66,7 +89,9 @@ class Kind(IntEnum):
     FINISHED = 16  # all have finished, the anchor is final; b: best step, or -1
     SNAPSHOT_DONE = 17  # a: 1 if written, 0 if it failed
     EVICTED = 18  # nothing was heard for `worker_timeout`; the worker may join again
-    GONE = 19  # the server of all machines is lost for good, and this machine's ends
+    GONE = (
+        19  # no server from here on. a: 0 if that of all machines is lost, 1 if a worker has failed; b: see ELSEWHERE
+    )
 
 
 class Refusal(IntEnum):
@@ -154,6 +179,7 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.shut()  # a copy of the descriptor may be open in a child that is no Python's
         self._socket.close()
 
 
@@ -183,6 +209,18 @@ def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 _ANCHOR_FILES = ("anchor_0", "anchor_1", "version")
+
+
+def _barrier() -> None:
+    """No access to memory before it is seen after one that follows it, by any process, on x86-64 and on aarch64.
+
+    Python has no barrier of its own. Giving a lock back orders all that precedes it, taking one all that follows, and
+    neither processor lets the second pass the first (on aarch64: a load-acquire after a store-release).
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    lock.release()
+    lock.acquire()
 
 
 class RunFolder:
@@ -318,7 +356,9 @@ class RunFolder:
         if (version - self.version) % 2 == 0:  # versions were left out: what is being read must not be written over
             self.publish(vector, version - 1)
         self._version[1] = version  # begun: from here on a reader of version - 2 will copy again
+        _barrier()
         self._slots[version % 2].copy_(vector)
+        _barrier()
         self._version[0] = version  # complete
 
     def next_version(self, at_least: int) -> int:
@@ -330,8 +370,10 @@ class RunFolder:
 
     @property
     def version(self) -> int:
-        """The newest complete version; one read of shared memory."""
-        return int(self._version[0])
+        """The newest complete version; one read of shared memory, that precedes all that follow."""
+        version = int(self._version[0])
+        _barrier()
+        return version
 
     def slot(self, version: int) -> Tensor:
         """The shared copy that holds `version`, valid as long as `is_whole(version)`."""
@@ -339,6 +381,7 @@ class RunFolder:
 
     def is_whole(self, version: int) -> bool:
         """Whether a copy of `slot(version)` that has just ended cannot have been written over meanwhile."""
+        _barrier()
         return int(self._version[1]) < version + 2
 
     # --- the socket ---
@@ -395,6 +438,7 @@ class RunFolder:
         except OSError:
             connection.close()
             raise
+        _signs_of_life.add(connection)
         return Channel(connection)
 
     def clear(self) -> None:
@@ -452,6 +496,7 @@ def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
     path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
     beside = path / "launch.new"
     held = beside.open("w")
+    _signs_of_life.add(held)
     fcntl.flock(held, fcntl.LOCK_EX)
     beside.rename(path / "launch")  # whoever finds it finds it locked
     return path, held
@@ -459,14 +504,15 @@ def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
 
 def dead_launches(parent: Path) -> list[Path]:
     """The folders in `parent` of this user's launches of which nothing lives."""
-    return [
-        folder
-        for folder in parent.glob(f"{LAUNCH_PREFIX}*")
-        if (lock := folder / "launch").exists()
-        and folder.stat().st_uid == os.getuid()
-        and not _is_locked(lock)
-        and not is_served(folder)
-    ]
+    return [folder for folder in parent.glob(f"{LAUNCH_PREFIX}*") if _is_of_dead_launch(folder)]
+
+
+def _is_of_dead_launch(folder: Path) -> bool:
+    try:
+        ours = (folder / "launch").stat().st_uid == os.getuid()
+    except FileNotFoundError:  # never a launch's, or its launch has just removed it
+        return False
+    return ours and not _is_locked(folder / "launch") and not is_served(folder)
 
 
 def _is_locked(path: Path) -> bool:
@@ -481,8 +527,10 @@ def _is_locked(path: Path) -> bool:
 
 
 def _taken(path: Path) -> str:
-    record = path / "server.json"
-    owner = json.loads(record.read_text()) if record.exists() else {"run": "unknown", "pid": "unknown"}
+    try:
+        owner = json.loads((path / "server.json").read_text())
+    except FileNotFoundError:  # it has not written it yet, or has just ended
+        owner = {"run": "unknown", "pid": "unknown"}
     return (
         f"{path} is served already, by run {owner['run']}, pid {owner['pid']}. Two runs in one folder would write over "
         "each other's anchor. Give this run a folder of its own, or end the other."
