@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _LoopArguments(LSAMArguments):
+class LoopArguments(LSAMArguments):
     """LSAM's fields and their validation, without TrainingArguments."""
 
     def __post_init__(self):
@@ -125,7 +125,7 @@ class LSAM:
                 f"`gradient_accumulation_steps` must be >= 1, got {gradient_accumulation_steps}. Use 1 to step after "
                 "every batch."
             )
-        self.arguments = _LoopArguments(**lsam)
+        self.arguments = LoopArguments(**lsam)
         self._resume_from = None if resume_from is None else Path(resume_from)
         if self._resume_from is not None and not (self._resume_from / SERVER_STATE).exists():
             raise FileNotFoundError(

@@ -4,8 +4,9 @@
         --train_file train.csv --validation_file test.csv [--use_lora true --learning_rate 2e-3] [--key value ...]
 
 The keys are those of train_text_classification.py. Three trials a method, on a part of the training file that is held
-out for them: a third, once and three times the given `sam_rho` for LSAM and SAM; half, once and twice the given
-learning rate for plain data parallelism, which has no rho. Then five seeds (`--seeds`) of the best, evaluated on the
+out for them, over the learning rate and, where there is one, the radius: LSAM and SAM try the given learning rate, twice
+it, and twice it with a third of the given `sam_rho`; plain data parallelism once, twice and four times the given
+learning rate. Then five seeds (`--seeds`) of the best, evaluated on the
 validation file. Runs are kept in `--runs_dir`; one that has finished is not run again. `--output_dir` receives
 NAME.json; `--readme` a table between the markers NAME.
 """
@@ -26,15 +27,15 @@ from reporting import REPOSITORY
 from summarize_results import summarize, table, write_between
 from train_text_classification import KEYS, run
 
-RHOS = (1 / 3, 1.0, 3.0)  # of the radius that is given
-RATES = (0.5, 1.0, 2.0)  # of the learning rate that is given
+OF_SAM = ((1.0, 1.0), (2.0, 1.0), (2.0, 1 / 3))  # of the learning rate and of the radius that are given
+RATES = (1.0, 2.0, 4.0)  # of the learning rate, without one
 TRIAL = {"validation_file": None, "eval_size": 0.1, "seed": 100}
 
 
 def trials(sam_rho: float, learning_rate: float) -> dict[str, list[dict[str, float]]]:
     """What each method tries."""
-    rhos = [{"sam_rho": sam_rho * factor} for factor in RHOS]
-    return {"lsam": rhos, "sam": rhos, "sgd": [{"learning_rate": learning_rate * factor} for factor in RATES]}
+    both = [{"learning_rate": learning_rate * rate, "sam_rho": sam_rho * radius} for rate, radius in OF_SAM]
+    return {"lsam": both, "sam": both, "sgd": [{"learning_rate": learning_rate * factor} for factor in RATES]}
 
 
 def results(runs: list[dict[str, Any]], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@
     async_vs_sync       LSAM against data-parallel SAM at the same total batch, without and with a slow worker
     methods             all five methods, each tuned with the same number of trials
     failure_signatures  what goes wrong shows, is warned of, and is remedied; where BatchNorm's statistics come from
-    levers              what the paper leaves open, each against its setting
+    levers              what the paper leaves open, each against the default
 
 Any key of scripts/train_image_classification.py may follow, for example `--dataset cifar10 --data_dir FOLDER`. Runs are
 kept in `--runs_dir`; one that has finished is not run again, so an interrupted experiment goes on where it was. Tables
@@ -180,7 +180,7 @@ def async_vs_sync(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 TRIALS: dict[str, tuple[dict[str, float], list[dict[str, float]]]] = {
     "sgd": ({}, [{"weight_decay": 1e-4}, {"weight_decay": 2e-3}]),
     "sam": ({}, [{"sam_rho": 0.02}, {"sam_rho": 0.1}]),
-    "lsam": ({"coupling_strength": 0.1}, [{"sam_rho": 0.02}, {"coupling_strength": 0.9}]),
+    "lsam": ({}, [{"sam_rho": 0.02}, {"sync_steps": 4}]),
     "easgd": ({"coupling_strength": 0.225}, [{"coupling_strength": 0.1}, {"coupling_strength": 0.45}]),
     "lsgd": ({"coupling_strength": 0.1}, [{"coupling_strength": 0.9}, {"coupling_strength": 4.0}]),
 }
@@ -256,32 +256,25 @@ def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
 def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     lsam = {**runner.tuned("lsam"), "method": "lsam", **VALIDATION}
-    rate = runner.values(lsam)["learning_rate"]
-    nesterov = {"anchor_optimizer": "nesterov", "anchor_momentum": 0.6, "anchor_lr": 0.5}
-    nesterov["anchor_momentum_correction"] = 0.0
-    # The mean of a period's differences is half of what the worker has moved in it: with eta' = 1 and a worker that is
-    # reset, y moves by half; with eta' = 2 to the mean of where the workers are, as in local SGD.
-    full_step = {"anchor_lr": 2.0, "anchor_momentum_correction": 0.0}
+    stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5}
     plans = []
     for label, settings in {
-        "the paper's: coupled, beta = 0.3": {},
-        "beta = 0": {"anchor_momentum_correction": 0.0},
-        "Nesterov anchor": nesterov,
-        "eta' = 2, beta = 0": full_step,
-        "reset at each sync": {"reset_to_anchor": True},
-        "reset, eta' = 2, beta = 0": {"reset_to_anchor": True, **full_step},
-        "reset, Nesterov anchor, eta x 2": {"reset_to_anchor": True, **nesterov, "learning_rate": 2 * rate},
+        "merged, lambda0 = 1": {},
+        "lambda0 = 0.5": {"coupling_strength": 0.5},
+        "pulled at every step, lambda0 = 2, eta' = 1.5": stepwise,
+        "the paper's: lambda0 = 0.1 in the score": {"coupling": "score", "coupling_strength": 0.1},
+        "Nesterov anchor": {"anchor_optimizer": "nesterov", "anchor_momentum": 0.5},
         "T = 1e-6": {"langevin_temperature": 1e-6},
         "rho decays with eta": {"rho_schedule": "learning_rate"},
     }.items():
         plans += of_seeds(runner, label, {**lsam, **settings})
     results = runner.results(plans)
     accuracy = {(p.label, p.seed): r["accuracy"] for p, r in zip(plans, results, strict=True)}
-    paper = plans[0].label
+    default = plans[0].label
     differences = {
-        label: [accuracy[label, seed] - accuracy[paper, seed] for seed in runner.seeds]
+        label: [accuracy[label, seed] - accuracy[default, seed] for seed in runner.seeds]
         for label in dict.fromkeys(plan.label for plan in plans)
-        if label != paper
+        if label != default
     }
     return plans, {"paired_differences": differences}
 

@@ -4,7 +4,7 @@
         --config recipes/cifar10_resnet20/lsam.yaml [--key value ...]
 
 The keys are the fields of `RunArguments`, `ImageDataArguments` (image_data.py) and `LSAMArguments`. What makes the
-methods differ stands in `METHODS`, and for the three with a server in `hf_lsam.rules`:
+methods differ stands in `METHODS`, and for the three with a server in `hf_lsam.algorithms`:
 
     lsam    asynchronous, SAM's gradient, the smoothed anchor
     easgd   asynchronous, plain gradient, elastic averaging
@@ -50,13 +50,13 @@ from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
 from hf_lsam.parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 
-# Where the methods differ. `server_rule` None is data-parallel training; where `sam_rho` is given, it holds.
+# Where the methods differ. `algorithm` None is data-parallel training; where `sam_rho` is given, it holds.
 METHODS: dict[str, dict[str, Any]] = {
-    "lsam": {"server_rule": "smoothed"},
-    "easgd": {"server_rule": "elastic", "sam_rho": 0.0},
-    "lsgd": {"server_rule": "leader", "sam_rho": 0.0},
-    "sam": {"server_rule": None},
-    "sgd": {"server_rule": None, "sam_rho": 0.0},
+    "lsam": {"algorithm": "lsam"},
+    "easgd": {"algorithm": "easgd", "sam_rho": 0.0},
+    "lsgd": {"algorithm": "lsgd", "sam_rho": 0.0},
+    "sam": {"algorithm": None},
+    "sgd": {"algorithm": None, "sam_rho": 0.0},
 }
 
 
@@ -81,7 +81,6 @@ class RunArguments:
     rho_schedule: str = field(
         default="constant", metadata={"help": "'constant', or 'learning_rate': rho decays as the learning rate does."}
     )
-    reset_to_anchor: bool = field(default=False, metadata={"help": "A worker starts anew from every anchor it takes."})
     slow_worker: int | None = field(default=None, metadata={"help": "Rank of a worker that is held up."})
     slow_factor: float = field(default=1.0, metadata={"help": "It pauses for this many of its own steps after each."})
     slow_steps: int | None = field(default=None, metadata={"help": "It does so in its first steps only."})
@@ -101,15 +100,10 @@ class Asynchronous:
     Args:
         model, optimizer: of this worker.
         lsam: the fields of `LSAMArguments`.
-        reset: x <- y whenever a new anchor is taken.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, lsam: dict[str, Any], reset: bool, out: Path
-    ):
-        self._lsam = LSAM(model, optimizer, output_dir=out, **lsam)
-        self._reset = reset
-        self._held = 0
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lsam: dict[str, Any], steps: int, out: Path):
+        self._lsam = LSAM(model, optimizer, total_steps=steps, output_dir=out, **lsam)
 
     def __enter__(self) -> Asynchronous:
         self._lsam.__enter__()
@@ -122,12 +116,7 @@ class Asynchronous:
 
     def step(self, compute_loss: Callable[[], Tensor], rho: float) -> Tensor:
         self._lsam.arguments.sam_rho = rho
-        loss = self._lsam.step(compute_loss)
-        worker = self._lsam.worker
-        if self._reset and worker.version != self._held:
-            self._held = worker.version
-            worker.adopt_anchor()
-        return loss
+        return self._lsam.step(compute_loss)
 
     def vector(self) -> Tensor:
         worker = self._lsam.worker
@@ -373,11 +362,11 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if values["bf16"] else nullcontext()
 
-    if method["server_rule"] is None:
+    if method["algorithm"] is None:
         method_run = DataParallel(model, optimizer, identity, lsam, values["ascent_sync"])
         forward = method_run.wrapped
     else:
-        method_run = Asynchronous(model, optimizer, lsam, values["reset_to_anchor"], output_dir)
+        method_run = Asynchronous(model, optimizer, lsam, steps, output_dir)
         forward = model
     warnings = Warnings()
     logging.getLogger("hf_lsam").addHandler(warnings)
@@ -429,18 +418,16 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     if points:  # the final anchor is that of all workers, wherever they were when worker 0 passed its last point
         total = (
             method_run.layout.read([t.cpu() for t in method_run.tensors], torch.empty(method_run.layout.numel))
-            if method["server_rule"]
+            if method["algorithm"]
             else points[-1].vector
         )
-        sent = (
-            sum(w["bytes_pushed"] + w["bytes_pulled"] for w in workers) if method["server_rule"] else points[-1].bytes
-        )
+        sent = sum(w["bytes_pushed"] + w["bytes_pulled"] for w in workers) if method["algorithm"] else points[-1].bytes
         finished = max(worker["seconds"] for worker in workers)
         points[-1] = Point(steps, finished, int(sent), total, points[-1].statistics)
     if device.type == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
     curves = list(evaluate_points(points, model, method_run, values, images, batches, autocast, identity.num_workers))
-    if method["server_rule"]:
+    if method["algorithm"]:
         method_run.log_points(curves)
     if values["save_model"]:
         save_model(model, str(output_dir / "model.safetensors"))

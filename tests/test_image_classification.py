@@ -144,7 +144,7 @@ def test_data_parallel_sam_against_its_equations(tmp_path, ascent_sync):
 
 def test_a_worker_alone_and_a_slow_one(tmp_path, data):
     """In this process: LSAM with n = 1, a pause after every step, a rho that decays, a worker that is reset."""
-    settings = {"rho_schedule": "learning_rate", "slow_worker": 0, "slow_steps": 3, "reset_to_anchor": True}
+    settings = {"rho_schedule": "learning_rate", "slow_worker": 0, "slow_steps": 3}
     results = run(
         values_of(**data, **TINY, **settings, epochs=2, sync_steps=4, output_dir=tmp_path / "out", save_model=False)
     )
