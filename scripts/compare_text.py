@@ -4,8 +4,8 @@
         --train_file train.csv --validation_file test.csv [--use_lora true --learning_rate 2e-3] [--key value ...]
 
 The keys are those of train_text_classification.py. Three trials a method, on a part of the training file that is held
-out for them, over the learning rate and, where there is one, the radius: LSAM and SAM try the given learning rate, twice
-it, and twice it with a third of the given `sam_rho`; plain data parallelism once, twice and four times the given
+out for them, over the learning rate and, where there is one, the radius: LSAM and SAM try the given learning rate,
+twice it, and twice it with a third of the given `sam_rho`; plain data parallelism once, twice and four times the given
 learning rate. Then five seeds (`--seeds`) of the best, evaluated on the
 validation file. Runs are kept in `--runs_dir`; one that has finished is not run again. `--output_dir` receives
 NAME.json; `--readme` a table between the markers NAME.

@@ -43,7 +43,7 @@ from hf_lsam.card import markdown_table
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 
-# What makes the methods differ. `data_parallel` has no server; `barrier`: a worker waits for the anchor that counts it.
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor.
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
     "LSAM as in the paper": {
