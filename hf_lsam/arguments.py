@@ -51,6 +51,10 @@ class LSAMArguments:
         sam_adaptive (`bool`, defaults to False): measure the radius in units of each weight (ASAM). Useful radii are
             then 10 to 40 times larger.
         sam_interval (`int`, defaults to 1): perturb at every k-th optimizer step only, step plainly between.
+        sam_direction (`str`, defaults to "gradient"): along what the step perturbs. "gradient": the batch's own, which
+            costs a second pass. With one pass: "momentum", the optimizer's, against its sign, as in MSAM; "anchor", the
+            way the anchor came in its last move, as in FedLESAM (several workers; plain until it has moved). The
+            reported loss is then that of the one pass, and there is no lsam/sharpness.
         sam_ascent_fraction (`float`, defaults to 1.0): the share of each batch that pass 1 sees. At 0.25 a step costs
             1.25 forward-backward passes instead of 2. The reported loss is then that of pass 2, and lsam/sharpness
             compares it with the loss of that share. Each row of a batch must stand alone: trl's DPOTrainer and
@@ -124,6 +128,7 @@ class LSAMArguments:
     sam_eps: float = field(default=1e-12, metadata={"help": "Stabiliser in the denominator of the perturbation."})
     sam_adaptive: bool = field(default=False, metadata={"help": "Measure the radius in units of each weight (ASAM)."})
     sam_interval: int = field(default=1, metadata={"help": "Perturb at every k-th optimizer step only."})
+    sam_direction: str = field(default="gradient", metadata={"help": "'gradient', 'momentum' or 'anchor' (one pass)."})
     sam_ascent_fraction: float = field(default=1.0, metadata={"help": "Share of each batch that pass 1 sees."})
     langevin_temperature: float = field(default=0.0, metadata={"help": "Temperature of the noise added to each step."})
 
@@ -250,6 +255,7 @@ class LSAMArguments:
             langevin_temperature=self.langevin_temperature,
             algorithm=self.algorithm,
             max_bad_pushes=self.max_bad_pushes,
+            keeps_anchor_move=self.sam_rho > 0 and self.sam_direction == "anchor",
         )
 
     @property
@@ -292,8 +298,13 @@ class LSAMArguments:
         self._refuse_sharding()
 
     def refuse_optimizer(self, optimizer: torch.optim.Optimizer):
-        """Raises ValueError where coupling="score" would not be a Gaussian kernel with this optimizer."""
+        """Raises ValueError where the optimizer does not go with `coupling` or `sam_direction`."""
         sgd = "nesterov" in optimizer.param_groups[0]
+        if self.sam_rho and self.sam_direction == "momentum" and sgd and not optimizer.param_groups[0]["momentum"]:
+            raise ValueError(
+                "sam_direction='momentum' perturbs along the optimizer's momentum, and SGD keeps none: every step would "
+                "be a plain one. Give it a momentum (optim_args='momentum=0.9'), or use sam_direction='gradient'."
+            )
         if self.has_stepwise_coupling and self.coupling == "score" and not sgd:
             raise ValueError(
                 f"coupling='score' puts the pull inside the gradient, and "
@@ -320,6 +331,18 @@ class LSAMArguments:
             "sam_interval",
             "an integer >= 1",
             "Use 1 to perturb at every step.",
+        )
+        require(
+            self.sam_direction in ("gradient", "momentum", "anchor"),
+            "sam_direction",
+            "'gradient', 'momentum' or 'anchor'",
+            "'gradient' is SAM's own.",
+        )
+        require(
+            self.sam_direction == "gradient" or number("sam_ascent_fraction") == 1,
+            "sam_ascent_fraction",
+            f"1 with sam_direction={self.sam_direction!r}, which has no pass for the ascent",
+            "Use sam_direction='gradient' to make that pass cheaper.",
         )
         require(
             0 < number("sam_ascent_fraction") <= 1, "sam_ascent_fraction", "in (0, 1]", "Use 1.0 for the whole batch."

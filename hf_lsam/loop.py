@@ -26,9 +26,9 @@ from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators, agree_on_order, from_the_start
 from .figures import Figures
 from .identity import detach
-from .optimizers import showing_anchor, switch
+from .optimizers import known_direction, showing_anchor, switch
 from .parameters import refuse_changes, trainable_parameters
-from .rates import RaisedRates, momentum_of
+from .rates import RaisedRates, momentum_coefficient
 from .record import RecordWriter, describe
 from .run import EndSignals, Run
 from .worker import Worker
@@ -174,7 +174,7 @@ class LSAM:
         self.arguments.refuse_optimizer(optimizer)
         self._sync_steps = self.arguments.steps_between_pushes(total_steps)
         self._rates = RaisedRates(
-            optimizer, self.arguments.learning_rate_factor(self._sync_steps, momentum_of(optimizer))
+            optimizer, self.arguments.learning_rate_factor(self._sync_steps, momentum_coefficient(optimizer))
         )
 
     # --- the run ---
@@ -284,6 +284,13 @@ class LSAM:
         with unsynchronised():
             if arguments.sam_rho == 0 or self.worker.local_steps % arguments.sam_interval:
                 loss = one_pass()
+            elif arguments.sam_direction != "gradient":
+                directions, sign = known_direction(arguments.sam_direction, self.worker, self.optimizer)
+                if directions is None:
+                    loss = one_pass()
+                else:
+                    rho, eps, adaptive = sign * arguments.sam_rho, arguments.sam_eps, arguments.sam_adaptive
+                    loss = sam.gradient_along(parameters, directions, one_pass, rho, eps, adaptive)
             else:
                 loss, second = sam.gradient(
                     parameters,

@@ -35,6 +35,6 @@ class RaisedRates:
         self._rates = []
 
 
-def momentum_of(optimizer: torch.optim.Optimizer) -> float:
+def momentum_coefficient(optimizer: torch.optim.Optimizer) -> float:
     """Of SGD; 0 for all others."""
     return float(optimizer.param_groups[0].get("momentum", 0.0))

@@ -9,6 +9,10 @@ Foret et al., Sharpness-Aware Minimization (arXiv 2010.01412), equation 2. The n
 parameters. The adaptive form (ASAM, Kwon et al., arXiv 2102.11600, equation 8) measures the ball in units of the
 weights, T = |x| + 0.01:  eps = rho * T^2 g / (||T g||_2 + gamma).
 
+A direction that is known before the step makes one pass do (`gradient_along`): the optimizer's momentum m, as in MSAM
+(Becker et al., arXiv 2401.12033: the gradient at x - rho m / ||m||, where the momentum is about to carry x), or the way
+the anchor came, as in FedLESAM (Fan et al., arXiv 2405.18890: at x + rho (y_old - y) / ||y_old - y||).
+
 x + eps has storage of its own, and the parameter points there until `restore` points it back. Restoring is therefore
 exact, which x + eps - eps is not. The gradients of pass 1 are freed before pass 2 begins: written into their storage,
 x + eps would save a pass over memory, but gradients that outlive a pass lie scattered among its activations, and
@@ -74,6 +78,40 @@ def gradient(
     return first_loss, second_loss
 
 
+def gradient_along(
+    parameters: Sequence[nn.Parameter],
+    directions: Sequence[Tensor],
+    single_pass: Callable[[], Tensor],
+    rho: float,
+    eps: float = 1e-12,
+    adaptive: bool = False,
+) -> Tensor:
+    """Adds the gradient at x + rho u / (||u|| + eps) to the parameters' `.grad`, with one pass.
+
+    Args:
+        parameters: the trainable parameters, all on one device.
+        directions: u, one tensor a parameter; left as they are.
+        single_pass: forward and backward on the batch; returns the detached loss.
+        rho, eps, adaptive: see `perturb`.
+
+    Returns:
+        the loss at x + eps, 0-d, on the device.
+    """
+    moved = _move_along(
+        parameters,
+        list(directions) if not adaptive else [direction.clone() for direction in directions],
+        rho,
+        eps,
+        adaptive,
+    )
+    if torch.is_autocast_enabled(parameters[0].device.type):
+        torch.clear_autocast_cache()
+    try:
+        return single_pass()
+    finally:
+        restore(moved)
+
+
 @torch.no_grad()
 def perturb(
     parameters: Iterable[nn.Parameter],
@@ -111,20 +149,30 @@ def perturb(
             "A gradient is sparse (nn.Embedding(sparse=True)?). The perturbation is dense: it moves every weight, so "
             "sparse updates would be lost. Build the embedding with sparse=False."
         )
-    originals = [parameter.data for parameter in moved]
+    pairs = _move_along(moved, gradients, rho, eps * loss_scale, adaptive)
+    for parameter in moved:
+        parameter.grad = None
+    return pairs
+
+
+@torch.no_grad()
+def _move_along(
+    parameters: Sequence[nn.Parameter], directions: list[Tensor], rho: float, eps: Tensor | float, adaptive: bool
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Points the parameters at x + eps; `directions` are written over where `adaptive`."""
+    originals = [parameter.data for parameter in parameters]
     if adaptive:
         units = torch._foreach_abs(originals)
         torch._foreach_add_(units, ASAM_OFFSET)
-        torch._foreach_mul_(gradients, units)  # T g
-    scale = rho / (nn.utils.get_total_norm(gradients) + eps * loss_scale)
+        torch._foreach_mul_(directions, units)  # T g
+    scale = rho / (nn.utils.get_total_norm(directions) + eps)
     if adaptive:
-        torch._foreach_mul_(gradients, units)  # T^2 g
-    perturbed = torch._foreach_mul(gradients, scale)
+        torch._foreach_mul_(directions, units)  # T^2 g
+    perturbed = torch._foreach_mul(directions, scale)
     torch._foreach_add_(perturbed, originals)
-    for parameter, data in zip(moved, perturbed, strict=True):
-        parameter.grad = None
+    for parameter, data in zip(parameters, perturbed, strict=True):
         parameter.data = data
-    return list(zip(moved, originals, strict=True))
+    return list(zip(parameters, originals, strict=True))
 
 
 def restore(saved: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

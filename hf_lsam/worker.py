@@ -90,8 +90,14 @@ class Worker:
         self.version = -1
         self.skipped_pushes = 0
         self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
+        self.anchor_move: list[Tensor] | None = (
+            None  # y_old - y of the last move, a view a parameter, once there was one
+        )
+        self._last_anchor: Tensor | None = None
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
             self._pull()
+        if settings.keeps_anchor_move:
+            self._last_anchor, self._move = self.anchor.clone(), vector()
         self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings, self.parameters)
 
     def adopt_anchor(self) -> None:
@@ -240,6 +246,10 @@ class Worker:
             return False
         self.version = version
         self._swap_in_incoming()
+        if self._last_anchor is not None:
+            torch.sub(self._last_anchor, self.anchor, out=self._move)
+            self._last_anchor.copy_(self.anchor)
+            self.anchor_move = self.layout.views(self._move)
         return True
 
     def _fall_back(self) -> None:

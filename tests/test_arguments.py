@@ -22,6 +22,7 @@ OUT_OF_RANGE = {
     "sam_eps": [-1e-9, math.nan],
     "sam_interval": [0, -1, 1.5],
     "sam_ascent_fraction": [0.0, 1.1, -0.5, math.nan],
+    "sam_direction": ["random", None],
     "langevin_temperature": [-1.0, math.inf],
     "sync_steps": [0, -4, 2.5, True],
     "coupling_strength": [-0.1, 1.5, math.nan, math.inf],

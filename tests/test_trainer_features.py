@@ -71,6 +71,7 @@ def reference(
     adaptive: bool = False,
     context: Callable = contextlib.nullcontext,
     coupling: str = "decoupled",
+    direction: str = "gradient",
 ) -> SimpleNamespace:
     """LSAM with one worker: Algorithm 1 with SAM on each micro-batch, in plain PyTorch.
 
@@ -97,7 +98,7 @@ def reference(
 
     optimizer = make_optimizer(parameters)
     scheduler = make_scheduler(optimizer) if make_scheduler else None
-    handed_in = flat()
+    handed_in, came = flat(), None
     y, total, in_total, previous, version = flat(), torch.zeros_like(flat()), 0, None, 0
     seen = SimpleNamespace(loss=[], sharpness=[], norm=[], drift=[], x=[], y=[])
     model.train()
@@ -107,7 +108,23 @@ def reference(
         loss, sharpness = 0.0, 0.0
         for batch in micro:
             x = [p.detach().clone() for p in parameters]
-            if rho and perturbs(number):
+            if rho and direction != "gradient":
+                if direction == "momentum":  # MSAM: against the momentum
+                    known = [optimizer.state[p].get("momentum_buffer") for p in parameters]
+                    known = None if known[0] is None else [-v for v in known]
+                else:  # FedLESAM: the way the anchor came
+                    known = None if came is None else came.split([p.numel() for p in parameters])
+                if known is not None:
+                    norm = torch.cat([u.flatten() for u in known]).norm()
+                    with torch.no_grad():
+                        for p, u in zip(parameters, known, strict=True):
+                            p.add_(rho * u.view_as(p) / (norm + eps))
+                second, loss_1 = gradient(batch, weight)
+                with torch.no_grad():
+                    for p, kept in zip(parameters, x, strict=True):
+                        p.copy_(kept)
+                loss += loss_1
+            elif rho and perturbs(number):
                 part = batch if ascent_rows is None else {k: v[:ascent_rows] for k, v in batch.items()}
                 rng = torch.get_rng_state()
                 first, loss_1 = gradient(part, weight * ascent_weight)
@@ -146,7 +163,8 @@ def reference(
         total, in_total = total + (flat() - y), in_total + 1
         if in_total == tau:
             mean = handed_in - flat() if coupling == "merge" else -total / tau
-            y = y - anchor_lr * (mean if previous is None else mean + beta * (mean - previous))
+            before, y = y, y - anchor_lr * (mean if previous is None else mean + beta * (mean - previous))
+            came = before - y
             if coupling == "merge":
                 put(flat() + lambda0 * (y - flat()))
                 handed_in = flat()
@@ -552,6 +570,29 @@ def test_langevin_noise_has_variance_two_eta_t_in_each_parameter_group(tmp_path)
     torch.testing.assert_close(noise.var(dim=2), expected, rtol=0.05, atol=0)
     assert noise.mean(dim=2).abs().max() < 5 * (0.3 / 20_000) ** 0.5
     assert torch.corrcoef(noise[:, 1])[0, 1].abs() < 0.04
+
+
+# --- one pass, along a direction that is known before the step ---
+
+
+@pytest.mark.parametrize("direction", ["momentum", "anchor"])
+@pytest.mark.parametrize("coupling", ["decoupled", "merge"])
+def test_one_pass_along_the_momentum_or_the_way_of_the_anchor(tmp_path, direction, coupling):
+    fields = {"optim": "sgd", "optim_args": "momentum=0.9", "max_steps": 12, "coupling": coupling}
+    trainer = train(tmp_path, net(), sam_direction=direction, **fields)
+    steps = [[b] for b in (batches_of(blobs()) * 2)[:12]]
+    expected = reference(net(), steps, sgd(momentum=0.9), coupling=coupling, direction=direction)
+    plain = reference(net(), steps, sgd(momentum=0.9), coupling=coupling, rho=0.0)
+    for ours, theirs in zip(trainer.recorder.x, expected.x, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (expected.x[-1] - plain.x[-1]).norm() > 1e-2
+    assert all("lsam/sharpness" not in entry for entry in trainer.state.log_history)
+
+
+def test_a_pass_along_the_momentum_needs_an_optimizer_that_keeps_one(tmp_path):
+    with pytest.raises(ValueError, match=r"SGD keeps none.*optim_args='momentum=0.9'"):
+        train(tmp_path, net(), max_steps=3, sam_direction="momentum", optim="sgd")
+    train(tmp_path, net(), max_steps=3, sam_direction="momentum", optim="adamw_torch")
 
 
 # --- coupling inside the score ---

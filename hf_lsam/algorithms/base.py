@@ -23,6 +23,7 @@ class WorkerSettings:
         langevin_temperature: T; 0 injects no noise, 1 samples exactly.
         algorithm: "lsam", "easgd" or "lsgd".
         max_bad_pushes: refused pushes (NaN, infinity) in a row after which the worker begins again at the anchor.
+        keeps_anchor_move: keep y_old - y of the last move that was seen, at the price of two vectors.
     """
 
     sync_steps: int
@@ -31,6 +32,7 @@ class WorkerSettings:
     langevin_temperature: float = 0.0
     algorithm: str = "lsam"
     max_bad_pushes: int = 3
+    keeps_anchor_move: bool = False
 
     @property
     def pull(self) -> float:

@@ -40,9 +40,9 @@ from ..checkpoint import SERVER_STATE, newest_sealed
 from ..data import Generators, agree_on_order
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
-from ..optimizers import showing_anchor, switch
+from ..optimizers import known_direction, showing_anchor, switch
 from ..parameters import refuse_changes, trainable_parameters
-from ..rates import RaisedRates, momentum_of
+from ..rates import RaisedRates, momentum_coefficient
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
 from ..transport.link import ServerGone
@@ -217,6 +217,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.worker.note_loss(loss)
             return loss
+        if args.sam_direction != "gradient":
+            return self._one_pass_step(model, inputs, num_items_in_batch)
         part, share = _first_part(inputs, args.sam_ascent_fraction)
         items = None if num_items_in_batch is None else num_items_in_batch * share
         step, scaler = super().training_step, self.accelerator.scaler
@@ -242,6 +244,23 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         self.figures.note_losses(first_loss, second_loss, skip_overflow=scaler is not None)
         loss = first_loss if share == 1 else second_loss
         self.worker.note_loss(loss)
+        return loss
+
+    def _one_pass_step(self, model, inputs, num_items_in_batch):
+        args, worker, step = self.args, self.worker, super().training_step
+        directions, sign = known_direction(args.sam_direction, worker, self.optimizer)
+        if directions is None:
+            loss = step(model, inputs, num_items_in_batch)
+        else:
+            loss = sam.gradient_along(
+                worker.parameters,
+                directions,
+                lambda: step(model, inputs, num_items_in_batch),
+                sign * args.sam_rho,
+                args.sam_eps,
+                args.sam_adaptive,
+            )
+        worker.note_loss(loss)
         return loss
 
     def learning_rates(self) -> list[float]:
@@ -428,7 +447,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             server_state = None
         sync_steps = self.args.steps_between_pushes(max_steps)
         self.rates = RaisedRates(
-            self.optimizer, self.args.learning_rate_factor(sync_steps, momentum_of(self.optimizer))
+            self.optimizer, self.args.learning_rate_factor(sync_steps, momentum_coefficient(self.optimizer))
         )
         logger.info(f"sync_steps={sync_steps}; the optimizer steps with {self.rates.factor:g} times its learning rate.")
         self.worker = self._run.join(
