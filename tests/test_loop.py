@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 
+PATHS = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
 LSAM_FIELDS = {"sam_rho": 0.1, "sync_steps": 4, "coupling_strength": 0.5}
 
 
@@ -408,7 +409,7 @@ def test_two_workers_go_on_each_from_its_own_state_and_the_server_from_its(tmp_p
     script = write_script(tmp_path / "loop.py", RESUMED)
     runs = []
     for word in ("first", "again"):
-        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=str(Path(__file__).parent))
+        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=PATHS)
         runs.append([json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in (0, 1)])
     for first, again in zip(*runs, strict=True):
         assert again["begin"] == first["end"]
