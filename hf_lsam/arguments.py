@@ -302,8 +302,8 @@ class LSAMArguments:
         sgd = "nesterov" in optimizer.param_groups[0]
         if self.sam_rho and self.sam_direction == "momentum" and sgd and not optimizer.param_groups[0]["momentum"]:
             raise ValueError(
-                "sam_direction='momentum' perturbs along the optimizer's momentum, and SGD keeps none: every step would "
-                "be a plain one. Give it a momentum (optim_args='momentum=0.9'), or use sam_direction='gradient'."
+                "sam_direction='momentum' perturbs along the optimizer's momentum, and SGD keeps none: every step "
+                "would be a plain one. Give it a momentum (optim_args='momentum=0.9'), or use sam_direction='gradient'."
             )
         if self.has_stepwise_coupling and self.coupling == "score" and not sgd:
             raise ValueError(

@@ -10,6 +10,8 @@ round; the median over rounds is reported.
     plain              Trainer
     lsam               LSAMTrainer, alone: the server is an object in the process
     lsam quarter       the same with sam_ascent_fraction=0.25
+    lsam momentum      one pass, at x - rho m / ||m|| (sam_direction="momentum")
+    lsam anchor        one pass, along the anchor's last move (sam_direction="anchor")
     lsam server        the same as lsam, exchanging with a server process through shared memory
     pytorch_optimizer  SAM of the package of that name (left out if it is not installed)
     davda54            SAM as an optimizer wrapper in the style of davda54/sam, written here
@@ -64,6 +66,8 @@ LEARNING_RATE = 2e-5
 LSAM_VARIANTS = {
     "lsam": {},
     "lsam quarter": {"sam_ascent_fraction": 0.25},
+    "lsam momentum": {"sam_direction": "momentum"},
+    "lsam anchor": {"sam_direction": "anchor"},
     "lsam server": {},
 }
 

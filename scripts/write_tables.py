@@ -113,6 +113,7 @@ def summary() -> str:
     for variant, label in (
         ("lsam", "an LSAM step, of a plain Trainer step (MiniLM, all parameters, one worker, CPU)"),
         ("lsam quarter", "the same with sam_ascent_fraction=0.25"),
+        ("lsam momentum", "the same with one pass, along the momentum (sam_direction)"),
         ("pytorch_optimizer", "the same with pytorch_optimizer's SAM"),
         ("davda54", "the same with a SAM of two optimizer steps, as in davda54/sam"),
     ):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 
+PATHS = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
 LSAM_FIELDS = {"sam_rho": 0.1, "sync_steps": 4, "coupling_strength": 0.5}
 
 
@@ -542,10 +543,9 @@ report = dict(begin=begin, end=end, version=version, steps=lsam.worker.local_ste
 
 def test_two_workers_go_on_each_from_its_own_state_and_the_server_from_its(tmp_path):
     script = write_script(tmp_path / "loop.py", RESUMED)
-    here = Path(__file__).parent
-    paths, runs = f"{here}{os.pathsep}{here.parent}", []
+    runs = []
     for word in ("first", "again"):
-        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=paths)
+        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=PATHS)
         runs.append([json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in (0, 1)])
     for first, again in zip(*runs, strict=True):
         assert again["begin"] == first["end"]
