@@ -41,21 +41,29 @@ def origin(report: dict[str, Any]) -> str:
     return f"{machine}; {packages}; commit {state}, {provenance['date'][:10]}."
 
 
+def of_runs(runs: list[dict[str, Any]]) -> str:
+    """One line: hardware, versions, commits and date of runs that each say where they come from."""
+    hardware = runs[0]["hardware"]
+    machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
+    versions = ", ".join(f"{name} {number}" for name, number in runs[0]["versions"].items())
+    commits = sorted({run["commit"][:12] for run in runs})
+    return f"On {machine}; {versions}; commit {', '.join(commits)}; {max(run['date'][:10] for run in runs)}."
+
+
 def write_experiments(recipe: Path) -> None:
-    """The tables of scripts/reproduce.py between the markers of the recipe's README."""
+    """The tables of scripts/reproduce.py and simulate_images.py between the markers of the recipe's README."""
     for path in sorted(recipe.glob("results/*/*.json")):
         report = load(path)
+        if path.parent.name == "simulated":
+            measured = path.with_suffix(".md").read_text().strip()
+            write_between(recipe / "README.md", f"simulated-{path.stem}", f"{measured}\n\n{of_runs(report['runs'])}")
+            continue
         first = report["runs"][0]
-        dates = sorted(run["date"][:10] for run in report["runs"])
-        commits = sorted({run["commit"][:12] for run in report["runs"]})
-        hardware = first["hardware"]
-        machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
-        versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
         described = (
             f"{path.with_suffix('.md').read_text().strip()}\n\n![{report['experiment']}]"
             f"(results/{report['budget']}/{path.stem}.png)\n\n{first['steps_per_worker']} steps a worker at most, "
             f"{first['train_images']:,} training images, evaluated on {first['eval_images']:,} of the "
-            f"{first['evaluated_on']}. On {machine}; {versions}; commit {', '.join(commits)}; {dates[-1]}."
+            f"{first['evaluated_on']}. {of_runs(report['runs'])}"
         )
         write_between(recipe / "README.md", f"{report['budget']}-{path.stem}", described)
 

@@ -498,8 +498,9 @@ def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(f
     report = json.loads((tmp_path / "tiny.json").read_text())
     tried = {method: [t for t in report["trials"] if t["method"] == method] for method in ("lsam", "sam", "sgd")}
     for method in ("lsam", "sam"):
-        assert [trial["sam_rho"] for trial in tried[method]] == pytest.approx([0.01, 0.03, 0.09])
-    assert [trial["learning_rate"] for trial in tried["sgd"]] == pytest.approx([5e-3, 1e-2, 2e-2])
+        assert [trial["sam_rho"] for trial in tried[method]] == pytest.approx([0.03, 0.03, 0.01])
+        assert [trial["learning_rate"] for trial in tried[method]] == pytest.approx([1e-2, 2e-2, 2e-2])
+    assert [trial["learning_rate"] for trial in tried["sgd"]] == pytest.approx([1e-2, 2e-2, 4e-2])
     runs = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/results.json")]
     assert sorted(run["eval_examples"] for run in runs) == [10] * 9 + [40] * 6  # trials see no validation sentence
     accuracy = {}
