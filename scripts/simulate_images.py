@@ -46,6 +46,7 @@ from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 # What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor.
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
+    "LSAM, tau = 4": {"sam": True, "lsam": {"sync_steps": 4}},
     "LSAM as in the paper": {
         "sam": True,
         "lsam": {
@@ -79,7 +80,6 @@ class Run:
         steps: of each worker.
         learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
         sam_rho: radius of the methods with SAM's gradient.
-        sync_steps: tau; None lets it follow from the length of the run.
         batch_size: of one worker.
         seed: of weights, order and augmentation.
         validation: train on nine tenths of the training images and evaluate on the tenth.
@@ -91,7 +91,6 @@ class Run:
     steps: int = SHORT
     learning_rate: float = 0.1
     sam_rho: float = 0.02
-    sync_steps: int | None = None
     batch_size: int = 32
     seed: int = 0
     validation: bool = False
@@ -156,7 +155,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
     if method.get("data_parallel"):
         made = DataParallel(model, optimizer, loss, machines, gradient, scheduler, run.seed)
     else:
-        arguments = LoopArguments(**{"sync_steps": run.sync_steps, **method.get("lsam", {})})
+        arguments = LoopArguments(**method.get("lsam", {}))
         sync_steps = arguments.steps_between_pushes(run.steps)
         made = Cluster(
             model,
@@ -280,15 +279,8 @@ def methods(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
 def long(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A run three times as long, with the learning rates of the short one; LSAM with several tau."""
     _, rates = tuned(runs)
-    plans = {f"LSAM, tau = {tau}": ("LSAM", tau) for tau in (4, 8)}
-    plans |= {name: (name, None) for name in ("data-parallel SAM", "data-parallel SGD")}
-    return table_of(
-        runs,
-        {
-            label: [Run(name, LONG, rates[name], sync_steps=tau, seed=seed) for seed in range(seeds)]
-            for label, (name, tau) in plans.items()
-        },
-    )
+    names = ("LSAM", "LSAM, tau = 4", "data-parallel SAM", "data-parallel SGD")
+    return table_of(runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in names})
 
 
 def workers(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
