@@ -22,7 +22,7 @@ quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers a
 test: .venv/.test  ## Runs the tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Those that start no launcher and take no time: 19 seconds of one core, a third of them to start Python.
+# Those that start no launcher and take no time: 19 seconds of one core in all.
 FAST := algorithms arguments arithmetic landscape project record simulation
 
 test-fast: .venv/.test  ## Runs the tests of the inner loop (under a minute)
