@@ -1,8 +1,9 @@
-"""The house is kept: imports run one way, the README tells the truth, nothing is unpickled."""
+"""The house is kept: imports run one way, the texts tell the truth, nothing is unpickled."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -112,9 +113,8 @@ def test_nothing_is_unpickled():
         ), path
 
 
-def test_the_readme_tree_is_the_folder():
-    readme = (ROOT / "README.md").read_text()
-    tree = readme.split("<!-- tree -->")[1]
+def test_the_tree_in_the_documentation_is_the_folder():
+    tree = (ROOT / "docs/tree.md").read_text().split("<!-- tree -->")[1]
     listed, folders = set(), []
     for line in tree.splitlines():
         match = re.match(r"^( *)([\w.\-]+/?)(\s{2,}.*)?$", line)
@@ -126,15 +126,63 @@ def test_the_readme_tree_is_the_folder():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {path.split("/")[0] for path in tracked}
     package = {path for path in tracked if path.startswith("hf_lsam/") and not path.endswith("__init__.py")}
-    scripts = {path for path in tracked if path.startswith("scripts/")}
+    pages = {path for path in tracked if path.startswith(("docs/", "scripts/"))}
     package_folders = {str(Path(path).parent) for path in package}
-    assert listed == top | package | package_folders | scripts | {"scripts"}
+    assert listed == top | package | package_folders | pages | {"docs", "scripts"}
 
 
-def test_the_readme_names_no_path_that_is_not_there():
-    for page in [ROOT / "README.md", *ROOT.glob("recipes/*/README.md")]:
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("recipes/*/README.md"),
+]
+FOLDERS = "hf_lsam|scripts|recipes|tests|benchmarks|model_cards|docs"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_text_names_a_path_that_is_not_there(page):
+    text = page.read_text()
+    paths = re.findall(rf"`((?:{FOLDERS})/[\w./\-]+)`", text)
+    paths += re.findall(r"(?<![\w./])((?:scripts|recipes)/[\w./\-]+\.(?:py|sh|yaml|md))", text)  # in commands
+    for path in paths:
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / path).exists(), f"{page.name} links to {path}"
+
+
+def test_the_readme_links_to_every_page_and_the_site_lists_it():
+    readme, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    pages = {page.name for page in ROOT.glob("docs/*.md")}
+    assert pages == set(re.findall(r"- (\w+\.md)$", site, re.MULTILINE))
+    assert pages - {"index.md", "api.md"} == set(re.findall(r"\]\(docs/(\w+\.md)\)", readme))
+
+
+def test_the_makefile_has_every_command_that_a_text_names():
+    known = set(re.findall(r"^([\w\-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in [*TEXTS, ROOT / ".ci/run"]:
         text = page.read_text()
-        for path in re.findall(r"`((?:hf_lsam|scripts|recipes|tests|benchmarks|model_cards)/[\w./\-]+)`", text):
-            assert (ROOT / path).exists(), f"{page.name} names {path}"
-        for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-            assert (page.parent / path).exists(), f"{page.name} links to {path}"
+        named = re.findall(r"(?:^|`)make ([a-z\-]+)", text, re.MULTILINE)
+        assert set(named) <= known, f"{page.name} names make {set(named) - known}"
+
+
+def test_the_defaults_in_how_it_works_are_those_of_the_arguments():
+    from hf_lsam.arguments import EXCHANGES, SYNC_STEPS, LSAMArguments
+
+    defaults = {field.name: field.default for field in dataclasses.fields(LSAMArguments)}
+    table = (ROOT / "docs/how_it_works.md").read_text().split("| symbol in the paper |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    checked = set()
+    for _, names, values in rows:
+        names = re.findall(r"`(\w+)`", names)
+        if names == ["sync_steps"]:
+            assert values == f"so that a run has about {EXCHANGES} exchanges, {SYNC_STEPS[0]} to {SYNC_STEPS[1]}"
+            assert defaults["sync_steps"] is None
+        else:
+            numbers = [value.strip() for value in values.split(",")][: len(names)]
+            assert [float(number) for number in numbers] == [defaults[name] for name in names]
+            for name, value in re.findall(r'`(\w+)="(\w+)"`', values):
+                assert defaults[name] == value
+        checked.update(names)
+    assert len(checked) == 7
