@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
@@ -41,7 +41,7 @@ from ..data import Generators, agree_on_order
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
 from ..optimizers import known_direction, showing_anchor, switch
-from ..parameters import refuse_changes, trainable_parameters
+from ..parameters import about_cast, cast_to_float32, in_stored_types, refuse_changes, trainable_parameters
 from ..rates import RaisedRates, momentum_coefficient
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
@@ -150,7 +150,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         self.server_gone: ServerGone | None = None
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
+        self._cast: list[tuple[Tensor, torch.dtype]] = []  # what is saved in another type than it is trained in
         super().__init__(*positional, **keywords)
+        if self.model_init is None:
+            self._cast_to_float32(self.model, self.optimizer)
         trainable_parameters(self.model)  # refuses what cannot be trained, before any time is spent
         if self.is_model_parallel:
             raise ValueError(
@@ -159,6 +162,16 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             )
         self._signatures = FailureSignatures(args.identity.num_workers)
         self.add_callback(LSAMCallback(self))
+
+    def _cast_to_float32(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
+        self._cast = cast_to_float32(model, optimizer)
+        if self._cast and self.args.identity.rank == 0:
+            logger.warning(f"{about_cast(self._cast)} It is saved in the types that it was loaded in.")
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._cast_to_float32(model)
+        return model
 
     # --- what users call ---
 
@@ -311,7 +324,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             # The checkpoint of a worker beside worker 0 holds its own state only.
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             return
-        with self.anchor():
+        with self.anchor(), in_stored_types(self._cast):
             super().save_model(output_dir, _internal_call)
 
     def create_model_card(
