@@ -11,6 +11,7 @@ Wiring only. A worker is an ordinary single-device Trainer run; this module take
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -53,7 +54,6 @@ from .survey import LandscapeSurvey
 
 logger = transformers_logging.get_logger(__name__)
 
-_NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
 # Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
 _RECORDED = (
     "learning_rate",
@@ -115,12 +115,11 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 "LSAMConfig, or mix them into your config: `@dataclass class Config(LSAMArguments, YourArguments): "
                 "pass`."
             )
-        unsupported = next((c.__name__ for c in type(self).__mro__ if c.__name__ in _NOT_SUPPORTED), None)
-        if unsupported:
+        if generating := _makes_its_batches(type(self)):
             raise ValueError(
-                f"LSAM cannot train with {unsupported} yet: it generates inside the step and keeps state between "
-                "passes, so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, "
-                "such as SFTTrainer or DPOTrainer."
+                f"LSAM cannot train with {generating} yet: it makes or changes its batches inside the step (it "
+                "generates, or keeps samples between steps), so SAM's second pass would not see the first one's. Use a "
+                "trainer with a plain loss, such as SFTTrainer or DPOTrainer."
             )
         pairing = _stacks_rows(type(self))
         if pairing and args.sam_ascent_fraction < 1:
@@ -536,10 +535,29 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
+def _trainers_of_trl(kind: type) -> list[type]:
+    """The trainers of trl that `kind` is one of, the most derived first."""
+    return [c for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
+
+
 def _stacks_rows(kind: type) -> str | None:
     """The trl trainer whose batches are not of rows that each stand alone, if `kind` is one: all but SFTTrainer."""
-    from_trl = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
-    return from_trl[0] if from_trl and from_trl[0] != "SFTTrainer" else None
+    names = [c.__name__ for c in _trainers_of_trl(kind)]
+    return names[0] if names and names[0] != "SFTTrainer" else None
+
+
+def _makes_its_batches(kind: type) -> str | None:
+    """The trl trainer whose step makes or changes the batch that it is given, if `kind` is one.
+
+    The others leave `_prepare_inputs` to Trainer, and hand what `training_step` gets on without naming it.
+    """
+    trainers = _trainers_of_trl(kind)
+    for trainer in trainers:
+        step = vars(trainer).get("training_step")
+        names_inputs = step is not None and "inputs" in inspect.signature(step).parameters
+        if names_inputs or "_prepare_inputs" in vars(trainer):
+            return trainers[0].__name__
+    return None
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:
