@@ -1311,6 +1311,25 @@ def test_a_run_from_half_precision_resumes_bit_for_bit(tmp_path):
     assert not torch.equal(starts[0], starts[0].bfloat16().float())
 
 
+def test_the_best_of_a_run_from_half_precision_is_what_was_saved_of_it(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(stored_in(torch.bfloat16, tmp_path / "hub"))
+    fields = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trainer = train(
+        tmp_path / "run",
+        model,
+        texts(),
+        max_steps=9,
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        eval_dataset=texts(16, seed=1),
+        **fields,
+    )
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert best.dtype == torch.bfloat16
+    assert vector(model).dtype == torch.float32
+    assert torch.equal(vector(model), vector(best).float())
+
+
 def test_model_init_that_loads_half_precision(tmp_path, caplog):
     folder = stored_in(torch.bfloat16, tmp_path / "hub")
     trainer = LSAMTrainer(
