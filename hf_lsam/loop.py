@@ -27,7 +27,7 @@ from .data import Generators, agree_on_order, from_the_start
 from .figures import Figures
 from .identity import detach
 from .optimizers import known_direction, showing_anchor, switch
-from .parameters import refuse_changes, trainable_parameters
+from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
 from .rates import RaisedRates, momentum_coefficient
 from .record import RecordWriter, describe
 from .run import EndSignals, Run
@@ -82,7 +82,8 @@ class LSAM:
     ```
 
     Args:
-        model: the model, on its device.
+        model: the model, on its device. If trainable parameters of it are stored in half precision, it is cast to
+            float32 here; a checkpoint in its old type is `model.to(dtype)` away.
         optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared. One with a mode for
             evaluation (schedule-free) is in training mode inside `with lsam`, in the other inside `anchor` and after.
         accelerator: takes care of the backward pass and of fp16 scaling.
@@ -132,6 +133,9 @@ class LSAM:
                 f"resume_from={resume_from} holds no {SERVER_STATE}: there is no anchor to go on from. Name a folder "
                 "that `LSAM.save` has written, or leave it out to begin anew."
             )
+        cast = cast_to_float32(_unwrapped(model), optimizer)
+        if cast and self.arguments.identity.rank == 0:
+            logger.warning("%s", about_cast(cast))
         named = trainable_parameters(_unwrapped(model))
         if self.arguments.batchnorm_statistics == "average":
             named += running_statistics(_unwrapped(model))

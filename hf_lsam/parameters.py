@@ -8,12 +8,79 @@ parameters counted once. A LoRA model therefore exchanges its adapter alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def cast_to_float32(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> list[tuple[Tensor, torch.dtype]]:
+    """Casts what is stored in half precision up to float32, if any trainable parameter is; else does nothing.
+
+    With it go the frozen parameters and the buffers, so that no layer gets another type than its own. A model with peft
+    adapters is the exception: its frozen base keeps its type, and only what trains is cast. Parameters stay the objects
+    they are, so tied ones stay tied and an optimizer that holds them goes on.
+
+    Args:
+        optimizer: one that holds the parameters already, if there is.
+
+    Returns:
+        the tensors that were cast, with the dtypes they had.
+
+    Raises:
+        ValueError: if `optimizer` has made steps, or loaded a state, in half precision.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not any(parameter.dtype in HALF_PRECISION for parameter in trainable):
+        return []
+    if optimizer is not None and optimizer.state:
+        raise ValueError(
+            "The optimizer holds a state of parameters in half precision: its moments have been rounded already, and "
+            "would not fit the float32 parameters that LSAM trains. Hand over an optimizer that has made no step; load "
+            "its state afterwards."
+        )
+    has_adapters = getattr(model, "peft_config", None) is not None
+    tensors = trainable if has_adapters else [*model.parameters(), *model.buffers()]
+    cast = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF_PRECISION]
+    for tensor, _ in cast:
+        gradient, tensor.grad = tensor.grad, None
+        tensor.data = tensor.data.float()
+        tensor.grad = None if gradient is None else gradient.float()
+    return cast
+
+
+def about_cast(cast: Sequence[tuple[Tensor, torch.dtype]]) -> str:
+    """One line for the log: what `cast_to_float32` did, why, and what it costs."""
+    kinds = " and ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in cast}))
+    more = sum(2 * tensor.numel() for tensor, _ in cast)
+    return (
+        f"{len(cast)} tensors stored in {kinds} were cast to float32, which takes {more:,} bytes more: in half "
+        "precision most of a SAM perturbation or of an optimizer's step is lost in rounding. The model computes in "
+        "float32 too, unless under autocast (bf16=True or fp16=True), which a frozen base that stays in half precision "
+        "may need."
+    )
+
+
+@contextmanager
+def in_stored_types(cast: Sequence[tuple[Tensor, torch.dtype]]) -> Iterator[None]:
+    """Inside, the tensors have the dtypes they had before `cast_to_float32`; after, their float32 values again.
+
+    Costs the memory of one more copy in half precision. May be nested.
+    """
+    kept = [(tensor, tensor.data) for tensor, _ in cast]
+    try:
+        for tensor, dtype in cast:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

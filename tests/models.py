@@ -95,6 +95,22 @@ def tiny_bert(seed: int = 0, dropout: float = 0.0):
     )
 
 
+def tiny_gpt2(seed: int = 0):
+    """A GPT-2 of two layers, 16 wide, whose output layer is its embedding; no dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0))
+
+
+def texts(rows: int = 64, length: int = 8, seed: int = 0) -> Rows:
+    """Random tokens, each text its own labels."""
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return Rows([{"input_ids": row, "labels": row} for row in ids])
+
+
 def arguments(kind: type, output_dir: Path, **fields: Any):
     """A config of class `kind` for a short quiet CPU run whose batches come in the order of the rows."""
     defaults = {

@@ -12,7 +12,14 @@ from torch import nn
 from hf_lsam.anchor import Anchor
 from hf_lsam.batchnorm import frozen_statistics, reestimate, tracking_layers
 from hf_lsam.coupling import CPU_BLOCK, add_langevin_noise, blocks, period_factors, pull_and_accumulate
-from hf_lsam.parameters import ParameterLayout, first_difference, trainable_parameters
+from hf_lsam.parameters import (
+    ParameterLayout,
+    about_cast,
+    cast_to_float32,
+    first_difference,
+    in_stored_types,
+    trainable_parameters,
+)
 from hf_lsam.sam import ASAM_OFFSET, perturb, restore
 
 
@@ -260,6 +267,42 @@ def test_the_first_difference_is_named():
 def test_models_that_cannot_be_trained_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         trainable_parameters(model)
+
+
+def test_half_precision_is_cast_where_it_trains_and_tied_parameters_stay_tied():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}).bfloat16()
+    model["b"].weight = model["a"].weight
+    model["norm"].requires_grad_(False)
+    model.register_buffer("wide", torch.ones(2, dtype=torch.float64))
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model["a"].bias.grad = torch.ones(4, dtype=torch.bfloat16)
+    parameters = list(model.parameters())
+    cast = cast_to_float32(model)
+    # 3 tensors of the linear layers, one of them tied; 2 weights and 2 statistics of the norm.
+    assert [dtype for _, dtype in cast] == [torch.bfloat16] * 7
+    assert "7 tensors stored in bfloat16" in about_cast(cast)
+    assert f"takes {2 * (16 + 4 + 4 + 4 * 4)} bytes more" in about_cast(cast)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model["b"].weight is model["a"].weight
+    assert model["a"].bias.grad.dtype == torch.float32
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.to(stored[name].dtype), stored[name])
+        assert tensor.dtype != torch.bfloat16
+    assert model.wide.dtype == torch.float64
+    with torch.no_grad():
+        model["a"].weight += 1e-5
+    exact, at = model["a"].weight.clone(), model["a"].weight.data_ptr()
+    with in_stored_types(cast), in_stored_types(cast):
+        assert model["a"].weight.dtype == model["norm"].running_var.dtype == torch.bfloat16
+    assert torch.equal(model["a"].weight, exact)
+    assert model["a"].weight.data_ptr() == at
+    assert cast_to_float32(model) == []
+
+
+def test_a_frozen_base_in_half_precision_stays_when_float32_layers_train_on_it():
+    model = nn.Sequential(nn.Linear(4, 4).bfloat16().requires_grad_(False), nn.Linear(4, 2))
+    assert cast_to_float32(model) == []
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
 # --- batchnorm.py ---

@@ -511,6 +511,28 @@ def test_a_loop_that_does_not_heed_a_signal_is_ended_by_its_next_steps(tmp_path)
         train_until(30, 13, tmp_path, heeds=False)
 
 
+def test_a_model_in_half_precision_is_trained_in_float32(caplog):
+    model, same = network().bfloat16(), network().bfloat16().float()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, same)]
+    losses, expected = (train(m, optimizer)[1] for m, optimizer in zip((model, same), optimizers, strict=True))
+    assert [loss.item() for loss in losses] == [loss.item() for loss in expected]
+    for a, b in zip(model.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a, b)
+    told = [record.getMessage() for record in caplog.records if "cast to float32" in record.getMessage()]
+    assert len(told) == 1
+    assert f"takes {2 * sum(p.numel() for p in model.parameters()):,} bytes more" in told[0]
+
+
+def test_an_optimizer_with_a_state_in_half_precision_is_refused():
+    model = network().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"state of parameters in half precision.*load its state afterwards"):
+        LSAM(model, optimizer, **LSAM_FIELDS)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_what_cannot_be_gone_on_from_is_an_error(tmp_path):
     model = network()
     with pytest.raises(FileNotFoundError, match=r"holds no lsam_server\.safetensors.*that `LSAM\.save` has written"):

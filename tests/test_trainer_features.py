@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import random
 import shutil
@@ -19,15 +20,17 @@ import peft
 import pytest
 import torch
 import trl
-from models import HIDDEN, Net, Rows, Stream, arguments, blobs, net, sentences, tiny_bert, vector
+from models import HIDDEN, Net, Rows, Stream, arguments, blobs, net, sentences, texts, tiny_bert, tiny_gpt2, vector
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
 from hf_lsam.batchnorm import STATISTICS
 from hf_lsam.callbacks import FailureSignatures
+from hf_lsam.checkpoint import SERVER_STATE, WORKER_STATE
 from hf_lsam.parameters import trainable_parameters
+from hf_lsam.trainer.wiring import _makes_its_batches
 
 # The paper's Algorithm 1 with every part of it at work.
 LSAM = {
@@ -1234,6 +1237,159 @@ def test_lora_trains_exchanges_and_saves_the_adapter_alone(tmp_path):
     assert (vector(model) - vector(adapted())).norm() > 0.05
 
 
+# --- checkpoints in half precision ---
+
+
+def stored_in(dtype: torch.dtype, folder, seed: int = 0) -> str:
+    """A folder with `tiny_gpt2` as most of the Hub keeps it: in half precision."""
+    tiny_gpt2(seed).to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def dtypes_in(folder) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_checkpoint_in_half_precision_is_trained_in_float32_and_saved_as_it_was(tmp_path, caplog, dtype, autocast):
+    folder = stored_in(dtype, tmp_path / "hub")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == dtype
+    numel = sum(p.numel() for p in model.parameters())
+    fields = {"max_steps": 10, "bf16": autocast, "optim": "adamw_torch", "learning_rate": 0.01}
+    trainer = train(tmp_path / "half", model, texts(), **fields)
+    told = [r.getMessage() for r in caplog.records if "cast to float32" in r.getMessage()]
+    assert len(told) == 1
+    assert f"takes {2 * numel:,} bytes more" in told[0]
+    same = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = train(tmp_path / "single", same, texts(), **fields)
+    for ours, theirs in zip(trainer.recorder.x, expected.recorder.x, strict=True):
+        assert torch.equal(ours, theirs)
+    anchor = vector(model)
+    assert anchor.dtype == torch.float32
+    assert torch.equal(anchor, vector(same))
+    assert not torch.equal(anchor, anchor.to(dtype).float())  # there is something that saving must not round away
+    assert model.lm_head.weight is model.transformer.wte.weight
+    trainer.save_model(tmp_path / "saved")
+    assert torch.equal(vector(model), anchor)
+    assert dtypes_in(tmp_path / "saved") == {dtype}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.dtype == loaded.config.dtype == dtype
+    assert torch.equal(vector(loaded), anchor.to(dtype))
+    assert (anchor - vector(AutoModelForCausalLM.from_pretrained(folder)).float()).norm() > 0.1
+
+
+def test_a_run_from_half_precision_resumes_bit_for_bit(tmp_path):
+    folder = stored_in(torch.bfloat16, tmp_path / "hub")
+    other = stored_in(torch.bfloat16, tmp_path / "other", seed=9)
+    fields = {"max_steps": 10, "optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 6}
+    through = train(tmp_path / "run", AutoModelForCausalLM.from_pretrained(folder), texts(), **fields)
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    assert dtypes_in(checkpoint) == {torch.bfloat16}
+    at_6 = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert torch.equal(vector(at_6), through.recorder.y[5].bfloat16())
+    model = AutoModelForCausalLM.from_pretrained(other)
+    resumed = train(tmp_path / "run", model, texts(), resume=str(checkpoint), **fields)
+    assert len(resumed.recorder.x) == 4
+    for ours, theirs in zip(resumed.recorder.x, through.recorder.x[6:], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(resumed.recorder.y, through.recorder.y[6:], strict=True):
+        assert torch.equal(ours, theirs)
+    # A worker without a state of its own begins at the server's anchor, which is float32, not at the saved weights.
+    (checkpoint / WORKER_STATE).unlink()
+    starts = []
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **keywords):
+            starts.append(vector(model))
+
+    model = AutoModelForCausalLM.from_pretrained(other)
+    train(tmp_path / "run", model, texts(), resume=str(checkpoint), callbacks=[Start()], **fields)
+    server = load_file(checkpoint / SERVER_STATE)
+    assert any(torch.equal(starts[0], t) for t in server.values() if t.shape == starts[0].shape)
+    assert not torch.equal(starts[0], starts[0].bfloat16().float())
+
+
+def test_the_best_of_a_run_from_half_precision_is_what_was_saved_of_it(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(stored_in(torch.bfloat16, tmp_path / "hub"))
+    fields = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trainer = train(
+        tmp_path / "run",
+        model,
+        texts(),
+        max_steps=9,
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        eval_dataset=texts(16, seed=1),
+        **fields,
+    )
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert best.dtype == torch.bfloat16
+    assert vector(model).dtype == torch.float32
+    assert torch.equal(vector(model), vector(best).float())
+
+
+def test_model_init_that_loads_half_precision(tmp_path, caplog):
+    folder = stored_in(torch.bfloat16, tmp_path / "hub")
+    trainer = LSAMTrainer(
+        model_init=lambda: AutoModelForCausalLM.from_pretrained(folder),
+        args=arguments(LSAMConfig, tmp_path / "run", max_steps=6, **LSAM),
+        train_dataset=texts(),
+    )
+    expected = train(
+        tmp_path / "single", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), texts(), max_steps=6
+    )
+    for _ in range(2):  # with an optimizer that has a state, the second time
+        trainer.train()
+        assert torch.equal(vector(trainer.model), vector(expected.model))
+    trainer.save_model(tmp_path / "saved")
+    assert dtypes_in(tmp_path / "saved") == {torch.bfloat16}
+
+
+def test_an_optimizer_made_before_goes_on_and_one_that_has_made_steps_is_refused(tmp_path):
+    model, same = net().bfloat16(), net().bfloat16().float()
+    ours = train(tmp_path / "a", model, optimizers=(sgd(momentum=0.9)(model.parameters()), None), max_steps=6)
+    theirs = train(tmp_path / "b", same, optimizers=(sgd(momentum=0.9)(same.parameters()), None), max_steps=6)
+    assert torch.equal(vector(ours.model), vector(theirs.model))
+    model = net().bfloat16()
+    optimizer = sgd(momentum=0.9)(model.parameters())
+    mean_loss(
+        model, {name: t.bfloat16() if name == "x" else t for name, t in batches_of(blobs())[0].items()}
+    ).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"state of parameters in half precision.*rounded.*no step"):
+        train(tmp_path / "c", model, optimizers=(optimizer, None), max_steps=6)
+
+
+def test_a_frozen_layer_in_half_precision_is_cast_with_those_that_train(tmp_path):
+    model = net().bfloat16()
+    model.first.requires_grad_(False)
+    trainer = train(tmp_path, model, max_steps=8)
+    same = net().bfloat16().float()
+    same.first.requires_grad_(False)
+    assert_same_run(trainer, reference(same, [[b] for b in batches_of(blobs())], sgd()))
+    trainer.save_model(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert torch.equal(saved["first.weight"], net().first.weight.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_in_half_precision_is_cast_and_its_base_is_not(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(stored_in(torch.bfloat16, tmp_path / "hub"))
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type=peft.TaskType.CAUSAL_LM, fan_in_fan_out=True)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    trainer = train(tmp_path / "run", model, texts(), max_steps=4, bf16=True)
+    by_training = {p.requires_grad: set() for p in model.parameters()}
+    for p in model.parameters():
+        by_training[p.requires_grad].add(p.dtype)
+    assert by_training == {True: {torch.float32}, False: {torch.bfloat16}}
+    trainer.save_model(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
 # --- resume ---
 
 
@@ -1433,10 +1589,6 @@ def test_schedules_that_follow_evaluations_are_refused(tmp_path, schedule):
     refuse(tmp_path, rf"{schedule}.*only worker 0.*'linear'", **fields)
 
 
-def test_half_precision_weights_are_refused(tmp_path):
-    refuse(tmp_path, r"`first.weight` is stored in torch.bfloat16.*lost.*dtype=torch.float32", model=net().bfloat16())
-
-
 def test_complex_parameters_are_refused(tmp_path):
     model = net()
     model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
@@ -1474,11 +1626,35 @@ def test_a_model_spread_over_devices_is_refused(tmp_path):
     refuse(tmp_path, r"spread over several devices.*one device.*without device_map", model=model)
 
 
-@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
+def trainer_of_trl(name: str) -> type:
+    """From `trl`, or else from the module of its name under `trl.experimental`."""
+    if hasattr(trl, name):
+        return getattr(trl, name)
+    folder = {"OnlineDPOTrainer": "online_dpo", "IWOPDTrainer": "iw_opd", "AsyncGRPOTrainer": "async_grpo"}
+    return getattr(
+        importlib.import_module(f"trl.experimental.{folder.get(name, name.removesuffix('Trainer').lower())}"), name
+    )
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # of trl, that its experimental trainers may change
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("GRPOTrainer", "RLOOTrainer", "DistillationTrainer", "GKDTrainer", "GOLDTrainer", "OnlineDPOTrainer"),
+        *("GMPOTrainer", "AsyncGRPOTrainer", "SDFTTrainer", "SDPOTrainer", "A2POTrainer", "IWOPDTrainer"),
+    ],
+)
 def test_trainers_that_generate_inside_the_step_are_refused(tmp_path, name):
-    base = getattr(trl, name)
-    kind = type("Mixed", (LSAMTrainerMixin, base), {})
-    refuse(tmp_path, rf"cannot train with {name} yet.*generates inside the step.*SFTTrainer", kind=kind)
+    kind = type("Mixed", (LSAMTrainerMixin, trainer_of_trl(name)), {})
+    refuse(tmp_path, rf"cannot train with {name} yet.*generates.*second pass.*SFTTrainer", kind=kind)
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize(
+    "name", ["SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer", "TPOTrainer"]
+)
+def test_trainers_whose_step_takes_the_batch_as_it_is_are_not(name):
+    assert _makes_its_batches(type("Mixed", (LSAMTrainerMixin, trainer_of_trl(name)), {})) is None
 
 
 def test_plain_training_arguments_are_refused(tmp_path):

@@ -11,7 +11,9 @@ import torch
 from models import Rows, arguments, vector
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
@@ -21,7 +23,7 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hf_lsam import LSAMArguments, LSAMTrainerMixin
 
@@ -221,3 +223,92 @@ def test_sft_saves_the_anchor(tmp_path, tokenizer):
     y = torch.cat([saved[name].flatten() for name, _ in trainer.model.named_parameters()])
     assert torch.equal(y, anchors.y[2])
     assert not torch.equal(y, anchors.x[2])
+
+
+def test_sft_of_a_checkpoint_in_half_precision_named_by_its_folder(tmp_path, tokenizer):
+    gpt2().bfloat16().save_pretrained(tmp_path / "hub")
+    args = arguments(LSAMSFTConfig, tmp_path / "run", max_steps=5, max_length=16, **LSAM)
+    args.model_init_kwargs = {"dtype": "auto"}  # else trl loads it in float32, and float32 it stays
+    trainer = LSAMSFTTrainer(
+        model=str(tmp_path / "hub"), args=args, train_dataset=sentences(), processing_class=tokenizer
+    )
+    assert args.bf16  # trl's default: autocast
+    begin = vector(trainer.model)
+    assert begin.dtype == torch.float32
+    assert torch.equal(begin, vector(gpt2().bfloat16()).float())
+    trainer.train()
+    anchor = vector(trainer.model)
+    assert (anchor - begin).abs().max() > 1e-4
+    trainer.save_model(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert saved.dtype == torch.bfloat16
+    assert torch.equal(vector(saved), anchor.bfloat16())
+
+
+def pairs() -> datasets.Dataset:
+    rows = sentences()["text"]
+    good, bad = [f" {row} word0" for row in rows], [f" {row} word1" for row in rows]
+    return datasets.Dataset.from_dict({"prompt": rows, "chosen": good, "rejected": bad})
+
+
+def judged() -> datasets.Dataset:
+    rows = sentences()["text"]
+    completions = [f" {row} word{i % 2}" for i, row in enumerate(rows)]
+    labels = [i % 2 == 0 for i in range(len(rows))]
+    return datasets.Dataset.from_dict({"prompt": rows, "completion": completions, "label": labels})
+
+
+def reward_model() -> GPT2ForSequenceClassification:
+    torch.manual_seed(0)
+    return GPT2ForSequenceClassification(GPT2Config(**{**gpt2().config.to_dict(), "num_labels": 1}))
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("base", "config", "model", "rows"),
+    [
+        (DPOTrainer, DPOConfig, gpt2, pairs),
+        (KTOTrainer, KTOConfig, gpt2, judged),
+        (RewardTrainer, RewardConfig, reward_model, pairs),
+    ],
+)
+def test_preferences_train_and_without_sam_and_coupling_as_plain(tmp_path, tokenizer, base, config, model, rows):
+    kind = type(f"LSAM{base.__name__}", (LSAMTrainerMixin, base), {})
+    mixed = dataclass(type(f"LSAM{config.__name__}", (LSAMArguments, config), {}))
+
+    model().save_pretrained(tmp_path / "hub")  # from where trl loads the reference
+
+    def run(kind, config, name, **fields):
+        # Adam: a difference that does not matter to SGD would be seen.
+        args = arguments(
+            config,
+            tmp_path / name,
+            max_steps=4,
+            bf16=False,
+            optim="adamw_torch",
+            learning_rate=1e-3,
+            max_length=32,
+            **fields,
+        )
+        anchors = Anchors()
+        callbacks = [anchors] if issubclass(kind, LSAMTrainerMixin) else []
+        trainer = kind(
+            model=type(model()).from_pretrained(tmp_path / "hub"),
+            args=args,
+            train_dataset=rows(),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        anchors.trainer = trainer
+        trainer.train()
+        return trainer, anchors
+
+    plain, _ = run(base, config, "plain")
+    alone, steps = run(kind, mixed, "alone", sam_rho=0.0, coupling_strength=0.0, sync_steps=2)
+    assert torch.equal(steps.x[-1], vector(plain.model))
+    assert entries(alone, "loss") == entries(plain, "loss")
+    lsam, steps = run(kind, mixed, "lsam", **LSAM)
+    assert all(sharpness > 0 for sharpness in entries(lsam, "lsam/sharpness"))
+    assert len(steps.x) == 4
+    assert entries(lsam, "loss")[0] == pytest.approx(entries(plain, "loss")[0], rel=1e-6)
+    assert not torch.equal(steps.x[-1], vector(plain.model))

@@ -11,6 +11,7 @@ Wiring only. A worker is an ordinary single-device Trainer run; this module take
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
@@ -41,7 +42,7 @@ from ..data import Generators, agree_on_order
 from ..figures import Figures
 from ..identity import data_sharding, is_pinned
 from ..optimizers import known_direction, showing_anchor, switch
-from ..parameters import refuse_changes, trainable_parameters
+from ..parameters import about_cast, cast_to_float32, in_stored_types, refuse_changes, trainable_parameters
 from ..rates import RaisedRates, momentum_coefficient
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
@@ -53,7 +54,6 @@ from .survey import LandscapeSurvey
 
 logger = transformers_logging.get_logger(__name__)
 
-_NOT_SUPPORTED = ("GRPOTrainer", "RLOOTrainer")
 # Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
 _RECORDED = (
     "learning_rate",
@@ -115,12 +115,11 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
                 "LSAMConfig, or mix them into your config: `@dataclass class Config(LSAMArguments, YourArguments): "
                 "pass`."
             )
-        unsupported = next((c.__name__ for c in type(self).__mro__ if c.__name__ in _NOT_SUPPORTED), None)
-        if unsupported:
+        if generating := _makes_its_batches(type(self)):
             raise ValueError(
-                f"LSAM cannot train with {unsupported} yet: it generates inside the step and keeps state between "
-                "passes, so SAM's second pass would not see the first one's samples. Use a trainer with a plain loss, "
-                "such as SFTTrainer or DPOTrainer."
+                f"LSAM cannot train with {generating} yet: it makes or changes its batches inside the step (it "
+                "generates, or keeps samples between steps), so SAM's second pass would not see the first one's. Use a "
+                "trainer with a plain loss, such as SFTTrainer or DPOTrainer."
             )
         pairing = _stacks_rows(type(self))
         if pairing and args.sam_ascent_fraction < 1:
@@ -150,7 +149,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         self.server_gone: ServerGone | None = None
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
+        self._cast: list[tuple[Tensor, torch.dtype]] = []  # what is saved in another type than it is trained in
         super().__init__(*positional, **keywords)
+        if self.model_init is None:
+            self._cast_to_float32(self.model, self.optimizer)
         trainable_parameters(self.model)  # refuses what cannot be trained, before any time is spent
         if self.is_model_parallel:
             raise ValueError(
@@ -159,6 +161,16 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             )
         self._signatures = FailureSignatures(args.identity.num_workers)
         self.add_callback(LSAMCallback(self))
+
+    def _cast_to_float32(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
+        self._cast = cast_to_float32(model, optimizer)
+        if self._cast and self.args.identity.rank == 0:
+            logger.warning(f"{about_cast(self._cast)} It is saved in the types that it was loaded in.")
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._cast_to_float32(model)
+        return model
 
     # --- what users call ---
 
@@ -311,7 +323,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             # The checkpoint of a worker beside worker 0 holds its own state only.
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             return
-        with self.anchor():
+        with self.anchor(), in_stored_types(self._cast):
             super().save_model(output_dir, _internal_call)
 
     def create_model_card(
@@ -523,10 +535,29 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
+def _trainers_of_trl(kind: type) -> list[type]:
+    """The trainers of trl that `kind` is one of, the most derived first."""
+    return [c for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
+
+
 def _stacks_rows(kind: type) -> str | None:
     """The trl trainer whose batches are not of rows that each stand alone, if `kind` is one: all but SFTTrainer."""
-    from_trl = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
-    return from_trl[0] if from_trl and from_trl[0] != "SFTTrainer" else None
+    names = [c.__name__ for c in _trainers_of_trl(kind)]
+    return names[0] if names and names[0] != "SFTTrainer" else None
+
+
+def _makes_its_batches(kind: type) -> str | None:
+    """The trl trainer whose step makes or changes the batch that it is given, if `kind` is one.
+
+    The others leave `_prepare_inputs` to Trainer, and hand what `training_step` gets on without naming it.
+    """
+    trainers = _trainers_of_trl(kind)
+    for trainer in trainers:
+        step = vars(trainer).get("training_step")
+        names_inputs = step is not None and "inputs" in inspect.signature(step).parameters
+        if names_inputs or "_prepare_inputs" in vars(trainer):
+            return trainers[0].__name__
+    return None
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:
