@@ -36,7 +36,7 @@ class Anchor:
         self,
         vector: Tensor,
         lr: float = 1.0,
-        momentum_correction: float = 0.3,
+        momentum_correction: float = 0.0,
         optimizer: str = "sgd",
         momentum: float = 0.9,
     ):
