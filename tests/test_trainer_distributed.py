@@ -595,3 +595,31 @@ def test_a_launch_that_starts_one_process_instead_of_two_is_an_error_that_names_
     assert "asked for 2 processes and started 1" in run.stderr
     assert "Add --multi_gpu" in run.stderr
     assert left_behind(tmp_path) == []
+
+
+HALF = """
+again = sys.argv[2] == "again"
+model = net(seed=9 if again else 0).bfloat16()
+args = arguments(LSAMConfig, OUT / "run", max_steps=8, save_strategy="steps", save_steps=8, **LSAM)
+if again:
+    args.max_steps = 12
+trainer = LSAMTrainer(model=model, args=args, train_dataset=blobs(128))
+trainer.train(resume_from_checkpoint=str(OUT / "run" / "checkpoint-8") if again else None)
+trainer.save_model(OUT / "saved")
+anchor = vector(model)
+with trainer.local():
+    own = vector(model)
+report(anchor=digest(anchor), dtype=str(anchor.dtype), own=digest(own), steps=trainer.worker.local_steps)
+"""
+
+
+def test_two_workers_train_and_resume_a_model_in_half_precision(tmp_path):
+    for again, steps in (("begin", 8), ("again", 12)):
+        run, (first, second) = launch(tmp_path, HALF, again)
+        assert first["anchor"] == second["anchor"]
+        assert first["own"] != second["own"]
+        assert first["dtype"] == second["dtype"] == "torch.float32"
+        assert first["steps"] == second["steps"] == steps
+        assert (run.stdout + run.stderr).count("were cast to float32") == 1  # worker 0 tells
+        saved = load_file(tmp_path / "saved" / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
