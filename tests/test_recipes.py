@@ -292,7 +292,7 @@ def tagged() -> list[dict]:
 def test_token_classification_of_minilm(tmp_path):
     path = write_lines(tmp_path / "entities.jsonl", tagged())
     held_out = write_lines(tmp_path / "held_out.jsonl", tagged()[:5])
-    short = {"train_file": path, "validation_file": held_out, "use_lora": True, "max_steps": 4}
+    short = {"train_file": path, "validation_file": held_out, "use_lora": True, "max_steps": 4, "learning_rate": 5e-4}
     results = start("token_classification", "lsam", tmp_path / "out", **short)
     check_lsam(results, 1, "eval_f1")
     assert results["labels"] == ["B-LOC", "B-PER", "I-PER", "O"]

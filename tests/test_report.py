@@ -78,7 +78,7 @@ def test_workers_leave_a_landscape_and_nothing_else(runs):
     assert lines["0"][at_anchor] == lines["1"][at_anchor] == plane["losses"][4][4]
     assert all(math.isfinite(value) for row in plane["losses"] + plane["smoothed"] for value in row)
     assert measured["batchnorm"]
-    assert measured["strength"] == pytest.approx(0.1 / (0.05 * 4))
+    assert measured["strength"] == pytest.approx(1.0 / (0.05 * 4))
 
 
 def test_measuring_changes_nothing_and_shows_how_far_it_is(tmp_path, capsys):
