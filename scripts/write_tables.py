@@ -98,7 +98,8 @@ def summary() -> str:
     rows = [
         (
             f"MiniLM with LoRA, {lsam['num_workers']} workers of {lsam['runs'][0]['steps_per_worker'][0]} steps: "
-            f"held-out accuracy of the anchor on {lsam['eval_examples']:,} sentences",
+            f"held-out accuracy of the anchor on {lsam['eval_examples']:,} sentences (coupling_strength="
+            f"{lsam['configuration']['coupling_strength']:g}, pulled at every step)",
             f"{accuracy['mean']:.3f} ± {accuracy['std']:.3f}",
             f"seeds {', '.join(map(str, seeds))}",
         ),
