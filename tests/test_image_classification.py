@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import simulate_images
 from configuration import parse_configuration
 from image_data import ImageDataArguments
 from train_image_classification import METHODS, RunArguments, run
@@ -229,3 +230,26 @@ def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path,
     again = reproduce(tmp_path, data, "methods", "--epochs=1")
     assert [run["settings"] for run in again["runs"]] == [run["settings"] for run in report["runs"]]
     assert {path for path, time in finished.items() if path.stat().st_mtime_ns != time} == {lost}
+
+
+# --- simulated ---
+
+
+@pytest.mark.parametrize("method", simulate_images.METHODS)
+def test_every_method_is_simulated_on_images(data, method):
+    """Two workers, one at half speed behind a link; nothing is learnt in so few steps, but all of it runs."""
+    machines = [{"step_seconds": 0.1}, {"step_seconds": 0.2, "latency": 0.01, "bandwidth": 1e7}]
+    run = simulate_images.Run(method, 8, batch_size=4, machines=machines, moments=2)
+    values = parse_configuration((ImageDataArguments,), [f"--{k}={v}" for k, v in data.items() if v is not None])
+    result = simulate_images.simulate(run, json.dumps(values))
+    first, last = result["points"]
+    assert (first["step"], last["step"]) == (4, 8)
+    assert last["bytes"] > first["bytes"] > 0 or method == "LSAM as in the paper"  # it first exchanges at step 16
+    assert last["virtual_seconds"] > 8 * 0.2
+    assert 0 <= last["error"] <= 100
+    assert (result["sync_steps"] is None) == method.startswith("data-parallel")
+
+
+def test_the_clusters_of_the_clock_are_machines():
+    for machines in simulate_images.CLUSTERS.values():
+        assert len([simulate_images.Machine(**fields) for fields in machines]) == 4
