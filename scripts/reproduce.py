@@ -180,7 +180,7 @@ def async_vs_sync(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 TRIALS: dict[str, tuple[dict[str, float], list[dict[str, float]]]] = {
     "sgd": ({}, [{"weight_decay": 1e-4}, {"weight_decay": 2e-3}]),
     "sam": ({}, [{"sam_rho": 0.02}, {"sam_rho": 0.1}]),
-    "lsam": ({}, [{"sam_rho": 0.02}, {"sync_steps": 4}]),
+    "lsam": ({}, [{"sam_rho": 0.02}, {"coupling_strength": 0.5}]),
     "easgd": ({"coupling_strength": 0.225}, [{"coupling_strength": 0.1}, {"coupling_strength": 0.45}]),
     "lsgd": ({"coupling_strength": 0.1}, [{"coupling_strength": 0.9}, {"coupling_strength": 4.0}]),
 }
