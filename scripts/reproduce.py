@@ -182,7 +182,7 @@ TRIALS: dict[str, tuple[dict[str, float], list[dict[str, float]]]] = {
     "sam": ({}, [{"sam_rho": 0.02}, {"sam_rho": 0.1}]),
     "lsam": ({}, [{"sam_rho": 0.02}, {"coupling_strength": 0.5}]),
     "easgd": ({"coupling_strength": 0.225}, [{"coupling_strength": 0.1}, {"coupling_strength": 0.45}]),
-    "lsgd": ({"coupling_strength": 0.1}, [{"coupling_strength": 0.9}, {"coupling_strength": 4.0}]),
+    "lsgd": ({"coupling_strength": 0.1}, [{"coupling_strength": 0.9}, {"coupling_strength": 2.0}]),
 }
 
 

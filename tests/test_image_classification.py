@@ -188,7 +188,7 @@ IMAGE_RECIPES = sorted(
 @pytest.mark.parametrize("path", IMAGE_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_image_recipe_is_read(path):
     values = parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), ["--config", str(path)])
-    assert values["method"] == path.stem
+    assert values["method"] == path.stem.removesuffix("_paper")
     assert f"{values['dataset']}_{values['model']}" == path.parent.name
     assert (values["epochs"], values["batch_size"], values["learning_rate"], values["num_workers"]) == (
         150,
