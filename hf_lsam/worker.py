@@ -90,9 +90,7 @@ class Worker:
         self.version = -1
         self.skipped_pushes = 0
         self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
-        self.anchor_move: list[Tensor] | None = (
-            None  # y_old - y of the last move, a view a parameter, once there was one
-        )
+        self.anchor_move: list[Tensor] | None = None  # y_old - y of the last move that was seen, as views
         self._last_anchor: Tensor | None = None
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
             self._pull()

@@ -94,6 +94,8 @@ class Merge(WorkerHalf):
         return {"known": torch.cat([known.reshape(-1) for known in self._known])}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        if "known" not in state:  # saved by a worker that did not merge: it has handed in all that it had
+            return
         parts = state["known"].split([known.numel() for known in self._known])
         for known, part in zip(self._known, parts, strict=True):
             known.copy_(part.view_as(known))
