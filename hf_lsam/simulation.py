@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import sam
 from .algorithms import ServerSettings, WorkerSettings
 from .batchnorm import tracking_layers
+from .compression import encoded_bytes, rounded
 from .parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 from .rates import RaisedRates
 from .server.core import ServerCore
@@ -126,10 +127,15 @@ class _Clock:
 
 
 class _Server:
-    """The core, and the versions that are still on their way to somebody."""
+    """The core, and the versions that are still on their way to somebody.
 
-    def __init__(self, clock: _Clock, core: ServerCore, longest_transfer: float):
+    What crosses the links is the change of the anchor since the last version, rounded to `bits`; what that leaves
+    behind goes with the next.
+    """
+
+    def __init__(self, clock: _Clock, core: ServerCore, longest_transfer: float, bits: int):
         self.core = core
+        self.bits = bits
         self.waiting: list[_SimulatedWorker] = []  # for a newer anchor
         self.published: list[tuple[float, int, Tensor]] = [(-math.inf, 0, core.anchor.vector.clone())]
         self._clock, self._longest = clock, longest_transfer
@@ -139,7 +145,9 @@ class _Server:
         anchor, now = self.core.anchor, self._clock.now
         if anchor.version == self.published[-1][1]:
             return
-        self.published.append((now, anchor.version, anchor.vector.clone()))
+        held = self.published[-1][2]
+        newest = anchor.vector.clone() if self.bits == 32 else held + rounded(anchor.vector - held, self.bits)
+        self.published.append((now, anchor.version, newest))
         while len(self.published) > 1 and self.published[1][0] + self._longest <= now:
             self.published.pop(0)  # whoever asks from now on has a newer one
         waiting, self.waiting = self.waiting, []
@@ -162,7 +170,8 @@ class _Link:
         self.accepted = self.refused = self.refused_in_a_row = 0
         self.staleness: list[int] = []
         self.bytes_pushed = self.bytes_pulled = 0
-        self._size = 4 * numel
+        self._size = encoded_bytes(numel, server.bits)
+        self._held_back = torch.zeros(numel) if server.bits < 32 else None
         self.transfer = machine.transfer(self._size)
         self._clock, self._server, self._latency = clock, server, machine.latency
         self._answered_at = -math.inf
@@ -184,12 +193,21 @@ class _Link:
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         self.bytes_pushed += self._size
         self.counted_at, self._answer, self._answered_at = None, None, math.inf
+        vector = self._rounded(total)
         if not self.transfer:
-            self._arrive(total, steps, version, loss)
+            self._arrive(vector, steps, version, loss)
             return
-        vector = total.clone()
+        vector = vector.clone()
         arrival = self._clock.now + self.transfer
         self._clock.at(arrival, self.worker, lambda: self._arrive(vector, steps, version, loss))
+
+    def _rounded(self, total: Tensor) -> Tensor:
+        if self._held_back is None or not torch.isfinite(torch.dot(total, total)):  # the core refuses what is not
+            return total
+        self._held_back += total
+        vector = rounded(self._held_back, self._server.bits)
+        self._held_back -= vector
+        return vector
 
     def _arrive(self, total: Tensor, steps: int, version: int, loss: float) -> None:
         self._answer = self._server.core.anchor.version
@@ -238,6 +256,7 @@ class Cluster:
         make_scheduler: given an optimizer, its learning rate schedule, stepped once a step.
         learning_rate_factor: see `LSAMArguments.learning_rate_factor`.
         barrier: after a push a worker waits for the anchor that counts it, as local SGD and DiLoCo do.
+        exchange_bits: of a value that crosses a link, 32, 8 or 4 (see `compression`).
         seed: of jitter, and of what workers draw from torch's generator (dropout, noise); worker r draws from seed + r.
 
     State: everything; a run cannot be saved.
@@ -255,6 +274,7 @@ class Cluster:
         make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         learning_rate_factor: float = 1.0,
         barrier: bool = False,
+        exchange_bits: int = 32,
         seed: int = 0,
     ):
         named = trainable_parameters(model)
@@ -263,9 +283,9 @@ class Cluster:
         self.worker_settings, self.gradient, self.barrier = worker, gradient, barrier
         self.learning_rate_factor = learning_rate_factor
         start = self.layout.read([parameter for _, parameter in named], torch.empty(self.layout.numel))
-        longest = max(machine.transfer(4 * self.layout.numel) for machine in machines)
+        longest = max(machine.transfer(encoded_bytes(self.layout.numel, exchange_bits)) for machine in machines)
         self.clock = _Clock()
-        self.server = _Server(self.clock, ServerCore(start, server), longest)
+        self.server = _Server(self.clock, ServerCore(start, server), longest, exchange_bits)
         self._workers = [_SimulatedWorker(self, number, machine, seed) for number, machine in enumerate(machines)]
 
     def run(self, steps: int, moments: int = 1) -> Iterator[Moment]:

@@ -168,6 +168,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
             scheduler,
             arguments.learning_rate_factor(sync_steps, momentum=0.9),
             method.get("barrier", False),
+            method.get("bits", 32),
             run.seed,
         )
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -36,6 +36,7 @@ ROOMS = [
     "transport",
     "checkpoint",
     "algorithms",
+    "compression",
     "anchor",
     "coupling",
     "sam",
@@ -44,7 +45,7 @@ ROOMS = [
     "parameters",
 ]
 # Arithmetic: torch and the standard library alone.
-ARITHMETIC = ["algorithms", "anchor", "coupling", "sam", "batchnorm", "landscape", "parameters"]
+ARITHMETIC = ["algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "landscape", "parameters"]
 
 
 def room_of(path: Path) -> str:

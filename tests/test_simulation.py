@@ -15,6 +15,7 @@ from lockstep import ETA, MOMENTUM, RHO, LockstepNet, batch_generator, draw, los
 from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
+from hf_lsam.compression import encoded_bytes
 from hf_lsam.parameters import ParameterLayout, trainable_parameters
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
@@ -177,3 +178,14 @@ def test_the_baselines_run_in_it(algorithm):
     *_, last = cluster([Machine(), Machine(1.5)], settings, server).run(16)
     assert math.isfinite(last.anchor.norm().item())
     assert last.bytes > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_rounding_holds_back_goes_with_the_next_push(bits):
+    made = cluster([Machine()] * 3, exchange_bits=bits)
+    *_, last = made.run(10 * TAU)
+    exchanges, size = 10, encoded_bytes(made.layout.numel, bits)
+    assert 3 * (2 * exchanges - 1) * size <= last.bytes <= 3 * (2 * exchanges + 1) * size
+    *_, reference = cluster([Machine()] * 3).run(10 * TAU)
+    # Without feedback, the rounding of 10 exchanges would add up; with it, about one is left.
+    assert 0 < (last.anchor - reference.anchor).norm() < (0.2 if bits == 4 else 0.02) * reference.anchor.norm()
