@@ -85,9 +85,9 @@ class RecordWriter:
             self._append(entry)
         self._before = []
 
-    def log(self, step: int, figures: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One log point. Before `begin` it is kept, and written then."""
-        entry = {"time": time.time(), "step": step, **figures}
+        entry = {"time": time.time(), "step": step, **metrics}
         if self._begun:
             self._append(entry)
         else:
