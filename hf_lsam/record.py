@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-import hf_lsam
+from .version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "hf_lsam": hf_lsam.__version__,  # which need not be installed to be used
+        "hf_lsam": __version__,  # which need not be installed to be used
     }
 
 
