@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .arguments import LSAMArguments
+from .arguments import TRAINER_ONLY, LSAMArguments
 from .checkpoint import SERVER_STATE, WORKER_STATE
 from .data import agree_on_order, from_the_start
+from .fields import marked
 from .identity import detach
 from .session import Session
 from .worker import Worker
@@ -36,13 +37,7 @@ class LoopArguments(LSAMArguments):
         self.validate()
 
 
-# What a closure decides for itself, or a Trainer's data loader.
-NOT_IN_A_LOOP = (
-    "sam_ascent_fraction",
-    "data_distribution",
-    "landscape_points",
-    "landscape_batches",
-)
+NOT_IN_A_LOOP = marked(LSAMArguments, TRAINER_ONLY)
 
 
 class LSAM:

@@ -45,6 +45,7 @@ ROOMS = [
     "batchnorm",
     "landscape",
     "parameters",
+    "fields",
     "version",
 ]
 # Arithmetic: torch and the standard library alone.
