@@ -7,13 +7,14 @@ server process needs torch alone.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .arguments import LSAMArguments, LSAMConfig
     from .loop import LSAM
     from .trainer import LSAMTrainer, LSAMTrainerMixin
 
-__version__ = "0.1.0"
-__all__ = ["LSAM", "LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin"]
+__all__ = ["LSAM", "LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin", "__version__"]
 
 _HOME = {
     "LSAM": "loop",

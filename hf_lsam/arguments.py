@@ -1,4 +1,8 @@
-"""The configuration of an LSAM run: `LSAMArguments`, to be mixed into any TrainingArguments, and `LSAMConfig`."""
+"""The configuration of an LSAM run: `LSAMArguments`, to be mixed into any TrainingArguments, and `LSAMConfig`.
+
+A new field is a line with its default and what it may hold, and a paragraph of the docstring, which is its help on the
+command line as well. A worker or server that is to know of it has a field of the same name in its settings.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import TrainingArguments
@@ -18,6 +22,7 @@ from .algorithms import ALGORITHMS, ServerSettings, WorkerSettings
 from .anchor import OPTIMIZERS
 from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound, drift_slowdown
+from .fields import Rule, by_name, check_fields, help_from_docstring, number, one_of, whole
 from .identity import Identity, pin
 from .run import Patience
 from .server.process import ServiceSettings
@@ -32,9 +37,28 @@ _SHARDING_VARIABLES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+_SHARDING_FIELDS = ("fsdp", "deepspeed", "parallelism_config")  # of TrainingArguments
+
+SHARED_MEMORY_DIR = Rule(
+    "a folder this process may write to",
+    "Use a folder on a local disk where there is no /dev/shm.",
+    lambda path: os.path.isdir(path) and os.access(path, os.W_OK),
+)
+SERVER_ADDRESS = Rule(
+    "the folder of a running server",
+    "Start one first: python -m hf_lsam.server --run_dir DIR",
+    lambda path: os.path.isdir(str(path)),
+)
+LANDSCAPE_POINTS = Rule(
+    "0 or 4 k + 1 (5, 9, 13, 17, ...)",
+    "So anchor and workers are among the points.",
+    lambda points: type(points) is int and (points == 0 or (points >= 5 and points % 4 == 1)),
+)
+TRAINER_ONLY = "a field that needs Trainer's data loader or its loss"
 
 
 @dataclass
+@help_from_docstring
 class LSAMArguments:
     """LSAM's own fields, to be mixed in before a subclass of `TrainingArguments`.
 
@@ -124,52 +148,52 @@ class LSAMArguments:
             would grow without bound, and for what LSAM cannot be combined with.
     """
 
-    sam_rho: float = field(default=0.05, metadata={"help": "L2 radius of the SAM perturbation; 0 switches SAM off."})
-    sam_eps: float = field(default=1e-12, metadata={"help": "Stabiliser in the denominator of the perturbation."})
-    sam_adaptive: bool = field(default=False, metadata={"help": "Measure the radius in units of each weight (ASAM)."})
-    sam_interval: int = field(default=1, metadata={"help": "Perturb at every k-th optimizer step only."})
-    sam_direction: str = field(default="gradient", metadata={"help": "'gradient', 'momentum' or 'anchor' (one pass)."})
-    sam_ascent_fraction: float = field(default=1.0, metadata={"help": "Share of each batch that pass 1 sees."})
-    langevin_temperature: float = field(default=0.0, metadata={"help": "Temperature of the noise added to each step."})
+    sam_rho: Annotated[float, number("[0, inf)", "Use 0 to train without SAM.")] = 0.05
+    sam_eps: Annotated[float, number("[0, inf)", "The default is 1e-12.")] = 1e-12
+    sam_adaptive: bool = False
+    sam_interval: Annotated[int, whole(1, "Use 1 to perturb at every step.")] = 1
+    sam_direction: Annotated[str, one_of(("gradient", "momentum", "anchor"), "'gradient' is SAM's own.")] = "gradient"
+    sam_ascent_fraction: Annotated[float, number("(0, 1]", "Use 1.0 for the whole batch."), TRAINER_ONLY] = 1.0
+    langevin_temperature: Annotated[float, number("[0, inf)", "Use 0 for no noise.")] = 0.0
 
-    algorithm: str = field(default="lsam", metadata={"help": "'lsam', 'easgd' or 'lsgd'."})
-    sync_steps: int | None = field(default=None, metadata={"help": "Local steps between two pushes (tau)."})
-    coupling: str = field(default="merge", metadata={"help": "How workers are held: 'merge', 'decoupled' or 'score'."})
-    coupling_strength: float = field(default=1.0, metadata={"help": "Share of the distance given up in a period."})
-    compensate_coupling: bool = field(default=True, metadata={"help": "Undo the brake of a coupling at every step."})
-    num_workers: int | None = field(default=None, metadata={"help": "Number of workers the run is meant to have."})
-    shared_memory_dir: str = field(default="/dev/shm", metadata={"help": "Where workers and server exchange vectors."})
-    server_address: str | None = field(default=None, metadata={"help": "Folder of a running server to join."})
-    server_timeout: float = field(default=120.0, metadata={"help": "Seconds to go on alone when the server has died."})
-    worker_timeout: float = field(default=600.0, metadata={"help": "Seconds of silence until a worker is dropped."})
-    machine_timeout: float = field(default=30.0, metadata={"help": "Seconds of silence until a machine is lost."})
-    snapshot_seconds: float = field(default=30.0, metadata={"help": "Seconds between saves of the server's state."})
-    max_bad_pushes: int = field(default=3, metadata={"help": "Refused pushes in a row until x is the anchor again."})
-    data_distribution: str = field(default="sharded", metadata={"help": "'sharded' or 'independent'."})
+    algorithm: Annotated[str, one_of(tuple(ALGORITHMS), "The default is 'lsam'.")] = "lsam"
+    sync_steps: Annotated[int | None, whole(1, "Use 1 to exchange after every step, or leave it out.")] = None
+    coupling: Annotated[
+        str, one_of(("merge", "decoupled", "score"), "'merge' brakes nobody; the paper couples in the 'score'.")
+    ] = "merge"
+    coupling_strength: Annotated[
+        float, number("[0, inf)", "The default is 1.0; the paper uses 0.1 and 0.9 with coupling='score'.")
+    ] = 1.0
+    compensate_coupling: bool = True
+    num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
+    shared_memory_dir: Annotated[str, SHARED_MEMORY_DIR] = "/dev/shm"
+    server_address: Annotated[str | None, SERVER_ADDRESS] = None
+    server_timeout: Annotated[float, number("(0, inf)", "120 leaves time to start a server again by hand.")] = 120.0
+    worker_timeout: Annotated[float, number("(0, inf)", "It must be longer than the longest evaluation.")] = 600.0
+    machine_timeout: Annotated[
+        float, number(f"[{4 * HEARTBEAT:g}, inf)", "A few late heartbeats must not end a link.")
+    ] = 30.0
+    snapshot_seconds: Annotated[float, number("[0, inf)", "Use 0 to save none.")] = 30.0
+    max_bad_pushes: Annotated[int, whole(1, "The default is 3.")] = 3
+    data_distribution: Annotated[
+        str, one_of(("sharded", "independent"), "'sharded' is what DDP does."), TRAINER_ONLY
+    ] = "sharded"
 
-    anchor_lr: float = field(default=1.0, metadata={"help": "Step size of the anchor."})
-    anchor_momentum_correction: float = field(
-        default=0.0, metadata={"help": "Momentum correction of the anchor (beta)."}
-    )
-    anchor_optimizer: str = field(default="sgd", metadata={"help": "'sgd', 'nesterov' or 'adam'."})
-    anchor_momentum: float = field(default=0.9, metadata={"help": "Momentum of 'nesterov', beta1 of 'adam'."})
-    batchnorm_statistics: str = field(
-        default="reestimate", metadata={"help": "The anchor's BatchNorm statistics: 'reestimate', 'average', 'worker'."}
-    )
-    batchnorm_batches: int = field(default=32, metadata={"help": "Training batches to re-estimate them from."})
-    landscape_points: int = field(default=0, metadata={"help": "Points a line of the loss landscape, 4 k + 1; or 0."})
-    landscape_batches: int = field(default=4, metadata={"help": "Training batches that each of them takes."})
+    anchor_lr: Annotated[float, number("(0, inf)", "1.0 moves the anchor to the mean of the samples.")] = 1.0
+    anchor_momentum_correction: Annotated[float, number("[0, inf)", "Use 0 for none.")] = 0.0
+    anchor_optimizer: Annotated[str, one_of(OPTIMIZERS, "'sgd' is the paper's.")] = "sgd"
+    anchor_momentum: Annotated[float, number("[0, 1)", "The default is 0.9.")] = 0.9
+    batchnorm_statistics: Annotated[str, one_of(STATISTICS, "'reestimate' is right for every model.")] = "reestimate"
+    batchnorm_batches: Annotated[int, whole(1, "batchnorm_statistics='worker' keeps the worker's own.")] = 32
+    landscape_points: Annotated[int, LANDSCAPE_POINTS, TRAINER_ONLY] = 0
+    landscape_batches: Annotated[int, whole(1, "landscape_points=0 measures nothing."), TRAINER_ONLY] = 4
 
     def __post_init__(self):
         self._saving_own_state = False
         self.validate()
         super().__post_init__()
-        self._refuse_incompatible()
-        if not self.accelerator_config.use_seedable_sampler and self.identity.num_workers > 1:
-            raise ValueError(
-                "accelerator_config.use_seedable_sampler=False lets each worker shuffle from a generator of its own, "
-                "without a process group to agree on one: their shares of an epoch would overlap. Leave it True."
-            )
+        for conflict in self._conflicts_with_trainer():
+            raise ValueError(conflict)
         # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
         self.accelerator_config.dispatch_batches = False
 
@@ -237,26 +261,12 @@ class LSAMArguments:
         return min(longest, max(shortest, round(run_steps / EXCHANGES)))
 
     def server_settings(self, sync_steps: int) -> ServerSettings:
-        return ServerSettings(
-            sync_steps=sync_steps,
-            anchor_lr=self.anchor_lr,
-            anchor_momentum_correction=self.anchor_momentum_correction,
-            anchor_optimizer=self.anchor_optimizer,
-            anchor_momentum=self.anchor_momentum,
-            algorithm=self.algorithm,
-            moving_rate=self.coupling_strength if self.algorithm == "easgd" else 0.0,
-        )
+        moving_rate = self.coupling_strength if self.algorithm == "easgd" else 0.0
+        return by_name(ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate)
 
     def worker_settings(self, sync_steps: int) -> WorkerSettings:
-        return WorkerSettings(
-            sync_steps=sync_steps,
-            coupling_strength=self.coupling_strength,
-            coupling=self.coupling,
-            langevin_temperature=self.langevin_temperature,
-            algorithm=self.algorithm,
-            max_bad_pushes=self.max_bad_pushes,
-            keeps_anchor_move=self.sam_rho > 0 and self.sam_direction == "anchor",
-        )
+        keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
+        return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
 
     @property
     def has_stepwise_coupling(self) -> bool:
@@ -276,8 +286,7 @@ class LSAMArguments:
         return drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
 
     def patience(self) -> Patience:
-        service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
-        return Patience(service, self.server_timeout, self.machine_timeout)
+        return by_name(Patience, self, service=by_name(ServiceSettings, self))
 
     def kernel_precision(self, sync_steps: int) -> float:
         """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""
@@ -293,9 +302,9 @@ class LSAMArguments:
 
     def validate(self):
         """Checks LSAM's own fields, alone and together."""
-        self._validate_ranges()
-        self._validate_stability()
-        self._refuse_sharding()
+        check_fields(LSAMArguments, self)
+        for conflict in self._conflicts():
+            raise ValueError(conflict)
 
     def refuse_optimizer(self, optimizer: torch.optim.Optimizer):
         """Raises ValueError where the optimizer does not go with `coupling` or `sam_direction`."""
@@ -312,219 +321,78 @@ class LSAMArguments:
                 "kernel would no longer be Gaussian. Use coupling='merge' or 'decoupled', or SGD (optim='sgd')."
             )
 
-    def _validate_ranges(self):
-        def require(ok: bool, name: str, rule: str, remedy: str):
-            if not ok:
-                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}. {remedy}")
-
-        def number(name: str) -> float:
-            value = getattr(self, name)
-            return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-        def whole(name: str) -> bool:
-            return isinstance(getattr(self, name), int) and not isinstance(getattr(self, name), bool)
-
-        require(0 <= number("sam_rho") < math.inf, "sam_rho", "finite and >= 0", "Use 0 to train without SAM.")
-        require(0 <= number("sam_eps") < math.inf, "sam_eps", "finite and >= 0", "The default is 1e-12.")
-        require(
-            whole("sam_interval") and self.sam_interval >= 1,
-            "sam_interval",
-            "an integer >= 1",
-            "Use 1 to perturb at every step.",
-        )
-        require(
-            self.sam_direction in ("gradient", "momentum", "anchor"),
-            "sam_direction",
-            "'gradient', 'momentum' or 'anchor'",
-            "'gradient' is SAM's own.",
-        )
-        require(
-            self.sam_direction == "gradient" or number("sam_ascent_fraction") == 1,
-            "sam_ascent_fraction",
-            f"1 with sam_direction={self.sam_direction!r}, which has no pass for the ascent",
-            "Use sam_direction='gradient' to make that pass cheaper.",
-        )
-        require(
-            0 < number("sam_ascent_fraction") <= 1, "sam_ascent_fraction", "in (0, 1]", "Use 1.0 for the whole batch."
-        )
-        require(
-            0 <= number("langevin_temperature") < math.inf,
-            "langevin_temperature",
-            "finite and >= 0",
-            "Use 0 for no noise.",
-        )
-        require(
-            self.sync_steps is None or (whole("sync_steps") and self.sync_steps >= 1),
-            "sync_steps",
-            "an integer >= 1 or None",
-            "Use 1 to exchange after every step, or leave it out.",
-        )
-        require(self.algorithm in ALGORITHMS, "algorithm", f"one of {', '.join(ALGORITHMS)}", "The default is 'lsam'.")
-        require(
-            self.coupling in ("merge", "decoupled", "score"),
-            "coupling",
-            "'merge', 'decoupled' or 'score'",
-            "'merge' brakes nobody; the paper couples in the 'score'.",
-        )
-        require(
-            0 <= number("coupling_strength") < math.inf,
-            "coupling_strength",
-            "finite and >= 0",
-            "The default is 1.0; the paper uses 0.1 and 0.9 with coupling='score'.",
-        )
-        at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
-        require(
-            not at_once or self.coupling_strength <= 1,
-            "coupling_strength",
-            "at most 1 where it is a worker's whole move at an exchange (coupling='merge', algorithm='easgd')",
-            "Beyond, it would move past the anchor. EASGD's paper uses 0.9 / n.",
-        )
-        shortest = self.sync_steps or SYNC_STEPS[0]
-        require(
-            at_once or self.coupling_strength <= shortest / 2,
-            "coupling_strength",
-            f"at most half of sync_steps ({shortest})",
-            "Beyond, a step takes more than half of a worker's distance to the anchor away, and nothing that it learns "
-            "lasts. Use a smaller one, or raise sync_steps.",
-        )
-        require(
-            self.num_workers is None or (whole("num_workers") and self.num_workers >= 1),
-            "num_workers",
-            "an integer >= 1 or None",
-            "Leave it out to take as many as the launcher starts.",
-        )
-        require(
-            self.server_address is None or os.path.isdir(str(self.server_address)),
-            "server_address",
-            "the folder of a running server",
-            "Start one first: python -m hf_lsam.server --run_dir DIR",
-        )
-        for name, remedy in {
-            "server_timeout": "120 leaves time to start a server again by hand.",
-            "worker_timeout": "It must be longer than the longest evaluation.",
-        }.items():
-            require(0 < number(name) < math.inf, name, "finite and > 0", remedy)
-        require(
-            4 * HEARTBEAT <= number("machine_timeout") < math.inf,
-            "machine_timeout",
-            f"finite and >= {4 * HEARTBEAT:g}",
-            "A few late heartbeats must not end a link.",
-        )
-        require(
-            0 <= number("snapshot_seconds") < math.inf, "snapshot_seconds", "finite and >= 0", "Use 0 to save none."
-        )
-        require(
-            whole("max_bad_pushes") and self.max_bad_pushes >= 1,
-            "max_bad_pushes",
-            "an integer >= 1",
-            "The default is 3.",
-        )
-        require(
-            self.data_distribution in ("sharded", "independent"),
-            "data_distribution",
-            "'sharded' or 'independent'",
-            "'sharded' is what DDP does.",
-        )
-        require(
-            0 < number("anchor_lr") < math.inf,
-            "anchor_lr",
-            "finite and > 0",
-            "1.0 moves the anchor to the mean of the samples.",
-        )
-        require(
-            0 <= number("anchor_momentum_correction") < math.inf,
-            "anchor_momentum_correction",
-            "finite and >= 0",
-            "Use 0 for none.",
-        )
-        require(
-            self.anchor_optimizer in OPTIMIZERS, "anchor_optimizer", f"one of {OPTIMIZERS}", "'sgd' is the paper's."
-        )
-        require(0 <= number("anchor_momentum") < 1, "anchor_momentum", "in [0, 1)", "The default is 0.9.")
-        require(
-            self.batchnorm_statistics in STATISTICS,
-            "batchnorm_statistics",
-            f"one of {STATISTICS}",
-            "'reestimate' is right for every model.",
-        )
-        require(
-            whole("batchnorm_batches") and self.batchnorm_batches >= 1,
-            "batchnorm_batches",
-            "an integer >= 1",
-            "batchnorm_statistics='worker' keeps the worker's own.",
-        )
-        require(
-            whole("landscape_points")
-            and (self.landscape_points == 0 or (self.landscape_points >= 5 and self.landscape_points % 4 == 1)),
-            "landscape_points",
-            "0 or 4 k + 1 (5, 9, 13, 17, ...)",
-            "So anchor and workers are among the points.",
-        )
-        require(
-            whole("landscape_batches") and self.landscape_batches >= 1,
-            "landscape_batches",
-            "an integer >= 1",
-            "landscape_points=0 measures nothing.",
-        )
-        require(
-            os.path.isdir(self.shared_memory_dir) and os.access(self.shared_memory_dir, os.W_OK),
-            "shared_memory_dir",
-            "a folder this process may write to",
-            "Use a folder on a local disk where there is no /dev/shm.",
-        )
-
-    def _validate_stability(self):
-        if not self.has_stepwise_coupling:
-            return  # merging workers hand in what they have moved, which an offset from the anchor is no part of
-        if self.anchor_optimizer == "adam":
-            return  # its step does not scale with the distance, so distances cannot feed on themselves
-        momentum = self.anchor_momentum if self.anchor_optimizer == "nesterov" else 0.0
-        sync_steps = self.sync_steps or SYNC_STEPS[0]  # where the bound is lowest
-        bound = anchor_lr_bound(self.coupling_strength, sync_steps, self.anchor_momentum_correction, momentum)
-        if self.anchor_lr >= bound:
-            raise ValueError(
-                f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, "
-                f"sync_steps={sync_steps}, anchor_momentum_correction={self.anchor_momentum_correction} and "
-                f"anchor_optimizer={self.anchor_optimizer!r} is outside the stability region (anchor_lr < "
-                f"{bound:.4g}): the distance between workers and anchor would grow from period to period until it is "
-                f"NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "
-                "anchor_momentum_correction."
+    def _conflicts(self) -> Iterator[str]:
+        """What fields, each of which is in range, cannot be together or under this launcher."""
+        if self.sam_direction != "gradient" and self.sam_ascent_fraction != 1:
+            yield (
+                f"`sam_ascent_fraction` must be 1 with sam_direction={self.sam_direction!r}, which has no pass for the "
+                f"ascent, got {self.sam_ascent_fraction!r}. Use sam_direction='gradient' to make that pass cheaper."
             )
-
-    def _refuse_sharding(self):
-        asked = [
-            name for variable, name in _SHARDING_VARIABLES.items() if os.environ.get(variable, "").lower() == "true"
-        ]
-        asked += [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(self, name, None)]
-        if asked:
-            raise ValueError(
-                f"LSAM cannot be combined with {asked[0]} yet: a worker must hold whole parameters, or its norm, its "
+        at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
+        sync_steps = self.sync_steps or SYNC_STEPS[0]  # the shortest, for which the bounds are the lowest
+        if at_once and self.coupling_strength > 1:
+            yield (
+                "`coupling_strength` must be at most 1 where it is a worker's whole move at an exchange "
+                f"(coupling='merge', algorithm='easgd'), got {self.coupling_strength!r}. Beyond, it would move past "
+                "the anchor. EASGD's paper uses 0.9 / n."
+            )
+        if not at_once and self.coupling_strength > sync_steps / 2:
+            yield (
+                f"`coupling_strength` must be at most half of sync_steps ({sync_steps}), got "
+                f"{self.coupling_strength!r}. Beyond, a step takes more than half of a worker's distance to the anchor "
+                "away, and nothing that it learns lasts. Use a smaller one, or raise sync_steps."
+            )
+        # Merging workers hand in what they have moved, which an offset from the anchor is no part of; Adam's step does
+        # not scale with the distance. In neither can distances feed on themselves.
+        if self.has_stepwise_coupling and self.anchor_optimizer != "adam":
+            momentum = self.anchor_momentum if self.anchor_optimizer == "nesterov" else 0.0
+            bound = anchor_lr_bound(self.coupling_strength, sync_steps, self.anchor_momentum_correction, momentum)
+            if self.anchor_lr >= bound:
+                yield (
+                    f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, "
+                    f"sync_steps={sync_steps}, anchor_momentum_correction={self.anchor_momentum_correction} and "
+                    f"anchor_optimizer={self.anchor_optimizer!r} is outside the stability region (anchor_lr < "
+                    f"{bound:.4g}): the distance between workers and anchor would grow from period to period until it "
+                    f"is NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "
+                    "anchor_momentum_correction."
+                )
+        launched = [name for key, name in _SHARDING_VARIABLES.items() if os.environ.get(key, "").lower() == "true"]
+        for asked in launched + [name for name in _SHARDING_FIELDS if getattr(self, name, None)]:
+            yield (
+                f"LSAM cannot be combined with {asked} yet: a worker must hold whole parameters, or its norm, its "
                 "perturbation and its differences would be those of a shard. Launch without it (`--multi_gpu`); to "
                 "save memory train a LoRA adapter, or use gradient checkpointing and gradient accumulation."
             )
 
-    def _refuse_incompatible(self):
+    def _conflicts_with_trainer(self) -> Iterator[str]:
+        """What fields of TrainingArguments cannot be together with LSAM."""
+        several = self.identity.num_workers > 1
         if "layerwise" in self.optim.value or "lomo" in self.optim.value:
-            raise ValueError(
+            yield (
                 f"optim={self.optim.value!r} steps inside the backward pass, where SAM's first gradient is not yet "
                 "known: pass 1 would already change the weights. Use an optimizer that steps after the backward pass, "
                 "for example optim='adamw_torch'."
             )
         if self.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(
+            yield (
                 f"lr_scheduler_type={self.lr_scheduler_type.value!r} follows evaluation results, which only worker 0 "
                 "has: the workers' learning rates would drift apart. Use a schedule of the step, for example 'linear' "
                 "or 'cosine'."
             )
         if self.algorithm != "lsam" and self.identity.num_machines > 1:
-            raise ValueError(
+            yield (
                 f"algorithm={self.algorithm!r} works on one machine only: between machines sums of differences cross, "
                 "and that is no exchange of this algorithm. Use algorithm='lsam', or one machine."
             )
-        if self.auto_find_batch_size and self.identity.num_workers > 1:
-            raise ValueError(
+        if self.auto_find_batch_size and several:
+            yield (
                 "auto_find_batch_size starts training over in the worker that ran out of memory, while the others go "
                 "on: the run would lose it. Set per_device_train_batch_size to a size that fits."
+            )
+        if not self.accelerator_config.use_seedable_sampler and several:
+            yield (
+                "accelerator_config.use_seedable_sampler=False lets each worker shuffle from a generator of its own, "
+                "without a process group to agree on one: their shares of an epoch would overlap. Leave it True."
             )
 
 

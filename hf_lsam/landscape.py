@@ -118,7 +118,7 @@ def half_width(reach: float, strength: float) -> float:
     return min(max(1.5 * reach, kernel), 6 * reach)
 
 
-def survey(
+def scan(
     loss: Callable[[Tensor], float], anchor: Tensor, workers: dict[int, Tensor], points: int, strength: float
 ) -> dict[str, Any]:
     """Measures lines to all workers, and the plane through the first two.

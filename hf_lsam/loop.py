@@ -14,23 +14,16 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from . import sam
-from .arguments import LSAMArguments
-from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
-from .callbacks import FailureSignatures
-from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
-from .data import Generators, agree_on_order, from_the_start
-from .figures import Figures
+from .arguments import TRAINER_ONLY, LSAMArguments
+from .checkpoint import SERVER_STATE, WORKER_STATE
+from .data import agree_on_order, from_the_start
+from .fields import marked
 from .identity import detach
-from .optimizers import known_direction, showing_anchor, switch
-from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
-from .rates import RaisedRates, momentum_coefficient
-from .record import RecordWriter, describe
-from .run import EndSignals, Run
+from .session import Session
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -44,13 +37,7 @@ class LoopArguments(LSAMArguments):
         self.validate()
 
 
-# What a closure decides for itself, or a Trainer's data loader.
-NOT_IN_A_LOOP = (
-    "sam_ascent_fraction",
-    "data_distribution",
-    "landscape_points",
-    "landscape_batches",
-)
+NOT_IN_A_LOOP = marked(LSAMArguments, TRAINER_ONLY)
 
 
 class LSAM:
@@ -107,7 +94,7 @@ class LSAM:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | AcceleratedOptimizer,
+        optimizer: Optimizer,
         *,
         accelerator: Accelerator | None = None,
         gradient_accumulation_steps: int = 1,
@@ -133,102 +120,71 @@ class LSAM:
                 f"resume_from={resume_from} holds no {SERVER_STATE}: there is no anchor to go on from. Name a folder "
                 "that `LSAM.save` has written, or leave it out to begin anew."
             )
-        cast = cast_to_float32(_unwrapped(model), optimizer)
-        if cast and self.arguments.identity.rank == 0:
-            logger.warning("%s", about_cast(cast))
-        named = trainable_parameters(_unwrapped(model))
-        if self.arguments.batchnorm_statistics == "average":
-            named += running_statistics(_unwrapped(model))
-        self.optimizer = optimizer
-        self.worker: Worker | None = None
-        self.figures: Figures | None = None
-        self._named = named
-        self._model = model
-        self._accelerator = accelerator
-        self._accumulation = gradient_accumulation_steps
         if accelerator is not None and accelerator.gradient_accumulation_steps > 1:
             if gradient_accumulation_steps not in (1, accelerator.gradient_accumulation_steps):
                 raise ValueError(
                     f"gradient_accumulation_steps is {gradient_accumulation_steps} here and "
                     f"{accelerator.gradient_accumulation_steps} in the Accelerator. Set it in one place."
                 )
-            self._accumulation = accelerator.gradient_accumulation_steps
+            gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+        self.optimizer = optimizer
+        self._model = model
+        self._accelerator = accelerator
+        self._accumulation = gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
-        self._batchnorm = tracking_layers(model)
         self._whole: WeakKeyDictionary[DataLoader, DataLoader] = WeakKeyDictionary()  # of the shares handed out
         self._micro_step = 0
-        self._finished = False
-        self._signals = EndSignals()
         self._signal_was_shown = False
-        identity = self.arguments.identity
-        detach(identity, named[0][1].device)
-        self._run = Run(
-            identity,
-            Path(self.arguments.shared_memory_dir),
-            Path(output_dir or ".") / "server.log",
-            self.arguments.server_address,
-            self.arguments.patience(),
-        )
-        self._record = RecordWriter(None if output_dir is None else Path(output_dir), identity.rank)
-        self._signatures = FailureSignatures(identity.num_workers)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model.module if wrapped else model
+        self.session = Session(self.arguments, None if output_dir is None else Path(output_dir))
+        self.session.cast_to_float32(inner, optimizer)
+        self.session.prepare(inner, optimizer, total_steps)
+        detach(self.arguments.identity, self.session.device)
+        if wrapped:
             model.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._groups = [groups.get(id(parameter)) for _, parameter in named]
-        self.arguments.refuse_optimizer(optimizer)
-        self._sync_steps = self.arguments.steps_between_pushes(total_steps)
-        self._rates = RaisedRates(
-            optimizer, self.arguments.learning_rate_factor(self._sync_steps, momentum_coefficient(optimizer))
-        )
+
+    @property
+    def worker(self) -> Worker | None:
+        """This worker, once it takes part in a run."""
+        return self.session.worker
 
     # --- the run ---
 
     def __enter__(self) -> LSAM:
-        self._finished = self._signal_was_shown = False
-        rank, resume_from = self.arguments.identity.rank, self._resume_from
-        server_state = None if resume_from is None else resume_from / SERVER_STATE
+        self._signal_was_shown = False
+        rank, folder = self.arguments.identity.rank, self._resume_from
+        saved = (None, None) if folder is None else (folder / SERVER_STATE, folder / str(rank) / WORKER_STATE)
         try:
-            self.worker = self._run.join(
-                self._named,
-                self.arguments.worker_settings(self._sync_steps),
-                self.arguments.server_settings(self._sync_steps),
-                server_state,
-            )
-            switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
-            self.worker.adopt_anchor()
-            if resume_from is not None and (own := resume_from / str(rank) / WORKER_STATE).exists():
-                state = load_tensors(own)
-                self.worker.load_state_tensors(state)
+            state = self.session.join(*saved)
+            if state is not None:
                 self._restore_random_states(state)
             else:
-                if resume_from is not None:
-                    logger.warning("%s holds nothing of worker %d: it starts at the anchor", resume_from, rank)
+                if folder is not None:
+                    logger.warning("%s holds nothing of worker %d: it starts at the anchor", folder, rank)
                 if rank:
                     torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
-        except BaseException:
-            self._run.leave(failed=True)
+            configuration = {
+                "learning_rate": self._learning_rate,
+                "optim": type(self.optimizer).__name__,
+                "gradient_accumulation_steps": self._accumulation,
+            }
+            self.session.begin(self.worker.local_steps, folder is not None, configuration)
+        except BaseException as error:
+            self.session.leave(0, error)
             raise
-        self.figures = Figures(self.worker)
-        self._signals.catch()
-        self._record.begin(resume_from is not None, self.worker.local_steps, None if rank else self._description())
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._signals.restore()
         try:
             if error is None:
-                self._signals.obey()
-                refuse_changes(_unwrapped(self._model), self.worker.parameters)
-                self.worker.finish()
-                switch(self.optimizer, "eval")
+                self.session.finish()
                 self.worker.adopt_anchor()
-                self._finished = True
         except BaseException as raised:
             error = raised
             raise
         finally:
-            self._record.end(self.worker.local_steps, error)
-            self._run.leave(failed=error is not None)
+            self.session.leave(self.worker.local_steps, error)
 
     def save(self, folder: str | Path) -> None:
         """Saves what LSAM has to know to go on: this worker's x, y, sum and torch's random state, with which it goes on
@@ -243,9 +199,9 @@ class LSAM:
         folder = Path(folder)
         own = folder / str(self.arguments.identity.rank)
         own.mkdir(parents=True, exist_ok=True)
-        if self.arguments.identity.rank == 0 and not self.worker.link.snapshot(folder / SERVER_STATE):
+        if not self.session.save_anchor(folder):
             raise OSError(f"There is no server at the moment: the anchor's state was not saved to {folder}. Try again.")
-        save_tensors(own / WORKER_STATE, {**self.worker.state_tensors(), **self._random_states()})
+        self.session.save_worker(own, self._random_states())
 
     def _random_states(self) -> dict[str, Tensor]:
         device = self.worker.anchor.device
@@ -271,43 +227,21 @@ class LSAM:
             RuntimeError: outside `with lsam`.
             ValueError: if what `compute_loss` returns is no loss to take a gradient of.
         """
+        signals = self.session.signals
         if self._signal_was_shown:
-            self._signals.obey()
-        self._signal_was_shown = self._signals.received is not None
-        if self.worker is None or self._finished:
+            signals.obey()
+        self._signal_was_shown = signals.received is not None
+        if self.worker is None or self.session.finished:
             raise RuntimeError("`LSAM.step` works inside `with lsam:`, where the worker takes part in a run.")
-        parameters = self.worker.parameters
-        arguments, scaler = self.arguments, self._scaler
 
         def one_pass() -> Tensor:
             loss = _loss_in(compute_loss())
             self._backward(loss)
             return loss.detach()
 
-        unsynchronised = self._model.no_sync if hasattr(self._model, "no_sync") else nullcontext
-        with unsynchronised():
-            if arguments.sam_rho == 0 or self.worker.local_steps % arguments.sam_interval:
-                loss = one_pass()
-            elif arguments.sam_direction != "gradient":
-                directions, sign = known_direction(arguments.sam_direction, self.worker, self.optimizer)
-                if directions is None:
-                    loss = one_pass()
-                else:
-                    rho, eps, adaptive = sign * arguments.sam_rho, arguments.sam_eps, arguments.sam_adaptive
-                    loss = sam.gradient_along(parameters, directions, one_pass, rho, eps, adaptive)
-            else:
-                loss, second = sam.gradient(
-                    parameters,
-                    one_pass,
-                    one_pass,
-                    arguments.sam_rho,
-                    arguments.sam_eps,
-                    arguments.sam_adaptive,
-                    self._batchnorm,
-                    scaler,
-                )
-                self.figures.note_losses(loss, second, skip_overflow=scaler is not None)
-        self.worker.note_loss(loss)
+        scaler = None if self._accelerator is None else self._accelerator.scaler
+        with self._model.no_sync() if hasattr(self._model, "no_sync") else nullcontext():
+            loss = self.session.add_gradient(self.worker.local_steps, one_pass, scaler=scaler)
         self._micro_step += 1
         if self._micro_step % self._accumulation == 0:
             self._optimizer_step()
@@ -317,7 +251,7 @@ class LSAM:
     def stop_requested(self) -> bool:
         """Whether another worker, whoever ends the server, or a signal has asked for the end."""
         asked = self.worker is not None and self.worker.link.stop_requested
-        return asked or self._signals.received is not None
+        return asked or self.session.signals.received is not None
 
     # --- data, evaluation, logging ---
 
@@ -332,7 +266,7 @@ class LSAM:
             seed: of the order; None follows `torch.manual_seed`. Worker 0's counts.
         """
         identity = self.arguments.identity
-        seed = self._run.agree("data_seed", torch.initial_seed() if seed is None else seed)
+        seed = self.session.run.agree("data_seed", torch.initial_seed() if seed is None else seed)
         share = prepare_data_loader(
             loader,
             num_processes=identity.num_workers,
@@ -354,43 +288,38 @@ class LSAM:
                 `batchnorm_batches` of all its batches, and where it stands does not change; of anything else, all.
             forward: runs the model on one of them; `model(batch)` if None.
         """
+
+        def first_batches() -> Iterable:
+            if not isinstance(batches, DataLoader):
+                return batches
+            whole = from_the_start(self._whole.get(batches, batches))
+            return itertools.islice(whole, self.arguments.batchnorm_batches)
+
         with ExitStack() as stack:
-            if self.worker is not None and not self._finished:
-                stack.enter_context(showing_anchor(self.worker, self.optimizer))
-                stack.enter_context(kept_statistics(self._batchnorm))
-            if self.arguments.batchnorm_statistics == "average":
-                keep_variances_positive(self._batchnorm)
-            elif self._batchnorm and batches is not None:
-                if isinstance(batches, DataLoader):
-                    whole = from_the_start(self._whole.get(batches, batches))
-                    batches = itertools.islice(whole, self.arguments.batchnorm_batches)
-                with Generators(0).in_place():
-                    reestimate(self._model, batches, forward or self._model)
-            elif self._batchnorm and (warning := self._signatures.batchnorm_not_reestimated()):
-                logger.warning("LSAM: %s", warning)
+            if self.worker is not None and not self.session.finished:
+                stack.enter_context(self.session.showing_anchor())
+            self.session.settle_batchnorm(None if batches is None else first_batches, forward or self._model)
             yield
 
     def log(self, **measured: float) -> dict[str, float]:
-        """LSAM's own figures since the last call; warns once of each way in which a run can be seen to go wrong.
+        """LSAM's own metrics since the last call; warns once of each way in which a run can be seen to go wrong.
 
         Args:
             **measured: what else belongs into the run's record, such as loss=loss.item().
 
         Returns:
-            LSAM's figures and `measured`.
+            LSAM's metrics and `measured`.
 
         Raises:
             ValueError: if parameters were frozen or unfrozen since `with lsam` was entered.
         """
-        refuse_changes(_unwrapped(self._model), self.worker.parameters)
-        figures = self.figures.since_last_log() | measured
-        learning_rate = max(self._learning_rates(), default=0.0)
-        self._record.log(self.worker.local_steps, {**figures, "learning_rate": learning_rate})
-        for warning in self._signatures.observe(
-            figures["lsam/drift"], figures["lsam/staleness"], figures["lsam/anchor_version"], learning_rate
-        ):
-            logger.warning("LSAM, worker %d: %s", self.arguments.identity.rank, warning)
-        return figures
+        logs = {**measured, "learning_rate": self._learning_rate}
+        return self.session.log(self.worker.local_steps, logs) | measured
+
+    def worker_summary(self) -> dict[str, float]:
+        """This worker's totals of the run so far: steps, pushes, bytes, staleness, anchor version, and the drift now or
+        at the last step."""
+        return self.session.summary()
 
     def log_evaluation(self, step: int | None = None, **measured: float) -> None:
         """Writes what was measured of the anchor into the run's record.
@@ -400,29 +329,9 @@ class LSAM:
             **measured: under names that begin with eval_, such as eval_accuracy=0.9.
         """
         now = self.worker.local_steps if self.worker else 0
-        self._record.log(now if step is None else step, measured)
-
-    def _description(self) -> dict[str, Any]:
-        configuration = {
-            **self.arguments.lsam_fields(),
-            "sync_steps": self._sync_steps,
-            "learning_rate": max(self._learning_rates(), default=0.0),
-            "optim": type(self.optimizer).__name__,
-            "gradient_accumulation_steps": self._accumulation,
-        }
-        about = {
-            "name": None,
-            "class": type(_unwrapped(self._model)).__name__,
-            "adapter": False,
-            "trainable_parameters": self.worker.layout.numel,
-        }
-        return describe(self.arguments.identity.num_workers, configuration, about)
+        self.session.record.log(now if step is None else step, measured)
 
     # --- inside a step ---
-
-    @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return None if self._accelerator is None else self._accelerator.scaler
 
     def _backward(self, loss: Tensor) -> None:
         if self._accelerator is None:
@@ -431,25 +340,19 @@ class LSAM:
             self._accelerator.backward(loss * (self._accelerator.gradient_accumulation_steps / self._accumulation))
 
     def _optimizer_step(self) -> None:
-        parameters = self.worker.parameters
         if self._accelerator is not None:
             self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
         if self._max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
-        self._rates.raise_()
-        rates = self._learning_rates()
-        self.worker.before_optimizer_step(rates)
+            nn.utils.clip_grad_norm_(self.worker.parameters, self._max_grad_norm)
+        self.session.before_optimizer_step()
         self.optimizer.step()
-        self._rates.restore()
         self.optimizer.zero_grad()
-        if not getattr(self.optimizer, "step_was_skipped", False):
-            self.worker.after_optimizer_step(rates)
-        if self.worker.fell_back:
-            self.optimizer.state.clear()  # of gradients that led nowhere
-            self.worker.fell_back = False
+        self.session.after_optimizer_step(getattr(self.optimizer, "step_was_skipped", False))
 
-    def _learning_rates(self) -> list[float]:
-        return [0.0 if group is None else float(group["lr"]) for group in self._groups]
+    @property
+    def _learning_rate(self) -> float:
+        """The largest of the parameter groups that train."""
+        return max(self.session.hooks.learning_rates(), default=0.0)
 
 
 def _loss_in(output: Any) -> Tensor:
@@ -471,7 +374,3 @@ def _loss_in(output: Any) -> Tensor:
         f"The closure given to `LSAM.step` returned {found}: there is no gradient to take. Return the batch's mean "
         'loss as a 0-d tensor: `loss_fn(model(x), y)` or `model(**batch)["loss"]`, not its .item() or its .detach().'
     )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -1,7 +1,8 @@
-"""Optimizers that train at one point and are evaluated at another, such as schedule-free ones, beside an anchor.
+"""A worker's optimizer: what happens around its steps, and where it trains.
 
-Their `eval` takes the parameters to the point of evaluation, and `train` takes them back. Both are about the worker's
-own x, never about the anchor; what is pulled and pushed is x as it trains.
+Some train at one point and are evaluated at another, such as schedule-free ones. Their `eval` takes the parameters to
+the point of evaluation, and `train` takes them back. Both are about the worker's own x, never about the anchor; what is
+pulled and pushed is x as it trains.
 """
 
 from __future__ import annotations
@@ -10,14 +11,73 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .worker import Worker
 
 
-def switch(optimizer: torch.optim.Optimizer | AcceleratedOptimizer | None, mode: Literal["train", "eval"]) -> None:
+class StepHooks:
+    """What a worker does right before and right after its optimizer steps.
+
+    Meanwhile the learning rates are multiplied by `factor`: schedulers, logs and checkpoints keep those that the user
+    asked for.
+
+    Args:
+        optimizer: any torch optimizer, or one that Accelerate has prepared.
+        worker: whose parameters it steps; one that is in no parameter group has the learning rate 0.
+        factor: see `LSAMArguments.learning_rate_factor`; 1 changes nothing.
+    """
+
+    def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0):
+        self.factor = factor
+        self._optimizer, self._worker = optimizer, worker
+        groups = enumerate(optimizer.param_groups)
+        group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
+        # Numbers, because loading a state puts other groups in their place.
+        self._group_numbers = [group_of.get(id(parameter)) for parameter in worker.parameters]
+        self._kept: list[float] = []  # a rate a group, while they are raised
+
+    def learning_rates(self) -> list[float]:
+        """Of each of the worker's parameters now, in their order."""
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        return [0.0 if number is None else rates[number] for number in self._group_numbers]
+
+    def before_step(self) -> None:
+        """The gradients are those that the optimizer is about to step with."""
+        if self.factor != 1.0:
+            self._kept = [group["lr"] for group in self._optimizer.param_groups]
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["lr"] * self.factor
+        self._worker.before_optimizer_step(self.learning_rates())
+
+    def after_step(self, skipped: bool = False) -> None:
+        """The optimizer has stepped.
+
+        Args:
+            skipped: that a gradient scaler has left the step out: it is no step, x has not moved.
+
+        Raises:
+            ServerGone: if the server has been gone for longer than `server_timeout`; the rates are put back.
+        """
+        try:
+            if not skipped:
+                self._worker.after_optimizer_step(self.learning_rates())
+        finally:
+            for group, rate in zip(self._optimizer.param_groups, self._kept, strict=False):
+                group["lr"] = rate
+            self._kept = []
+            if self._worker.fell_back:
+                self._optimizer.state.clear()  # of gradients that led nowhere
+                self._worker.fell_back = False
+
+
+def momentum_coefficient(optimizer: Optimizer) -> float:
+    """Of SGD; 0 for all others."""
+    return float(optimizer.param_groups[0].get("momentum", 0.0))
+
+
+def switch(optimizer: Optimizer | None, mode: Literal["train", "eval"]) -> None:
     """Takes the parameters to where `optimizer` trains or is evaluated, if it knows the difference."""
     method = getattr(optimizer, mode, None)
     if callable(method):
@@ -27,9 +87,7 @@ def switch(optimizer: torch.optim.Optimizer | AcceleratedOptimizer | None, mode:
 MOMENTUM_STATES = ("momentum_buffer", "exp_avg")  # of SGD; of Adam and those that follow it
 
 
-def momentum_buffers(
-    optimizer: torch.optim.Optimizer | AcceleratedOptimizer, parameters: Sequence[nn.Parameter]
-) -> list[Tensor] | None:
+def momentum_buffers(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
     """The running mean or sum of gradients of each parameter; None before the first step.
 
     Raises:
@@ -48,9 +106,7 @@ def momentum_buffers(
     )
 
 
-def known_direction(
-    kind: str, worker: Worker, optimizer: torch.optim.Optimizer | AcceleratedOptimizer
-) -> tuple[list[Tensor] | None, float]:
+def known_direction(kind: str, worker: Worker, optimizer: Optimizer) -> tuple[list[Tensor] | None, float]:
     """Along what a step with one pass perturbs (see `sam`), and with what sign; None while there is nothing to go by.
 
     Args:
@@ -62,7 +118,7 @@ def known_direction(
 
 
 @contextmanager
-def showing_anchor(worker: Worker, optimizer: torch.optim.Optimizer | AcceleratedOptimizer) -> Iterator[None]:
+def showing_anchor(worker: Worker, optimizer: Optimizer) -> Iterator[None]:
     """The model holds y inside and x again after, as it trains; may be nested.
 
     Inside, the optimizer is in its mode for evaluation already: what switches it there moves nothing.

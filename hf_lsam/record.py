@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-import hf_lsam
+from .version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,9 @@ class RecordWriter:
             self._append(entry)
         self._before = []
 
-    def log(self, step: int, figures: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One log point. Before `begin` it is kept, and written then."""
-        entry = {"time": time.time(), "step": step, **figures}
+        entry = {"time": time.time(), "step": step, **metrics}
         if self._begun:
             self._append(entry)
         else:
@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "hf_lsam": hf_lsam.__version__,  # which need not be installed to be used
+        "hf_lsam": __version__,  # which need not be installed to be used
     }
 
 

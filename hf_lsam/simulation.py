@@ -25,8 +25,8 @@ from . import sam
 from .algorithms import ServerSettings, WorkerSettings
 from .batchnorm import tracking_layers
 from .compression import encoded_bytes, rounded
+from .optimizers import StepHooks
 from .parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
-from .rates import RaisedRates
 from .server.core import ServerCore
 from .worker import Worker
 
@@ -362,11 +362,9 @@ class _SimulatedWorker:
         self.worker = Worker(named, self.link, cluster.worker_settings)
         self.worker.adopt_anchor()
         self._optimizer = cluster.make_optimizer(self.worker.parameters)
-        self._rates = RaisedRates(self._optimizer, cluster.learning_rate_factor)
+        self._hooks = StepHooks(self._optimizer, self.worker, cluster.learning_rate_factor)
         self._scheduler = cluster.make_scheduler(self._optimizer) if cluster.make_scheduler else None
         self._batchnorm = tracking_layers(self._model)
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        self._groups = [groups[id(parameter)] for parameter in self.worker.parameters]
         self._schedule()
 
     def _schedule(self) -> None:
@@ -392,22 +390,15 @@ class _SimulatedWorker:
             self._schedule()
 
     def _optimize(self) -> None:
-        worker = self.worker
-        cluster = self._cluster
-        add_gradient(worker.parameters, cluster.loss(self._model, self.number), cluster.gradient, self._batchnorm)
-        clip(worker.parameters, cluster.gradient)
-        self._rates.raise_()
-        learning_rates = [float(group["lr"]) for group in self._groups]
-        worker.before_optimizer_step(learning_rates)
+        cluster, parameters = self._cluster, self.worker.parameters
+        add_gradient(parameters, cluster.loss(self._model, self.number), cluster.gradient, self._batchnorm)
+        clip(parameters, cluster.gradient)
+        self._hooks.before_step()
         self._optimizer.step()
-        worker.after_optimizer_step(learning_rates)
-        self._rates.restore()
+        self._hooks.after_step()
         self._optimizer.zero_grad()
         if self._scheduler is not None:
             self._scheduler.step()
-        if worker.fell_back:
-            self._optimizer.state.clear()
-            worker.fell_back = False
 
     def look_for_anchor(self) -> None:
         """Behind a barrier: goes on once the anchor that counts its last push has come."""

@@ -139,7 +139,7 @@ class Asynchronous:
         return workers * (link.bytes_pushed + link.bytes_pulled)
 
     def figures(self) -> dict[str, float]:
-        return self._lsam.figures.of_run()
+        return self._lsam.worker_summary()
 
 
 _groups = itertools.count()

@@ -39,7 +39,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer, sam
 from hf_lsam.batchnorm import tracking_layers
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import data_parallel_bytes
-from hf_lsam.trainer.counting import uncounted
+from hf_lsam.trainer.trl import kept_counters
 
 METHODS = ("lsam", "sam", "sgd")
 
@@ -123,7 +123,7 @@ class SAMMixin:
                 return step(model, inputs, num_items_in_batch)
 
         def second_pass():
-            with uncounted(self):
+            with kept_counters(self):
                 return step(model, inputs, num_items_in_batch)
 
         scaler = self.accelerator.scaler

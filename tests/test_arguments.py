@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -59,6 +60,58 @@ def test_every_field_out_of_range_is_an_error_that_names_field_value_and_remedy(
     with pytest.raises(ValueError, match=rf"(?s)^`{name}` must be .*, got .*\. \S+") as error:
         config(tmp_path, **fields)
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sam_rho": 0, "sam_eps": 0.0, "langevin_temperature": 0, "snapshot_seconds": 0, "anchor_momentum": 0.0},
+        {"sam_rho": 0.0, "coupling_strength": 0.0, "machine_timeout": 2.0, "anchor_momentum_correction": 0.0},
+        {"sam_interval": 1, "sync_steps": 1, "num_workers": 1, "max_bad_pushes": 1, "batchnorm_batches": 1},
+        {"sam_ascent_fraction": 1, "landscape_points": 5, "landscape_batches": 1, "coupling_strength": 1.0},
+        {"sync_steps": None, "num_workers": None, "server_address": None, "shared_memory_dir": Path("/dev/shm")},
+    ],
+)
+def test_the_ends_of_a_range_that_belong_to_it_are_taken(tmp_path, fields):
+    args = config(tmp_path, **fields)
+    assert {name: getattr(args, name) for name in fields} == fields
+
+
+def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
+    values = {
+        "coupling_strength": 0.25,
+        "coupling": "decoupled",
+        "langevin_temperature": 0.5,
+        "max_bad_pushes": 7,
+        "anchor_lr": 0.75,
+        "anchor_momentum_correction": 0.125,
+        "anchor_optimizer": "nesterov",
+        "anchor_momentum": 0.375,
+        "worker_timeout": 11.0,
+        "snapshot_seconds": 12.0,
+        "server_timeout": 13.0,
+        "machine_timeout": 14.0,
+    }
+    args = config(tmp_path, **values)
+    given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}
+    patience = args.patience()
+    for settings in (args.worker_settings(9), args.server_settings(9), patience, patience.service):
+        told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        told.pop("service", None)
+        assert told == {name: given[name] for name in told}
+    assert config(tmp_path, sam_direction="anchor").worker_settings(9).keeps_anchor_move
+    assert config(tmp_path, algorithm="easgd", coupling_strength=0.5).server_settings(9).moving_rate == 0.5
+
+
+def test_the_help_of_every_field_is_its_paragraph_of_the_docstring(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")  # argparse would break lines within words
+    shown = HfArgumentParser(LSAMConfig).format_help()
+    text = " ".join(LSAMArguments.__doc__.split())
+    for field in dataclasses.fields(LSAMArguments):
+        paragraph = field.metadata["help"].replace("%%", "%")
+        assert len(paragraph) > 20, field.name
+        assert f"{paragraph} " in text
+        assert paragraph in shown
 
 
 def test_every_field_has_a_value_out_of_range_in_this_test():

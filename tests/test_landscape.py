@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_lsam.landscape import Plane, fractions, half_width, losses_on_line, smoothed, survey
+from hf_lsam.landscape import Plane, fractions, half_width, losses_on_line, scan, smoothed
 
 CURVATURE = 3.0
 
@@ -81,10 +81,10 @@ def test_the_grid_reaches_past_the_workers_and_to_the_kernel_within_bounds():
     assert half_width(2.0, 1e-6) == 12.0
 
 
-def test_a_survey_tells_what_a_report_draws():
+def test_a_scan_holds_what_a_report_draws():
     anchor = torch.zeros(3)
     workers = {0: torch.tensor([1.0, 0, 0]), 1: torch.tensor([0, 2.0, 0]), 2: torch.tensor([0, 0, 1.0])}
-    result = survey(bowl, anchor, workers, 9, 1.0)
+    result = scan(bowl, anchor, workers, 9, 1.0)
     assert list(result["lines"]) == ["0", "1", "2"]
     assert result["distances"] == {"0": 1.0, "1": 2.0, "2": 1.0}
     plane = result["plane"]
@@ -92,5 +92,5 @@ def test_a_survey_tells_what_a_report_draws():
     assert plane["positions"] == [(1.0, 0.0), (0.0, 2.0)]
     assert plane["losses"][4][4] == 0.0
     assert min(map(min, plane["smoothed"])) == plane["smoothed"][4][4]
-    assert survey(bowl, anchor, {0: workers[0]}, 9, 1.0)["plane"] is None
-    assert survey(bowl, anchor, workers, 9, 0.0)["plane"]["smoothed"] is None
+    assert scan(bowl, anchor, {0: workers[0]}, 9, 1.0)["plane"] is None
+    assert scan(bowl, anchor, workers, 9, 0.0)["plane"]["smoothed"] is None

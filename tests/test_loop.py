@@ -99,7 +99,7 @@ def test_the_loop_and_the_trainer_take_the_same_trajectory(tmp_path, optim, norm
     rows = [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
     trainer = Recorder(model=model, args=args, train_dataset=rows)
     if normalised:
-        trainer._signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
+        trainer.session.signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
     trainer.train()
     with trainer.local():
         expected = [tensor.clone() for tensor in model.state_dict().values()]

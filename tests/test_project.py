@@ -7,6 +7,8 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -16,22 +18,23 @@ PACKAGE = ROOT / "hf_lsam"
 
 # Top to bottom; each room imports only from rooms below it.
 ROOMS = [
+    "__init__",
     "cli",
     "trainer",
     "card",
     "loop",
+    "session",
     "vision",
     "arguments",
-    "callbacks",
+    "failure_signatures",
     "run",
     "identity",
     "data",
-    "figures",
+    "metrics",
     "record",
     "simulation",
     "optimizers",
     "worker",
-    "rates",
     "server",
     "transport",
     "checkpoint",
@@ -43,6 +46,8 @@ ROOMS = [
     "batchnorm",
     "landscape",
     "parameters",
+    "fields",
+    "version",
 ]
 # Arithmetic: torch and the standard library alone.
 ARITHMETIC = ["algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "landscape", "parameters"]
@@ -52,58 +57,99 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """(module, inside the package) for every import that is made when the module runs."""
-    tree = ast.parse(path.read_text())
-    only_types = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
-        for node in ast.walk(branch)
-    }
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in only_types:
-            continue
+def rooms_in(module: str, names: Sequence[str] = ()) -> set[str]:
+    """The rooms that `import module` or `from module import names` opens; `module` begins with the package."""
+    inside = module.split(".")[1:]
+    if inside:
+        return {inside[0]}
+    modules = {room_of(path) for path in PACKAGE.rglob("*.py")}
+    return {name if name in modules else "__init__" for name in names or ["__init__"]}
+
+
+def imports(source: str, package: str) -> tuple[set[str], set[str]]:
+    """What `source`, a module of `package`, imports anywhere, also for its annotations alone: rooms of the house, and
+    top-level packages outside it."""
+    rooms, outside = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        found = []
         if isinstance(node, ast.Import):
-            found += [(alias.name, False) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.append((node.module, False))
+            found = [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            folder = path.parent if node.level == 1 else path.parents[node.level - 1]
-            module = ".".join(filter(None, [*folder.relative_to(PACKAGE).parts, node.module]))
-            found += [(name, True) for name in ([module] if module else [alias.name for alias in node.names])]
-    return found
+            module = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            found = [(module, [alias.name for alias in node.names])]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            name = node.args[0]
+            # A name that is made up as the program runs must at least lie in the module's own package.
+            found = [(resolve_name(name.value, package) if isinstance(name, ast.Constant) else f"{package}.", ())]
+        for module, names in found:
+            if module.split(".")[0] == PACKAGE.name:
+                rooms |= rooms_in(module.rstrip("."), names)
+            else:
+                outside.add(module.split(".")[0])
+    return rooms, outside
 
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", [m for m in MODULES if m.parent != PACKAGE or m.stem != "__init__"], ids=str)
+@pytest.mark.parametrize("path", [m for m in MODULES if m != PACKAGE / "__init__.py"], ids=str)
 def test_imports_run_one_way(path):
     room = room_of(path)
-    for module, inside in imports(path):
-        if inside and module.split(".")[0] != room:
-            below = ROOMS.index(module.split(".")[0])
-            assert below > ROOMS.index(room), f"{room} imports {module}, which lies above it"
-        if room in ARITHMETIC and not inside:
-            assert module.split(".")[0] in {*sys.stdlib_module_names, "torch"}, f"{room} imports {module}"
+    rooms, outside = imports(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
+    for other in rooms - {room}:
+        assert ROOMS.index(other) > ROOMS.index(room), f"{room} imports {other}, which lies above it"
+    if room in ARITHMETIC:
+        assert outside <= {*sys.stdlib_module_names, "torch"}, f"{room} imports {outside}"
+
+
+@pytest.mark.parametrize(
+    ("source", "room"),
+    [
+        ("import hf_lsam", "__init__"),
+        ("import hf_lsam as house", "__init__"),
+        ("import torch, hf_lsam.loop", "loop"),
+        ("from hf_lsam import LSAM", "__init__"),
+        ("from hf_lsam import loop", "loop"),
+        ("from hf_lsam.loop import LSAM", "loop"),
+        ("from .. import LSAM", "__init__"),
+        ("from .. import loop", "loop"),
+        ("from ..loop import LSAM", "loop"),
+        ("from . import lifetime", "server"),
+        ("def f():\n    from ..loop import LSAM", "loop"),
+        ("if TYPE_CHECKING:\n    from ..loop import LSAM", "loop"),
+        ("import_module('hf_lsam.loop')", "loop"),
+        ("importlib.import_module('..loop', __package__)", "loop"),
+        ("__import__('hf_lsam')", "__init__"),
+        ("import_module(f'.{name}', __name__)", "server"),
+    ],
+)
+def test_every_form_of_an_import_is_seen(source, room):
+    assert imports(source, "hf_lsam.server") == ({room}, {"torch"} if "torch" in source else set())
 
 
 def test_every_room_is_listed():
-    rooms = {room_of(path) for path in MODULES} - {"__init__"}
-    assert rooms == set(ROOMS)
+    assert {room_of(path) for path in MODULES} == set(ROOMS)
+
+
+def run_without(hidden: Sequence[str], script: str) -> None:
+    """Runs `script` in a process of its own, in which the packages `hidden` cannot be imported."""
+    hide = f"import sys\nfor name in {list(hidden)!r}: sys.modules[name] = None\n"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", hide + script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("module", ["algorithms", "simulation", "server.core", "worker", "optimizers"])
+def test_the_method_needs_torch_alone(module):
+    beside_torch = ("transformers", "accelerate", "peft", "datasets", "safetensors", "psutil", "click", "rich", "tqdm")
+    run_without(beside_torch, f"import hf_lsam.{module}")
 
 
 def test_the_package_needs_neither_datasets_nor_evaluate_and_the_server_no_transformers():
-    script = (
-        "import sys\n"
-        "for name in ('datasets', 'evaluate', 'matplotlib', 'yaml_blocked'): sys.modules[name] = None\n"
+    run_without(
+        ("datasets", "evaluate", "matplotlib"),
         "import hf_lsam.server.lifetime\n"
         "assert 'transformers' not in sys.modules and 'accelerate' not in sys.modules\n"
-        "from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin\n"
+        "from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin\n",
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
 
 
 def test_nothing_is_unpickled():

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 from hf_lsam import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
 from hf_lsam.batchnorm import STATISTICS
-from hf_lsam.callbacks import FailureSignatures
 from hf_lsam.checkpoint import SERVER_STATE, WORKER_STATE
+from hf_lsam.failure_signatures import FailureSignatures
 from hf_lsam.parameters import trainable_parameters
-from hf_lsam.trainer.wiring import _makes_its_batches
+from hf_lsam.trainer.trl import makes_its_batches
 
 # The paper's Algorithm 1 with every part of it at work.
 LSAM = {
@@ -695,7 +695,7 @@ def test_pass_2_leaves_the_statistics_of_a_model_from_model_init_alone(tmp_path)
     """Trainer makes another model when training begins: the layers are that one's."""
     args = arguments(LSAMConfig, tmp_path, max_steps=6, batchnorm_statistics="worker", **LSAM)
     trainer = LSAMTrainer(model_init=lambda: net(batchnorm=True), args=args, train_dataset=blobs())
-    trainer._signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
+    trainer.session.signatures.batchnorm_not_reestimated()  # known here, and not what this test is about
     for _ in range(2):  # and another one when it begins again
         trainer.train()
         assert trainer.model.norm.num_batches_tracked == 6
@@ -751,7 +751,7 @@ def test_the_landscape_is_normalised_by_the_batch(tmp_path):
     landscape = json.loads((tmp_path / "lsam" / "landscape.json").read_text())
     shown = landscape["lines"]["0"][landscape["fractions"].index(0.0)]
     assert shown == pytest.approx(sum(losses) / 4, rel=1e-5)
-    assert at_anchor["norm.num_batches_tracked"] == 8  # the survey's batches did not enter
+    assert at_anchor["norm.num_batches_tracked"] == 8  # the scan's batches did not enter
 
 
 def test_batchnorm_model_as_in_the_reference(tmp_path):
@@ -1654,7 +1654,7 @@ def test_trainers_that_generate_inside_the_step_are_refused(tmp_path, name):
     "name", ["SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer", "TPOTrainer"]
 )
 def test_trainers_whose_step_takes_the_batch_as_it_is_are_not(name):
-    assert _makes_its_batches(type("Mixed", (LSAMTrainerMixin, trainer_of_trl(name)), {})) is None
+    assert makes_its_batches(type("Mixed", (LSAMTrainerMixin, trainer_of_trl(name)), {})) is None
 
 
 def test_plain_training_arguments_are_refused(tmp_path):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 from transformers import set_seed
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import SERVER_STATE, WORKER_STATE, is_sealed, load_tensors, numbered, save_tensors, seal
+from ..checkpoint import WORKER_STATE, is_sealed, numbered, seal
 
-logger = transformers_logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -55,9 +55,9 @@ class Checkpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.identity.rank == 0 and not self.worker.link.snapshot(Path(output_dir) / SERVER_STATE):
-            logger.warning(f"There is no server at the moment: {output_dir} holds the last anchor as its model alone.")
-        save_tensors(Path(output_dir) / WORKER_STATE, self.worker.state_tensors())
+        if not self.session.save_anchor(Path(output_dir)):
+            logger.warning("There is no server at the moment: %s holds the last anchor as its model alone.", output_dir)
+        self.session.save_worker(Path(output_dir))
 
     def _own_checkpoint(self, common: Path) -> Path:
         """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if it has none."""
@@ -94,20 +94,20 @@ class Checkpoints:
         if self.args.identity.rank == 0 or checkpoint is None or Path(checkpoint) != self._common_checkpoint:
             super()._load_rng_state(checkpoint)
 
-    def _restore_worker(self, checkpoint: Path | None):
-        """x from the worker's own checkpoint, or else from the anchor."""
-        rank, number = self.args.identity.rank, self.worker.link.worker
+    def _join(self, server_state: Path | None, checkpoint: Path | None):
+        """Takes part, with x from the worker's own checkpoint, or else from the anchor."""
+        rank = self.args.identity.rank
         own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
-        if own and (checkpoint / WORKER_STATE).exists():
-            self.worker.load_state_tensors(load_tensors(checkpoint / WORKER_STATE))
+        if self.session.join(server_state, checkpoint / WORKER_STATE if own else None) is not None:
             return
-        self.worker.adopt_anchor()
         if checkpoint is not None:
             logger.warning(
-                f"Worker {rank} has no state of its own for {self._common_checkpoint}: it starts at the anchor, with "
-                "the optimizer state of worker 0."
+                "Worker %d has no state of its own for %s: it starts at the anchor, with the optimizer state of "
+                "worker 0.",
+                rank,
+                self._common_checkpoint,
             )
-        if number != 0:
+        if number := self.worker.link.worker:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each
             # worker draws its own dropout masks and noise.
             set_seed(self.args.seed + number)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .worker import Worker
 
 
-class Figures:
+class WorkerMetrics:
     """Collects on the device what is read back only when it is logged.
 
     Args:
@@ -20,8 +20,9 @@ class Figures:
         self._sharpness = torch.zeros((), device=worker.anchor.device)
         self._perturbed_steps: set[int] = set()
         self._staleness: list[int] = []
+        self._logged_pushes = 0
 
-    def note_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
+    def add_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
         """Takes the losses of pass 1 and pass 2 of one (micro-)batch; losses of one local step add up.
 
         Args:
@@ -35,10 +36,11 @@ class Figures:
         self._perturbed_steps.add(self._worker.local_steps)
 
     def since_last_log(self) -> dict[str, float]:
-        """The figures to log beside the loss; the only place where they are read back from the device."""
+        """What is logged beside the loss; the only place where it is read back from the device."""
         worker, link = self._worker, self._worker.link
-        staleness = self._take_staleness()
-        figures = {
+        staleness = self._all_staleness()[self._logged_pushes :]
+        self._logged_pushes = len(self._staleness)
+        metrics = {
             "lsam/drift": worker.drift(),
             "lsam/staleness": sum(staleness) / len(staleness) if staleness else 0.0,
             "lsam/anchor_version": worker.version,
@@ -48,15 +50,15 @@ class Figures:
             "lsam/bytes_pulled": link.bytes_pulled,
         }
         if self._perturbed_steps:
-            figures["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
+            metrics["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
             self._sharpness.zero_()
             self._perturbed_steps.clear()
-        return figures
+        return metrics
 
     def of_run(self) -> dict[str, float]:
-        """Totals, to be asked for when the worker has finished."""
+        """Totals of the run so far."""
         worker, link = self._worker, self._worker.link
-        self._take_staleness()
+        staleness = self._all_staleness()
         return {
             "steps": worker.local_steps,
             "pushes": link.accepted,
@@ -65,12 +67,12 @@ class Figures:
             "bytes_pushed": link.bytes_pushed,
             "bytes_pulled": link.bytes_pulled,
             "anchor_version": worker.version,
-            "staleness_mean": sum(self._staleness) / max(1, len(self._staleness)),
-            "staleness_max": max(self._staleness, default=0),
+            "staleness_mean": sum(staleness) / max(1, len(staleness)),
+            "staleness_max": max(staleness, default=0),
             "trainable_parameters": worker.layout.numel,
         }
 
-    def _take_staleness(self) -> list[int]:
-        staleness, self._worker.link.staleness = self._worker.link.staleness, []
-        self._staleness += staleness
-        return staleness
+    def _all_staleness(self) -> list[int]:
+        new, self._worker.link.staleness = self._worker.link.staleness, []
+        self._staleness += new
+        return self._staleness

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from ..batchnorm import frozen_statistics, normalising_by_the_batch
 from ..checkpoint import load_tensors, save_tensors
-from ..landscape import survey
+from ..landscape import scan
 from ..record import FOLDER, read_record
-from .counting import uncounted
+from .trl import kept_counters
 
-logger = transformers_logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class LandscapeSurvey:
+class LandscapeScan:
     """The part of `LSAMTrainerMixin` that measures the landscape."""
 
-    def _survey_landscape(self):
+    def _scan_landscape(self):
         """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
 
         In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
@@ -48,8 +48,8 @@ class LandscapeSurvey:
             measured = {
                 "run_id": read_record(args.output_dir).run["run_id"],
                 "batches": args.landscape_batches,
-                "batchnorm": bool(self._batchnorm),
-                **self._surveyed(workers, args.kernel_precision(self.worker.settings.sync_steps)),
+                "batchnorm": bool(self.session.batchnorm),
+                **self._scanned(workers, args.kernel_precision(self.session.sync_steps)),
             }
             beside = folder / ".landscape.json"
             beside.write_text(json.dumps(measured))
@@ -57,10 +57,10 @@ class LandscapeSurvey:
         except (OSError, ValueError) as error:
             logger.warning(f"The landscape is not in the record: {error}")
 
-    def _surveyed(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
+    def _scanned(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
         args, worker, shown = self.args, self.worker, self.worker.own_parameters
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), uncounted(self):
+        with torch.random.fork_rng(devices=devices), kept_counters(self):
             batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
 
             points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
@@ -75,7 +75,7 @@ class LandscapeSurvey:
 
             try:
                 with normalising_by_the_batch(self.model) as layers, frozen_statistics(layers):
-                    return survey(loss, shown, workers, args.landscape_points, strength)
+                    return scan(loss, shown, workers, args.landscape_points, strength)
             finally:
                 bar.close()
                 worker.layout.write(shown, worker.parameters)

@@ -1,0 +1,85 @@
+"""What a run that goes wrong looks like in what it logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+
+class FailureSignatures:
+    """Recognises runs that go wrong from what they log; each signature is reported once, with its remedy.
+
+    Args:
+        num_workers: n.
+    """
+
+    # Log points, each at a newer anchor, over which drift must have grown at each one; by which factor in all; and by
+    # how much in the later half, of what it grew in the earlier one: on the way to a level it slows down.
+    DRIFT_WINDOWS = ((6, 2.0, 0.0), (12, 1.4, 0.5))
+    STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
+
+    def __init__(self, num_workers: int):
+        self._num_workers = num_workers
+        self._seen: list[tuple[float, float]] = []  # (drift, drift per learning rate) at different anchors
+        self._seen_version = 0
+        self._reported: set[str] = set()
+
+    def observe(self, drift: float, staleness: float, anchor_version: int, learning_rate: float) -> list[str]:
+        """The warnings that one log point gives rise to.
+
+        Args:
+            drift: ||x - y|| / ||y||.
+            staleness: mean anchor versions between reading y and handing in differences to it.
+            anchor_version: of the anchor that the drift is measured from. Around one anchor a worker moves away from it
+                as it should, so only log points at different anchors are compared.
+            learning_rate: drift that grows as the learning rate does (warm-up) is no signature.
+        """
+        if anchor_version > self._seen_version:
+            self._seen_version = anchor_version
+            longest = max(points for points, _, _ in self.DRIFT_WINDOWS)
+            self._seen = [*self._seen, (drift, drift / max(learning_rate, 1e-30))][-longest:]
+        growing = any(
+            len(self._seen) >= points
+            and all(_keeps_growing(series, factor, pace) for series in zip(*self._seen[-points:], strict=True))
+            for points, factor, pace in self.DRIFT_WINDOWS
+        )
+        warnings = []
+        if not math.isfinite(drift) or growing:
+            warnings.append(
+                self._once(
+                    "drift",
+                    f"the distance to the anchor keeps growing (lsam/drift {drift:.3g}): the workers are falling "
+                    "apart. Raise coupling_strength, or lower sync_steps or the learning rate.",
+                )
+            )
+        if staleness > self.STALENESS_FACTOR * self._num_workers:
+            warnings.append(
+                self._once(
+                    "staleness",
+                    f"this worker's pushes are {staleness:.1f} anchor versions old on average, with "
+                    f"{self._num_workers} workers: it is far slower than the others, and what it hands in pulls the "
+                    "anchor back. Give it a smaller batch, or raise sync_steps.",
+                )
+            )
+        return [warning for warning in warnings if warning]
+
+    def batchnorm_not_reestimated(self) -> str | None:
+        return self._once(
+            "batchnorm",
+            "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights "
+            "(batchnorm_statistics='worker', or no batches given): its accuracy will look worse than it is. Use"
+            " batchnorm_statistics='reestimate', with 32 batches or more.",
+        )
+
+    def _once(self, signature: str, warning: str) -> str | None:
+        if signature in self._reported:
+            return None
+        self._reported.add(signature)
+        return warning
+
+
+def _keeps_growing(series: Sequence[float], factor: float, pace: float) -> bool:
+    first, middle, last = series[0], series[len(series) // 2], series[-1]
+    rises = all(later > earlier for earlier, later in pairwise(series))
+    return rises and last > factor * first and last - middle > pace * (middle - first)

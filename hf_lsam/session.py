@@ -1,0 +1,332 @@
+"""One worker's part in a run, whatever drives its steps: what `LSAMTrainer` and the hand-written loop share.
+
+prepare   model and optimizer, checked before any time is spent
+join      the worker, at the anchor or where it was saved
+step      add_gradient for each micro-batch, before_optimizer_step, after_optimizer_step
+log       LSAM's metrics, the record, warnings
+finish    the final anchor
+leave     in any case
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import sam
+from .arguments import LSAMArguments
+from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
+from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
+from .data import Generators
+from .failure_signatures import FailureSignatures
+from .metrics import WorkerMetrics
+from .optimizers import StepHooks, known_direction, momentum_coefficient, showing_anchor, switch
+from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
+from .record import RecordWriter, describe
+from .run import EndSignals, Run
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Takes part in runs, one after the other.
+
+    Args:
+        arguments: LSAM's fields, checked.
+        output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
+            there is no record, and the log lies in the current folder.
+
+    Attributes:
+        arguments: as given.
+        sync_steps: tau, once prepared.
+        worker: None until the first run is joined; stays when it is left.
+        finished: whether the run is over and the model's x is no longer the worker's.
+        run, record, signals, signatures: what the session is made of.
+
+    Process: the training thread. Blocking: `join` until all workers have joined, `finish` until all have finished.
+    """
+
+    def __init__(self, arguments: LSAMArguments, output_dir: Path | None):
+        identity = arguments.identity
+        self.arguments = arguments
+        self.run = Run(
+            identity,
+            Path(arguments.shared_memory_dir),
+            (output_dir or Path(".")) / "server.log",
+            arguments.server_address,
+            arguments.patience(),
+        )
+        self.record = RecordWriter(output_dir, identity.rank)
+        self.signals = EndSignals()
+        self.signatures = FailureSignatures(identity.num_workers)
+        self.worker: Worker | None = None
+        self.finished = False
+        self.cast: list[tuple[Tensor, torch.dtype]] = []  # by `cast_to_float32`
+        self._final_drift = 0.0
+
+    # --- a run: prepare, join, finish, leave ---
+
+    def cast_to_float32(self, model: nn.Module, optimizer: Optimizer | None = None, remark: str = "") -> None:
+        """See `parameters.cast_to_float32`; worker 0 logs what was done, with `remark`.
+
+        Raises:
+            ValueError: if `optimizer` has made steps, or loaded a state, in half precision.
+        """
+        self.cast = cast_to_float32(model, optimizer)
+        if self.cast and self.arguments.identity.rank == 0:
+            logger.warning("%s", " ".join(filter(None, [about_cast(self.cast), remark])))
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer, run_steps: int | None) -> None:
+        """What is trained, and with what.
+
+        Args:
+            model: without a wrapper, on its device.
+            optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
+            run_steps: optimizer steps of a worker in the whole run, where known.
+
+        Raises:
+            ValueError: for a model or an optimizer that LSAM cannot train.
+        """
+        arguments = self.arguments
+        arguments.refuse_optimizer(optimizer)
+        self._model, self.optimizer = model, optimizer
+        self._named = trainable_parameters(model)
+        if arguments.batchnorm_statistics == "average":
+            self._named += running_statistics(model)
+        self.batchnorm = tracking_layers(model)
+        self.sync_steps = arguments.steps_between_pushes(run_steps)
+        self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer))
+        logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
+
+    @property
+    def device(self) -> torch.device:
+        """Of what is trained, once prepared."""
+        return self._named[0][1].device
+
+    def join(self, server_state: Path | None = None, worker_state: Path | None = None) -> dict[str, Tensor] | None:
+        """Takes part: x is what the worker was saved with, or else the anchor.
+
+        Args:
+            server_state: a server's snapshot to go on from.
+            worker_state: file that `save_worker` has written.
+
+        Returns:
+            all tensors in `worker_state`; None where it is not there.
+
+        Raises:
+            OSError, RefusedError, ServerGone: see `Run.join`.
+            ValueError: if the state is of another model.
+        """
+        arguments = self.arguments
+        self.finished = False
+        self.worker = self.run.join(
+            self._named,
+            arguments.worker_settings(self.sync_steps),
+            arguments.server_settings(self.sync_steps),
+            server_state,
+        )
+        self.metrics = WorkerMetrics(self.worker)
+        self.hooks = StepHooks(self.optimizer, self.worker, self._factor)
+        switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
+        if worker_state is None or not worker_state.exists():
+            self.worker.adopt_anchor()
+            return None
+        state = load_tensors(worker_state)
+        self.worker.load_state_tensors(state)
+        return state
+
+    def begin(self, step: int, resumed: bool, configuration: dict[str, Any]) -> None:
+        """The first step is about to be made: signals are requests, and the record is open.
+
+        Args:
+            step: optimizer steps made before.
+            resumed: whether training goes on from a checkpoint.
+            configuration: what the record tells of the run beside LSAM's own fields.
+        """
+        self.signals.catch()
+        run = None
+        if self.arguments.identity.rank == 0:
+            base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+            about = {
+                "name": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+                "class": type(base).__name__,
+                "adapter": base is not self._model,
+                "trainable_parameters": self.worker.layout.numel,
+            }
+            settings = {**self.arguments.lsam_fields(), "sync_steps": self.sync_steps, **configuration}
+            run = describe(self.arguments.identity.num_workers, settings, about)
+        self.record.begin(resumed, step, run)
+
+    def finish(self, stop_all: bool = False, best_step: int = -1) -> int:
+        """The last push; then the worker holds the final anchor, and the model still x. See `Worker.finish`.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: if a signal has asked for the end.
+            ValueError: if parameters were frozen or unfrozen since the run began.
+            ServerGone: if there is no server.
+        """
+        self.signals.restore()
+        self.signals.obey()
+        refuse_changes(self._model, self.worker.parameters)
+        self._final_drift = self.worker.drift()
+        best_step = self.worker.finish(stop_all, best_step)
+        switch(self.optimizer, "eval")
+        self.finished = True
+        return best_step
+
+    def leave(self, step: int, error: BaseException | None) -> None:
+        """Ends this worker's part, whether it has finished or not.
+
+        Args:
+            step: optimizer steps made.
+            error: what it ends with; the other workers of the launch then end with one as well.
+        """
+        self.record.end(step, error)
+        self.signals.restore()
+        self.run.leave(failed=error is not None)
+
+    def save_anchor(self, folder: Path) -> bool:
+        """Worker 0 saves the server's state.
+
+        Returns:
+            False if there is no server at the moment, and nothing was saved.
+
+        Raises:
+            OSError: if there is no room.
+        """
+        return self.arguments.identity.rank != 0 or self.worker.link.snapshot(folder / SERVER_STATE)
+
+    def save_worker(self, folder: Path, beside: dict[str, Tensor] | None = None) -> None:
+        """Saves x, y and what is to be pushed.
+
+        Args:
+            beside: further tensors, which `join` gives back.
+        """
+        save_tensors(folder / WORKER_STATE, {**self.worker.state_tensors(), **(beside or {})})
+
+    # --- a step ---
+
+    def add_gradient(
+        self,
+        step: int,
+        one_pass: Callable[[], Tensor],
+        other_pass: Callable[[], Tensor] | None = None,
+        ascent_on_part: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Adds one (micro-)batch's gradient to `.grad`: SAM's, one along a known direction, or the plain one.
+
+        Args:
+            step: optimizer steps made before this one.
+            one_pass: forward and backward on the batch; returns the detached loss, 0-d.
+            other_pass: the other of SAM's two passes; `one_pass` again if None.
+            ascent_on_part: `other_pass` is the first of the two, on a part of the batch; else the second.
+            scaler: what the losses are scaled by (fp16).
+
+        Returns:
+            the loss of `one_pass`, 0-d, on the device.
+        """
+        arguments, parameters = self.arguments, self.worker.parameters
+        rho, eps, adaptive = arguments.sam_rho, arguments.sam_eps, arguments.sam_adaptive
+        if not rho or step % arguments.sam_interval:
+            loss = one_pass()
+        elif arguments.sam_direction != "gradient":
+            directions, sign = known_direction(arguments.sam_direction, self.worker, self.optimizer)
+            if directions is None:
+                loss = one_pass()
+            else:
+                loss = sam.gradient_along(parameters, directions, one_pass, sign * rho, eps, adaptive)
+        else:
+            passes = [one_pass, other_pass or one_pass]
+            if ascent_on_part:
+                passes.reverse()
+            losses = sam.gradient(parameters, *passes, rho, eps, adaptive, self.batchnorm, scaler)
+            self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
+            loss = losses[ascent_on_part]
+        self.worker.note_loss(loss)
+        return loss
+
+    def before_optimizer_step(self) -> None:
+        """See `StepHooks`; after the gradient was clipped."""
+        self.hooks.before_step()
+
+    def after_optimizer_step(self, skipped: bool = False) -> None:
+        """See `StepHooks`."""
+        self.hooks.after_step(skipped)
+
+    # --- what is evaluated is the anchor ---
+
+    @contextmanager
+    def showing_anchor(self) -> Iterator[None]:
+        """The model holds y inside and x again after, with BatchNorm's running statistics of before; may be nested."""
+        with showing_anchor(self.worker, self.optimizer), kept_statistics(self.batchnorm):
+            yield
+
+    def settle_batchnorm(
+        self, batches: Callable[[], Iterable] | None, forward: Callable[[Any], Any], seed: int = 0
+    ) -> None:
+        """Gives BatchNorm running statistics that belong to the anchor, which the model holds.
+
+        Args:
+            batches: makes the training batches to re-estimate them from; None where there are none to be had.
+            forward: runs the model on one of them.
+            seed: of what `batches` and `forward` draw at random, the same in every worker.
+        """
+        if not self.batchnorm:
+            return
+        if self.arguments.batchnorm_statistics == "average":
+            keep_variances_positive(self.batchnorm)
+        elif batches is None:
+            self._warn(self.signatures.batchnorm_not_reestimated())
+        else:
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), Generators(seed).in_place():
+                reestimate(self._model, batches(), forward)
+
+    # --- logging ---
+
+    def log(self, step: int, logs: dict[str, float]) -> dict[str, float]:
+        """Writes one log point into the record; warns once of each way in which a run can be seen to go wrong.
+
+        Args:
+            step: optimizer steps made.
+            logs: what else belongs there, "learning_rate" among it.
+
+        Returns:
+            LSAM's own metrics since the last call.
+
+        Raises:
+            ValueError: if parameters were frozen or unfrozen since the run began.
+        """
+        refuse_changes(self._model, self.worker.parameters)
+        metrics = self.metrics.since_last_log()
+        if self.hooks.factor != 1.0:
+            metrics["lsam/worker_learning_rate"] = logs["learning_rate"] * self.hooks.factor
+        seen = metrics["lsam/drift"], metrics["lsam/staleness"], metrics["lsam/anchor_version"], logs["learning_rate"]
+        for warning in self.signatures.observe(*seen):
+            self._warn(warning)
+        self.record.log(step, {**metrics, **logs})
+        return metrics
+
+    def summary(self) -> dict[str, float]:
+        """This worker's totals of the run, or of the run so far: steps, pushes, bytes, staleness, anchor version, and
+        the drift at the last step.
+
+        Raises:
+            RuntimeError: if no run was joined.
+        """
+        if self.worker is None:
+            raise RuntimeError("There is nothing to sum up before the worker takes part in a run. Train first.")
+        return {**self.metrics.of_run(), "drift": self._final_drift if self.finished else self.worker.drift()}
+
+    def _warn(self, warning: str | None) -> None:
+        if warning:
+            logger.warning("LSAM, worker %d: %s", self.arguments.identity.rank, warning)

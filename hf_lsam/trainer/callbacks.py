@@ -1,0 +1,111 @@
+"""Where a worker meets Trainer's loop, and how worker 0's trackers hear of the others."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+from ..record import Tail, worker_file
+from ..session import Session
+from ..transport.link import ServerGone
+
+logger = logging.getLogger(__name__)
+
+_COUNT_THEIR_OWN_STEPS = ("dvclive",)
+
+
+class OtherWorkers:
+    """What the others log, for worker 0's trackers: one run there shows all workers.
+
+    It is read from the record (see `record`), so nobody waits for them; a worker on another machine is seen where
+    `output_dir` is shared.
+
+    Args:
+        output_dir: the run's folder.
+        num_workers: n.
+    """
+
+    def __init__(self, output_dir: Path, num_workers: int):
+        self._since = time.time()  # what stands there from a run before is not this one's
+        self._tails = {rank: Tail(worker_file(output_dir, rank)) for rank in range(1, num_workers)}
+
+    def report(self, trackers: Sequence[TrainerCallback], args, state, control) -> None:
+        """Gives each tracker what is new, as `worker_<rank>/loss` and so on, at the steps of that worker."""
+        for rank, tail in self._tails.items():
+            try:
+                entries = tail.new_entries()
+            except OSError as error:
+                logger.warning("worker %d is not reported to the trackers: %s", rank, error)
+                continue
+            for entry in entries:
+                if "loss" not in entry or entry["time"] < self._since:
+                    continue
+                metrics = {f"worker_{rank}/{name}": entry[name] for name in entry if name not in ("time", "step")}
+                then = copy.copy(state)
+                then.global_step = entry["step"]
+                for tracker in trackers:
+                    tracker.on_log(args, then, control, logs=metrics)
+
+
+def trackers_among(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
+    """Those that send metrics to TensorBoard, Weights & Biases, ... under the step that they are given."""
+    known = tuple(kind for name, kind in INTEGRATION_TO_CALLBACK.items() if name not in _COUNT_THEIR_OWN_STEPS)
+    return [callback for callback in callbacks if isinstance(callback, known)]
+
+
+class LSAMCallback(TrainerCallback):
+    """Hands Trainer's events to the session. Added by `LSAMTrainerMixin`, after all other callbacks.
+
+    Attributes:
+        steps_before_epoch: optimizer steps when the epoch began.
+        server_gone: what the run ends with, once a checkpoint is saved.
+        others: at worker 0, where there are any.
+    """
+
+    def __init__(self, trainer: Trainer, session: Session):
+        self.steps_before_epoch = 0
+        self.server_gone: ServerGone | None = None
+        self.others: OtherWorkers | None = None
+        self._trainer, self._session = trainer, session
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.server_gone = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.steps_before_epoch = state.global_step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._session.before_optimizer_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        try:
+            self._session.after_optimizer_step(self._trainer.accelerator.optimizer_step_was_skipped)
+        except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
+            self.server_gone = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._leave_evaluation_to_worker_0(control)
+        link = self._session.worker.link
+        if link.save_requested or self.server_gone is not None or self._session.signals.received is not None:
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+        elif link.stop_requested:
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, **kwargs):
+        # Trainer's summary is logged once all workers have finished: by then all that they have written is reported.
+        if self.others is not None:
+            self.others.report(trackers_among(self._trainer.callback_handler.callbacks), args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._leave_evaluation_to_worker_0(control)
+
+    def _leave_evaluation_to_worker_0(self, control):
+        if self._session.arguments.identity.rank != 0:
+            control.should_evaluate = False
