@@ -28,8 +28,7 @@ from .run import Patience
 from .server.process import ServiceSettings
 from .transport.peer import HEARTBEAT
 
-EXCHANGES = 60  # that a run has where `sync_steps` follows from its length ...
-SYNC_STEPS = (4, 16)  # ... as long as they are this many steps apart
+SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out
 
 _SHARDING_VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -90,8 +89,9 @@ class LSAMArguments:
         algorithm (`str`, defaults to "lsam"): what a worker hands in and what the server does with it (see
             `hf_lsam.algorithms`). The baselines, with sam_rho=0: "easgd", coupling_strength its alpha; "lsgd".
         sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, where it is 16. Left
-            out, it follows from the length of the run: about 60 exchanges, between 4 and 16 steps apart; 16 where the
-            length is not known.
+            out, 4 for one or two workers and 2 for more: the more there are, the more of the noise their mean takes
+            away, and the less each may stray from it. Long runs bear more. A push that the server cannot take yet goes
+            out with the next, so a slow link lengthens it by itself.
         coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": at once, when a new anchor
             comes, measured from what it has handed in; it brakes nobody. "decoupled": at every step, after the
             optimizer's, as weight decay is in AdamW. "score": at every step, inside the gradient, as in the paper; for
@@ -247,18 +247,13 @@ class LSAMArguments:
 
     # --- what the rooms below need, without a config object ---
 
-    def steps_between_pushes(self, run_steps: int | None = None) -> int:
-        """tau: `sync_steps`, or what follows from the length of the run.
-
-        Args:
-            run_steps: optimizer steps of a worker in the whole run, where known.
-        """
+    def steps_between_pushes(self, num_workers: int) -> int:
+        """tau: `sync_steps`, or what serves as many workers."""
         if self.sync_steps is not None:
             return self.sync_steps
-        shortest, longest = SYNC_STEPS
-        if run_steps is None or self.server_address is not None:  # external workers need not know each other's length
-            return longest
-        return min(longest, max(shortest, round(run_steps / EXCHANGES)))
+        few, many = SYNC_STEPS
+        # Behind a server of its own, workers come and go, and all must agree on one tau.
+        return few if num_workers <= 2 and self.server_address is None else many
 
     def server_settings(self, sync_steps: int) -> ServerSettings:
         moving_rate = self.coupling_strength if self.algorithm == "easgd" else 0.0
@@ -329,7 +324,7 @@ class LSAMArguments:
                 f"ascent, got {self.sam_ascent_fraction!r}. Use sam_direction='gradient' to make that pass cheaper."
             )
         at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
-        sync_steps = self.sync_steps or SYNC_STEPS[0]  # the shortest, for which the bounds are the lowest
+        sync_steps = self.sync_steps or SYNC_STEPS[1]  # the shortest, for which the bounds are the lowest
         if at_once and self.coupling_strength > 1:
             yield (
                 "`coupling_strength` must be at most 1 where it is a worker's whole move at an exchange "

@@ -44,7 +44,7 @@ class LSAM:
     """Takes the place of forward, backward, clipping and `optimizer.step` in a hand-written loop.
 
     ```python
-    lsam = LSAM(model, optimizer, sam_rho=0.1, total_steps=len(loader))
+    lsam = LSAM(model, optimizer, sam_rho=0.1)
     with lsam:
         for batch in lsam.shard(loader):
             loss = lsam.step(lambda: loss_fn(model(batch["x"]), batch["y"]))
@@ -76,7 +76,6 @@ class LSAM:
         accelerator: takes care of the backward pass and of fp16 scaling.
         gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
-        total_steps: optimizer steps of a worker in the whole run, where known: `sync_steps`, if left out, follows.
         output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
             there is no record, and the log lies in the current folder.
         resume_from: folder that `save` has written; the run goes on from there. Model and optimizer are the caller's.
@@ -99,7 +98,6 @@ class LSAM:
         accelerator: Accelerator | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
-        total_steps: int | None = None,
         output_dir: str | Path | None = None,
         resume_from: str | Path | None = None,
         **lsam: Any,
@@ -139,7 +137,7 @@ class LSAM:
         inner = model.module if wrapped else model
         self.session = Session(self.arguments, None if output_dir is None else Path(output_dir))
         self.session.cast_to_float32(inner, optimizer)
-        self.session.prepare(inner, optimizer, total_steps)
+        self.session.prepare(inner, optimizer)
         detach(self.arguments.identity, self.session.device)
         if wrapped:
             model.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest

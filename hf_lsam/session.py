@@ -84,13 +84,12 @@ class Session:
         if self.cast and self.arguments.identity.rank == 0:
             logger.warning("%s", " ".join(filter(None, [about_cast(self.cast), remark])))
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer, run_steps: int | None) -> None:
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """What is trained, and with what.
 
         Args:
             model: without a wrapper, on its device.
             optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
-            run_steps: optimizer steps of a worker in the whole run, where known.
 
         Raises:
             ValueError: for a model or an optimizer that LSAM cannot train.
@@ -102,7 +101,7 @@ class Session:
         if arguments.batchnorm_statistics == "average":
             self._named += running_statistics(model)
         self.batchnorm = tracking_layers(model)
-        self.sync_steps = arguments.steps_between_pushes(run_steps)
+        self.sync_steps = arguments.steps_between_pushes(arguments.identity.num_workers)
         self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer))
         logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
 

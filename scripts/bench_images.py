@@ -103,7 +103,7 @@ def work(kind: str, batch: int, steps: int, folder: Path) -> float:
         method = DataParallel(model, optimizer, Identity.from_environment(), fields, ascent_sync=False)
         forward = method.wrapped
     else:
-        method = Asynchronous(model, optimizer, LSAM_FIELDS, steps, folder)
+        method = Asynchronous(model, optimizer, LSAM_FIELDS, folder)
         forward = model
     with method:
         for step in range(SYNC_STEPS + steps):

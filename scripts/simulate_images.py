@@ -156,7 +156,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         made = DataParallel(model, optimizer, loss, machines, gradient, scheduler, run.seed)
     else:
         arguments = LoopArguments(**method.get("lsam", {}))
-        sync_steps = arguments.steps_between_pushes(run.steps)
+        sync_steps = arguments.steps_between_pushes(workers)
         made = Cluster(
             model,
             optimizer,

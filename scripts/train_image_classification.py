@@ -102,8 +102,8 @@ class Asynchronous:
         lsam: the fields of `LSAMArguments`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lsam: dict[str, Any], steps: int, out: Path):
-        self._lsam = LSAM(model, optimizer, total_steps=steps, output_dir=out, **lsam)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lsam: dict[str, Any], out: Path):
+        self._lsam = LSAM(model, optimizer, output_dir=out, **lsam)
 
     def __enter__(self) -> Asynchronous:
         self._lsam.__enter__()
@@ -366,7 +366,7 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
         method_run = DataParallel(model, optimizer, identity, lsam, values["ascent_sync"])
         forward = method_run.wrapped
     else:
-        method_run = Asynchronous(model, optimizer, lsam, steps, output_dir)
+        method_run = Asynchronous(model, optimizer, lsam, output_dir)
         forward = model
     warnings = Warnings()
     logging.getLogger("hf_lsam").addHandler(warnings)

@@ -122,23 +122,21 @@ def test_every_field_has_a_value_out_of_range_in_this_test():
     assert own == set(OUT_OF_RANGE)
 
 
-def test_the_defaults_are_those_of_the_documentation(tmp_path):
-    args = config(tmp_path)
+def test_the_defaults_are_those_of_the_documentation():
     for field in dataclasses.fields(LSAMArguments):
         documented = f"{field.name} (`"
         assert documented in LSAMArguments.__doc__, field.name
         if field.default is not None:
             line = LSAMArguments.__doc__.split(documented)[1].split("):")[0]
             assert repr(field.default).replace("'", '"') in line, field.name
-    assert args.steps_between_pushes() == 16
 
 
-@pytest.mark.parametrize(
-    ("run_steps", "sync_steps"), [(None, 16), (10, 4), (300, 5), (480, 8), (1440, 16), (10**6, 16)]
-)
-def test_a_run_has_about_sixty_exchanges_unless_told_otherwise(tmp_path, run_steps, sync_steps):
-    assert config(tmp_path).steps_between_pushes(run_steps) == sync_steps
-    assert config(tmp_path, sync_steps=3).steps_between_pushes(run_steps) == 3
+@pytest.mark.parametrize(("workers", "sync_steps"), [(1, 4), (2, 4), (3, 2), (64, 2)])
+def test_more_workers_exchange_more_often_unless_told_otherwise(tmp_path, workers, sync_steps):
+    assert config(tmp_path).steps_between_pushes(workers) == sync_steps
+    (tmp_path / "run.json").touch()
+    assert config(tmp_path, server_address=str(tmp_path)).steps_between_pushes(workers) == 2
+    assert config(tmp_path, sync_steps=3).steps_between_pushes(workers) == 3
 
 
 def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp_path):

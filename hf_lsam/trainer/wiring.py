@@ -362,7 +362,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._own = None
-        self.session.prepare(self.model, self.optimizer, max_steps)
+        self.session.prepare(self.model, self.optimizer)
         server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
         if server_state is not None and not server_state.exists():
             logger.warning("%s holds no anchor: its model becomes the first one.", self._common_checkpoint)
