@@ -43,10 +43,13 @@ from hf_lsam.card import markdown_table
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 
-# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor.
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor; `bits`
+# are those of a value on the links. An exchange every 8 steps takes as many bytes as one every 2 in 8 bits.
 METHODS: dict[str, dict[str, Any]] = {
-    "LSAM": {"sam": True},
-    "LSAM, tau = 4": {"sam": True, "lsam": {"sync_steps": 4}},
+    "LSAM": {"sam": True, "bits": 8},
+    "LSAM, 4 bits": {"sam": True, "bits": 4},
+    "LSAM, 32 bits, tau = 4": {"sam": True, "lsam": {"sync_steps": 4}},
+    "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8}},
     "LSAM as in the paper": {
         "sam": True,
         "lsam": {
@@ -59,13 +62,14 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "data-parallel SAM": {"sam": True, "data_parallel": True},
     "data-parallel SGD": {"data_parallel": True},
-    "local SGD": {"barrier": True},
+    "local SGD": {"barrier": True, "bits": 8},
+    "local SGD, 32 bits, tau = 8": {"barrier": True, "lsam": {"sync_steps": 8}},
     "DiLoCo": {
         "barrier": True,
-        "lsam": {"anchor_optimizer": "nesterov", "anchor_lr": 0.7, "anchor_momentum": 0.9},
+        "lsam": {"sync_steps": 8, "anchor_optimizer": "nesterov", "anchor_lr": 0.7, "anchor_momentum": 0.9},
     },
-    "EASGD": {"lsam": {"algorithm": "easgd", "coupling_strength": 0.225}},
-    "LSGD": {"lsam": {"algorithm": "lsgd", "coupling_strength": 0.9}},
+    "EASGD": {"lsam": {"sync_steps": 8, "algorithm": "easgd", "coupling_strength": 0.225}},
+    "LSGD": {"lsam": {"sync_steps": 8, "algorithm": "lsgd", "coupling_strength": 0.9}},
 }
 RATES = (0.05, 0.1, 0.2)
 SHORT, LONG = 480, 1440
@@ -260,12 +264,13 @@ def table_of(runs: Runs, plans: dict[str, list[Run]]) -> tuple[list[dict[str, An
                 label,
                 f"{several[0].learning_rate:g}",
                 str(own[0]["sync_steps"] or "-"),
+                str(METHODS[several[0].method].get("bits", 32)),
                 spread([point["error"] for point in last]),
                 f"{last[0]['bytes'] / 1e6:,.0f}",
                 str(len(own)),
             )
         )
-    return made, markdown_table(("", "learning rate", "tau", "test error, %", "MB exchanged", "seeds"), rows)
+    return made, markdown_table(("", "learning rate", "tau", "bits", "test error, %", "MB exchanged", "seeds"), rows)
 
 
 def methods(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
@@ -278,9 +283,9 @@ def methods(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
 
 def long(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """A run three times as long, with the learning rates of the short one; LSAM with several tau."""
+    """A run three times as long, with the learning rates of the short one."""
     _, rates = tuned(runs)
-    names = ("LSAM", "LSAM, tau = 4", "data-parallel SAM", "data-parallel SGD")
+    names = ("LSAM", "data-parallel SAM", "data-parallel SGD")
     return table_of(runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in names})
 
 
