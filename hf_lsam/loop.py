@@ -56,6 +56,8 @@ class LSAM:
     a server process, the script unchanged. The model holds the worker's own parameters inside `with lsam`, and the
     final anchor after it.
 
+    `lsam.sam_rho` may be set between steps, for a schedule of the radius.
+
     An `Accelerator` is optional. It may have been made before or after, and model and optimizer may have been prepared
     by it or not: a DistributedDataParallel wrapper stays around the model and no longer synchronises, and the default
     process group is closed. Without one, `step` runs the closure under whatever autocast the caller has opened.
@@ -148,6 +150,19 @@ class LSAM:
     def worker(self) -> Worker | None:
         """This worker, once it takes part in a run."""
         return self.session.worker
+
+    @property
+    def sam_rho(self) -> float:
+        """Radius of the perturbation; set it between optimizer steps for a schedule.
+
+        Raises:
+            ValueError: see `Session.sam_rho`.
+        """
+        return self.session.sam_rho
+
+    @sam_rho.setter
+    def sam_rho(self, radius: float) -> None:
+        self.session.sam_rho = radius
 
     # --- the run ---
 

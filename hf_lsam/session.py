@@ -26,6 +26,7 @@ from .batchnorm import keep_variances_positive, kept_statistics, reestimate, run
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators
 from .failure_signatures import FailureSignatures
+from .fields import check_field
 from .metrics import WorkerMetrics
 from .optimizers import StepHooks, known_direction, momentum_coefficient, showing_anchor, switch
 from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
@@ -70,6 +71,7 @@ class Session:
         self.worker: Worker | None = None
         self.finished = False
         self.cast: list[tuple[Tensor, torch.dtype]] = []  # by `cast_to_float32`
+        self._sam_rho = arguments.sam_rho
         self._final_drift = 0.0
 
     # --- a run: prepare, join, finish, leave ---
@@ -98,6 +100,7 @@ class Session:
         arguments = self.arguments
         arguments.refuse_optimizer(optimizer)
         self._model, self.optimizer = model, optimizer
+        self._sam_rho = arguments.sam_rho
         self._named = trainable_parameters(model)
         if arguments.batchnorm_statistics == "average":
             self._named += running_statistics(model)
@@ -214,6 +217,28 @@ class Session:
 
     # --- a step ---
 
+    @property
+    def sam_rho(self) -> float:
+        """Radius of the perturbation: the configured one when a run is prepared; may be set between optimizer steps.
+
+        Raises:
+            ValueError: if it is set to what the field `sam_rho` does not take, or raised from a configured 0 with
+                `sam_direction` "momentum" or "anchor", which need what is kept from the beginning.
+        """
+        return self._sam_rho
+
+    @sam_rho.setter
+    def sam_rho(self, radius: float) -> None:
+        arguments = self.arguments
+        check_field(LSAMArguments, "sam_rho", radius)
+        if radius and not arguments.sam_rho and arguments.sam_direction != "gradient":
+            raise ValueError(
+                f"The run has begun with sam_rho=0, and sam_direction={arguments.sam_direction!r} needs what is kept "
+                "from the beginning: there would be no direction to perturb along. Configure a positive sam_rho, and "
+                "set it to 0 before the first step."
+            )
+        self._sam_rho = radius
+
     def add_gradient(
         self,
         step: int,
@@ -235,7 +260,7 @@ class Session:
             the loss of `one_pass`, 0-d, on the device.
         """
         arguments, parameters = self.arguments, self.worker.parameters
-        rho, eps, adaptive = arguments.sam_rho, arguments.sam_eps, arguments.sam_adaptive
+        rho, eps, adaptive = self._sam_rho, arguments.sam_eps, arguments.sam_adaptive
         if not rho or step % arguments.sam_interval:
             loss = one_pass()
         elif arguments.sam_direction != "gradient":

@@ -143,6 +143,20 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         """This worker, once training has begun."""
         return self.session.worker
 
+    @property
+    def sam_rho(self) -> float:
+        """Radius of the perturbation: the configured one when training begins; a callback may set it at the beginning
+        of a step (`on_step_begin`), for a schedule.
+
+        Raises:
+            ValueError: see `Session.sam_rho`.
+        """
+        return self.session.sam_rho
+
+    @sam_rho.setter
+    def sam_rho(self, radius: float) -> None:
+        self.session.sam_rho = radius
+
     def _cast_to_float32(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
         self.session.cast_to_float32(model, optimizer, "It is saved in the types that it was loaded in.")
 
