@@ -1,11 +1,13 @@
 """One worker's part in a run, whatever drives its steps: what `LSAMTrainer` and the hand-written loop share.
 
-prepare   model and optimizer, checked before any time is spent
-join      the worker, at the anchor or where it was saved
-step      add_gradient for each micro-batch, before_optimizer_step, after_optimizer_step
-log       LSAM's metrics, the record, warnings
-finish    the final anchor
-leave     in any case
+    prepare   model and optimizer, checked before any time is spent
+    join      the worker, at the anchor or where it was saved
+    begin     signals and the record
+    step      add_gradient for each micro-batch, before_optimizer_step, after_optimizer_step
+    finish    the final anchor
+    leave     in any case
+
+Trainer and loop call these in this order, and `log`, `showing_anchor` and the two that save in between.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Session:
         arguments: as given.
         sync_steps: tau, once prepared.
         worker: None until the first run is joined; stays when it is left.
-        finished: whether the run is over and the model's x is no longer the worker's.
+        finished: whether the worker has finished, so that it may hold the anchor for good.
+        cast: the tensors that are trained in another type than they came in, with the dtypes they had.
         run, record, signals, signatures: what the session is made of.
 
     Process: the training thread. Blocking: `join` until all workers have joined, `finish` until all have finished.
@@ -70,7 +73,7 @@ class Session:
         self.signatures = FailureSignatures(identity.num_workers)
         self.worker: Worker | None = None
         self.finished = False
-        self.cast: list[tuple[Tensor, torch.dtype]] = []  # by `cast_to_float32`
+        self.cast: list[tuple[Tensor, torch.dtype]] = []
         self._sam_rho = arguments.sam_rho
         self._final_drift = 0.0
 
