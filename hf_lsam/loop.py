@@ -359,10 +359,10 @@ class LSAM:
             self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.worker.parameters, self._max_grad_norm)
-        self.session.before_optimizer_step()
+        self.session.hooks.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.session.after_optimizer_step(getattr(self.optimizer, "step_was_skipped", False))
+        self.session.hooks.after_step(getattr(self.optimizer, "step_was_skipped", False))
 
     @property
     def _learning_rate(self) -> float:

@@ -3,7 +3,7 @@
     prepare   model and optimizer, checked before any time is spent
     join      the worker, at the anchor or where it was saved
     begin     signals and the record
-    step      add_gradient for each micro-batch, before_optimizer_step, after_optimizer_step
+    step      add_gradient for each micro-batch; hooks.before_step and after_step around the optimizer's
     finish    the final anchor
     leave     in any case
 
@@ -51,6 +51,7 @@ class Session:
         arguments: as given.
         sync_steps: tau, once prepared.
         worker: None until the first run is joined; stays when it is left.
+        hooks, metrics: of this worker (see `StepHooks`, `WorkerMetrics`).
         finished: whether the worker has finished, so that it may hold the anchor for good.
         cast: the tensors that are trained in another type than they came in, with the dtypes they had.
         run, record, signals, signatures: what the session is made of.
@@ -281,14 +282,6 @@ class Session:
             loss = losses[ascent_on_part]
         self.worker.note_loss(loss)
         return loss
-
-    def before_optimizer_step(self) -> None:
-        """See `StepHooks`; after the gradient was clipped."""
-        self.hooks.before_step()
-
-    def after_optimizer_step(self, skipped: bool = False) -> None:
-        """See `StepHooks`."""
-        self.hooks.after_step(skipped)
 
     # --- what is evaluated is the anchor ---
 

@@ -2,8 +2,8 @@
 
 Wiring only. A worker is an ordinary single-device Trainer run; this module takes the seams at which LSAM acts:
 
-    training_step           two passes instead of one (sam.py)
-    callbacks               the worker acts after each optimizer step (callbacks.py, worker.py)
+    training_step           two passes instead of one (session.py, sam.py)
+    callbacks               the worker acts around each optimizer step (callbacks.py, optimizers.py)
     get_train_dataloader    each worker its share of the data, sharded by Accelerate
     evaluate, save, ...     the model holds the anchor meanwhile
     _finalize_training      the last push, and the final anchor into the model of every worker
