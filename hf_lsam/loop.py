@@ -56,6 +56,8 @@ class LSAM:
     a server process, the script unchanged. The model holds the worker's own parameters inside `with lsam`, and the
     final anchor after it.
 
+    `lsam.sam_rho` may be set between steps, for a schedule of the radius.
+
     An `Accelerator` is optional. It may have been made before or after, and model and optimizer may have been prepared
     by it or not: a DistributedDataParallel wrapper stays around the model and no longer synchronises, and the default
     process group is closed. Without one, `step` runs the closure under whatever autocast the caller has opened.
@@ -146,6 +148,19 @@ class LSAM:
     def worker(self) -> Worker | None:
         """This worker, once it takes part in a run."""
         return self.session.worker
+
+    @property
+    def sam_rho(self) -> float:
+        """Radius of the perturbation; set it between optimizer steps for a schedule.
+
+        Raises:
+            ValueError: see `Session.sam_rho`.
+        """
+        return self.session.sam_rho
+
+    @sam_rho.setter
+    def sam_rho(self, radius: float) -> None:
+        self.session.sam_rho = radius
 
     # --- the run ---
 
@@ -342,10 +357,10 @@ class LSAM:
             self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.worker.parameters, self._max_grad_norm)
-        self.session.before_optimizer_step()
+        self.session.hooks.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.session.after_optimizer_step(getattr(self.optimizer, "step_was_skipped", False))
+        self.session.hooks.after_step(getattr(self.optimizer, "step_was_skipped", False))
 
     @property
     def _learning_rate(self) -> float:

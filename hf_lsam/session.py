@@ -1,11 +1,13 @@
 """One worker's part in a run, whatever drives its steps: what `LSAMTrainer` and the hand-written loop share.
 
-prepare   model and optimizer, checked before any time is spent
-join      the worker, at the anchor or where it was saved
-step      add_gradient for each micro-batch, before_optimizer_step, after_optimizer_step
-log       LSAM's metrics, the record, warnings
-finish    the final anchor
-leave     in any case
+    prepare   model and optimizer, checked before any time is spent
+    join      the worker, at the anchor or where it was saved
+    begin     signals and the record
+    step      add_gradient for each micro-batch; hooks.before_step and after_step around the optimizer's
+    finish    the final anchor
+    leave     in any case
+
+Trainer and loop call these in this order, and `log`, `showing_anchor` and the two that save in between.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .batchnorm import keep_variances_positive, kept_statistics, reestimate, run
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators
 from .failure_signatures import FailureSignatures
+from .fields import check_field
 from .metrics import WorkerMetrics
 from .optimizers import StepHooks, known_direction, momentum_coefficient, showing_anchor, switch
 from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
@@ -48,7 +51,9 @@ class Session:
         arguments: as given.
         sync_steps: tau, once prepared.
         worker: None until the first run is joined; stays when it is left.
-        finished: whether the run is over and the model's x is no longer the worker's.
+        hooks, metrics: of this worker (see `StepHooks`, `WorkerMetrics`).
+        finished: whether the worker has finished, so that it may hold the anchor for good.
+        cast: the tensors that are trained in another type than they came in, with the dtypes they had.
         run, record, signals, signatures: what the session is made of.
 
     Process: the training thread. Blocking: `join` until all workers have joined, `finish` until all have finished.
@@ -69,7 +74,8 @@ class Session:
         self.signatures = FailureSignatures(identity.num_workers)
         self.worker: Worker | None = None
         self.finished = False
-        self.cast: list[tuple[Tensor, torch.dtype]] = []  # by `cast_to_float32`
+        self.cast: list[tuple[Tensor, torch.dtype]] = []
+        self._sam_rho = arguments.sam_rho
         self._final_drift = 0.0
 
     # --- a run: prepare, join, finish, leave ---
@@ -97,6 +103,7 @@ class Session:
         arguments = self.arguments
         arguments.refuse_optimizer(optimizer)
         self._model, self.optimizer = model, optimizer
+        self._sam_rho = arguments.sam_rho
         self._named = trainable_parameters(model)
         if arguments.batchnorm_statistics == "average":
             self._named += running_statistics(model)
@@ -213,6 +220,28 @@ class Session:
 
     # --- a step ---
 
+    @property
+    def sam_rho(self) -> float:
+        """Radius of the perturbation: the configured one when a run is prepared; may be set between optimizer steps.
+
+        Raises:
+            ValueError: if it is set to what the field `sam_rho` does not take, or raised from a configured 0 with
+                `sam_direction` "momentum" or "anchor", which need what is kept from the beginning.
+        """
+        return self._sam_rho
+
+    @sam_rho.setter
+    def sam_rho(self, radius: float) -> None:
+        arguments = self.arguments
+        check_field(LSAMArguments, "sam_rho", radius)
+        if radius and not arguments.sam_rho and arguments.sam_direction != "gradient":
+            raise ValueError(
+                f"The run has begun with sam_rho=0, and sam_direction={arguments.sam_direction!r} needs what is kept "
+                "from the beginning: there would be no direction to perturb along. Configure a positive sam_rho, and "
+                "set it to 0 before the first step."
+            )
+        self._sam_rho = radius
+
     def add_gradient(
         self,
         step: int,
@@ -234,7 +263,7 @@ class Session:
             the loss of `one_pass`, 0-d, on the device.
         """
         arguments, parameters = self.arguments, self.worker.parameters
-        rho, eps, adaptive = arguments.sam_rho, arguments.sam_eps, arguments.sam_adaptive
+        rho, eps, adaptive = self._sam_rho, arguments.sam_eps, arguments.sam_adaptive
         if not rho or step % arguments.sam_interval:
             loss = one_pass()
         elif arguments.sam_direction != "gradient":
@@ -252,14 +281,6 @@ class Session:
             loss = losses[ascent_on_part]
         self.worker.note_loss(loss)
         return loss
-
-    def before_optimizer_step(self) -> None:
-        """See `StepHooks`; after the gradient was clipped."""
-        self.hooks.before_step()
-
-    def after_optimizer_step(self, skipped: bool = False) -> None:
-        """See `StepHooks`."""
-        self.hooks.after_step(skipped)
 
     # --- what is evaluated is the anchor ---
 

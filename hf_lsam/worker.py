@@ -122,14 +122,18 @@ class Worker:
         Args:
             learning_rates: eta of each parameter, of the step just made.
         """
-        settings = self.settings
-        if settings.langevin_temperature:
+        if temperature := self.settings.langevin_temperature:
             for parameter, eta in zip(self.parameters, learning_rates, strict=True):
-                add_langevin_noise([parameter], eta, settings.langevin_temperature)
+                add_langevin_noise([parameter], eta, temperature)
         self.local_steps += 1
         self.steps_in_total += 1
         self._algorithm.after_step(self.parameters, self._anchor_views, self._total_views)
-        if self.local_steps % settings.sync_steps == 0:
+        self.exchange()
+
+    def exchange(self) -> None:
+        """All that a step costs beside the optimizer's and the coupling: a push every tau steps, and y <- newest anchor
+        if it is there; never waits."""
+        if self.local_steps % self.settings.sync_steps == 0:
             self.pull_newest()  # so that what is handed in is measured from the newest anchor there is
             if self.link.can_push:
                 self._push()

@@ -208,8 +208,7 @@ class ExchangeTimes(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         worker = self._trainer.worker
-        worker._push = self._timed(worker._push)
-        worker.pull_newest = self._timed(worker.pull_newest)
+        worker.exchange = self._timed(worker.exchange)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(self._spent)
@@ -251,7 +250,9 @@ def make_trainer(
         args = LSAMConfig(sam_rho=RHO, sync_steps=SYNC_STEPS, **LSAM_VARIANTS[variant], **options)
         trainer = LSAMTrainer(args=args, optimizers=(_adamw(parameters), None), **common)
         if variant == "lsam server":
-            trainer._run = ServedRun(args.identity, Path(args.shared_memory_dir), Path(output_dir) / "server.log")
+            trainer.session.run = ServedRun(
+                args.identity, Path(args.shared_memory_dir), Path(output_dir) / "server.log"
+            )
     else:
         trainer_type, optimizer = {
             "plain": (Trainer, _adamw),

@@ -115,7 +115,7 @@ class Asynchronous:
         self._lsam.__exit__(*error)
 
     def step(self, compute_loss: Callable[[], Tensor], rho: float) -> Tensor:
-        self._lsam.arguments.sam_rho = rho
+        self._lsam.sam_rho = rho
         return self._lsam.step(compute_loss)
 
     def vector(self) -> Tensor:

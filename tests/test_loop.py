@@ -260,7 +260,7 @@ def test_a_schedule_free_optimizer_switches_its_mode_at_x_and_not_at_the_anchor(
         torch.testing.assert_close(ours, undisturbed, rtol=0, atol=1e-6)
 
 
-def test_figures_are_logged_and_misuse_is_named():
+def test_metrics_are_logged_and_misuse_is_named():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(TypeError, match="no field 'sam_roh'"):
@@ -275,10 +275,10 @@ def test_figures_are_logged_and_misuse_is_named():
     with lsam:
         for x, labels in batches(8):
             lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
-        figures = lsam.log()
-    assert figures["lsam/anchor_version"] == 2
-    assert figures["lsam/sharpness"] > 0
-    assert 0 < figures["lsam/drift"] < 1
+        metrics = lsam.log()
+    assert metrics["lsam/anchor_version"] == 2
+    assert metrics["lsam/sharpness"] > 0
+    assert 0 < metrics["lsam/drift"] < 1
 
 
 def test_the_closure_returns_a_loss_or_an_output_that_holds_one():

@@ -13,7 +13,7 @@ from models import arguments, blobs, net
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.record import RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
 
-FIGURES = {"lsam/drift", "lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "lsam/refused_pushes"}
+METRICS = {"lsam/drift", "lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "lsam/refused_pushes"}
 
 
 def trainer_of(tmp_path: Path, **fields) -> LSAMTrainer:
@@ -42,7 +42,7 @@ def test_a_trainer_writes_what_it_logs_and_what_it_evaluates(tmp_path):
     entries = record.workers[0]
     logged = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
-    assert all(entry.keys() >= FIGURES | {"learning_rate", "time"} for entry in logged)
+    assert all(entry.keys() >= METRICS | {"learning_rate", "time"} for entry in logged)
     assert [entry["loss"] for entry in logged] == [e["loss"] for e in trainer.state.log_history if "loss" in e]
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
     assert evaluated == [(0, before["eval_loss"]), (4, after["eval_loss"])]
@@ -89,7 +89,7 @@ def test_a_loop_writes_what_it_logs(tmp_path):
     lsam.log_evaluation(eval_accuracy=0.5)
     entries = read_record(tmp_path).workers[0]
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3]
-    assert entries[1].keys() >= FIGURES
+    assert entries[1].keys() >= METRICS
     assert entries[1]["learning_rate"] == 0.1
     assert worker_state(entries) == "finished"
     assert (entries[-1]["step"], entries[-1]["eval_accuracy"]) == (3, 0.5)

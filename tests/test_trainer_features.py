@@ -1070,7 +1070,7 @@ def test_a_second_train_goes_on_from_the_anchor(tmp_path):
 # --- logging ---
 
 
-def test_log_history_has_lsams_own_figures(tmp_path):
+def test_log_history_has_lsams_own_metrics(tmp_path):
     trainer = train(tmp_path, net(), max_steps=11, logging_steps=3)
     expected = reference(net(), [[b] for b in (batches_of(blobs()) * 2)[:11]], sgd())
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -1103,7 +1103,7 @@ def test_log_history_has_lsams_own_figures(tmp_path):
     )
 
 
-def test_what_a_loss_of_your_own_logs_is_logged_as_it_is_and_takes_no_figures_away(tmp_path):
+def test_what_a_loss_of_your_own_logs_is_logged_as_it_is_and_takes_no_metrics_away(tmp_path):
     class Chatty(LSAMTrainer):
         def compute_loss(self, model, inputs, *positional, **keywords):
             loss = super().compute_loss(model, inputs, *positional, **keywords)
@@ -1123,7 +1123,7 @@ def test_what_a_loss_of_your_own_logs_is_logged_as_it_is_and_takes_no_figures_aw
     assert len(records[0]) == len(records[1])
 
 
-def test_trackers_get_lsams_figures(tmp_path, monkeypatch):
+def test_trackers_get_lsams_metrics(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -81,11 +81,11 @@ class LSAMCallback(TrainerCallback):
         self.steps_before_epoch = state.global_step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._session.before_optimizer_step()
+        self._session.hooks.before_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         try:
-            self._session.after_optimizer_step(self._trainer.accelerator.optimizer_step_was_skipped)
+            self._session.hooks.after_step(self._trainer.accelerator.optimizer_step_was_skipped)
         except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
             self.server_gone = error
 

@@ -2,8 +2,8 @@
 
 Wiring only. A worker is an ordinary single-device Trainer run; this module takes the seams at which LSAM acts:
 
-    training_step           two passes instead of one (sam.py)
-    callbacks               the worker acts after each optimizer step (callbacks.py, worker.py)
+    training_step           two passes instead of one (session.py, sam.py)
+    callbacks               the worker acts around each optimizer step (callbacks.py, optimizers.py)
     get_train_dataloader    each worker its share of the data, sharded by Accelerate
     evaluate, save, ...     the model holds the anchor meanwhile
     _finalize_training      the last push, and the final anchor into the model of every worker
@@ -142,6 +142,20 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
     def worker(self) -> Worker | None:
         """This worker, once training has begun."""
         return self.session.worker
+
+    @property
+    def sam_rho(self) -> float:
+        """Radius of the perturbation: the configured one when training begins; a callback may set it at the beginning
+        of a step (`on_step_begin`), for a schedule.
+
+        Raises:
+            ValueError: see `Session.sam_rho`.
+        """
+        return self.session.sam_rho
+
+    @sam_rho.setter
+    def sam_rho(self, radius: float) -> None:
+        self.session.sam_rho = radius
 
     def _cast_to_float32(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
         self.session.cast_to_float32(model, optimizer, "It is saved in the types that it was loaded in.")
