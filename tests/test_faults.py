@@ -638,7 +638,7 @@ def test_a_server_that_is_told_to_end_has_its_workers_save_and_leave(tmp_path):
 
 
 LAUNCHED = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 
 from models import arguments, blobs, net, vector
@@ -663,7 +663,13 @@ class Strike(TrainerCallback):
         if FAULT == "server" and RANK == 1:
             record = next((OUT / "shared").glob("*/server.json"))
             os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
-        if FAULT == "launcher" and RANK == 1:
+        if FAULT in ("launcher", "launcher, worker 0 saves last") and RANK == 1:
+            while not (OUT / "begin0.0").exists():
+                time.sleep(0.01)
+            os.kill(os.getppid(), signal.SIGTERM)
+        if FAULT == "launcher, worker 0 waits" and RANK == 1:
+            while "worker 0 finished" not in SERVER_LOG.read_text():
+                time.sleep(0.01)
             os.kill(os.getppid(), signal.SIGTERM)
         if FAULT == "all" and RANK == 1:
             record = next((OUT / "shared").glob("*/server.json"))
@@ -673,14 +679,25 @@ class Strike(TrainerCallback):
                 os.kill(process, signal.SIGKILL)
 
 
+class Trainer(LSAMTrainer):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        while FAULT == "launcher, worker 0 saves last" and RANK == 0 and LAST_WORDS not in SERVER_LOG.read_text():
+            time.sleep(0.01)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+SERVER_LOG, LAST_WORDS = OUT / "run" / "server.log", "worker 1 ended with an error: the launch ends"
 (OUT / "shared").mkdir(exist_ok=True)
 steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000)
+strategy = "steps"
+if FAULT == "launcher, worker 0 waits" and RANK == 0:
+    steps, strategy = 4, "no"
 saves = 4 if FAULT == "worker" else 10**6
 args = arguments(
-    LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy="steps", save_steps=saves,
+    LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy=strategy, save_steps=saves,
     shared_memory_dir=str(OUT / "shared"), logging_steps=10**6, per_device_train_batch_size=4, sam_rho=0.0,
 )
-trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[Strike()])
+trainer = Trainer(model=net(), args=args, train_dataset=blobs(), callbacks=[Strike()])
 trainer.train(resume_from_checkpoint=ATTEMPT > 0 and any((OUT / "run").glob("checkpoint-*")))
 report = dict(steps=trainer.state.global_step, weights=vector(trainer.model).tolist(), away=trainer.worker_summary())
 (OUT / f"rank{RANK}.json").write_text(json.dumps(report))
@@ -719,8 +736,9 @@ def test_a_launch_whose_server_is_killed_starts_it_again_and_goes_on(tmp_path):
     assert "took the run up at version" in (tmp_path / "run" / "server.log").read_text()
 
 
-def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path):
-    run, reports = launch(tmp_path, "launcher")
+@pytest.mark.parametrize("moment", ["launcher", "launcher, worker 0 saves last", "launcher, worker 0 waits"])
+def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path, moment):
+    run, reports = launch(tmp_path, moment)
     assert run.returncode != 0
     assert reports == []
     assert newest_sealed(tmp_path / "run") is not None

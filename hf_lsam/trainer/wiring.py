@@ -490,7 +490,6 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         worker, state = self.worker, self.state
-        self._signals.restore()
         self._signals.obey()
         if self.server_gone is not None:
             raise self.server_gone
@@ -500,10 +499,12 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
         # A stop before the last step is somebody's decision and holds for all; running out of data is not.
         stop_all = self.control.should_training_stop and self.steps_before_epoch < state.global_step < state.max_steps
         try:
-            best = worker.finish(stop_all, best)
-        except ServerGone:
+            with self._signals.at_once():
+                best = worker.finish(stop_all, best)
+        except (ServerGone, KeyboardInterrupt, SystemExit):
             self._save_checkpoint(self.model, trial)
             raise
+        self._signals.restore()
         self._summary = {**self.figures.of_run(), "drift": drift}
         switch(self.optimizer, "eval")
         self._own = worker.own_parameters

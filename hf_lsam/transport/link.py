@@ -92,6 +92,7 @@ class MailboxLink:
         self._last_sent = 0.0
         self._evicted_at: int | None = None  # the newest anchor version then
         self._notices: dict[Kind, Message] = {}
+        self._gone: ServerGone | None = None  # what the server has ended with, until a call that may raise it
         self.evicted = False
         self.stop_requested = False
         self.save_requested = False
@@ -153,6 +154,7 @@ class MailboxLink:
             ServerGone: if there has been no server for `server_timeout`.
         """
         self._progress(0.0)
+        self._raise_if_gone()
         if self._pulling is None and self.version != held:
             self._start_pull(incoming)
         version = None
@@ -170,6 +172,7 @@ class MailboxLink:
         self._outgoing.wait()
         while self._push_frame is not None or not self._welcomed:
             self._progress(1.0)
+            self._raise_if_gone()
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
         """Reports that this worker has done its steps, and waits until all have (a guest for nobody).
@@ -191,6 +194,7 @@ class MailboxLink:
             if self._welcomed and asked is not self._channel and self._send(frame):
                 asked = self._channel  # a server that comes in its place is asked again
             self._progress(1.0)
+            self._raise_if_gone()
             if time.monotonic() - waited_from > 30:
                 waited_from += 30
                 logger.info("worker %d: waiting for the other workers to finish", self.worker)
@@ -206,6 +210,8 @@ class MailboxLink:
 
     def snapshot(self, path: Path) -> bool:
         """Has the server write its state and puts the file at `path`; False if there is no server to do it.
+
+        A server that says meanwhile that it ends still answers: the checkpoint is saved, and the next `poll` raises.
 
         Raises:
             OSError: if the server could not write it.
@@ -289,6 +295,10 @@ class MailboxLink:
             self._lose_server()
             return None
 
+    def _raise_if_gone(self) -> None:
+        if self._gone is not None:
+            raise self._gone
+
     # --- without a server ---
 
     def _lose_server(self) -> None:
@@ -355,6 +365,7 @@ class MailboxLink:
                 raise RefusedError(self._refusal(Refusal(message.a)))
             else:
                 self._handle(message)
+                self._raise_if_gone()
 
     # --- what the server says ---
 
@@ -384,12 +395,12 @@ class MailboxLink:
             self._refused_return(Refusal(message.a))
         elif message.kind is Kind.GONE and message.a:
             who = "A worker on another machine" if message.b == ELSEWHERE else f"Worker {message.b} on this machine"
-            raise ServerGone(
+            self._gone = ServerGone(
                 f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
                 "resume from the last checkpoint."
             )
         elif message.kind is Kind.GONE:
-            raise ServerGone(
+            self._gone = ServerGone(
                 f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
                 f"{self.worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
                 "reason, and resume from the last checkpoint."
