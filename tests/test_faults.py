@@ -609,6 +609,45 @@ def test_a_trainer_whose_server_stays_away_saves_and_ends_with_an_error(tmp_path
     assert vector(resumed.model).isfinite().all()
 
 
+def test_a_worker_killed_at_any_instant_of_its_saves_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+    """With room for one checkpoint only, killed at each flush to the disk and at each deletion in turn."""
+
+    def save_until(instant: int):
+        first_is_whole = threading.Event()
+        torch.set_num_threads(1)  # the threads of the process that was forked are not here
+        count = itertools.count(1)
+
+        def deadly(action):
+            def act(*positional, **keywords):
+                if first_is_whole.is_set() and next(count) == instant:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return action(*positional, **keywords)
+
+            return act
+
+        monkeypatch.setattr(os, "fsync", deadly(os.fsync))
+        monkeypatch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
+        fields = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        args = arguments(LSAMConfig, tmp_path / str(instant), **fields)
+        begin = At(2, first_is_whole.set)
+        LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[begin]).train()
+        os._exit(0)
+
+    for instant in itertools.count(1):
+        saver = processes.Process(target=save_until, args=[instant])
+        saver.start()
+        saver.join()
+        left = newest_sealed(tmp_path / str(instant))
+        assert left is not None, instant
+        assert load_tensors(left / "lsam_worker.safetensors")["parameters"].isfinite().all()
+        if saver.exitcode == 0:
+            break
+        assert saver.exitcode == -signal.SIGKILL
+    assert instant > 10
+    assert left.name == "checkpoint-2"
+    assert [path.name for path in left.parent.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_trainer_at_the_next_step_with_a_checkpoint(tmp_path, number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
