@@ -88,8 +88,9 @@ class LSAMArguments:
         server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
             the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. A guest waits
             as long for a server that has not started yet.
-        worker_timeout (`float`, defaults to 600.0): seconds after which a worker that is not heard of is dropped.
-            Longer than the longest evaluation. When it wakes, it begins again at the anchor.
+        worker_timeout (`float`, defaults to 600.0): seconds after which a worker whose process is frozen is dropped;
+            one that evaluates, saves or compiles is not. When it wakes, it begins again at the anchor; the end of the
+            run waits for it as long again.
         machine_timeout (`float`, defaults to 30.0): seconds without a sign of life after which another machine is
             lost, and its workers leave n. A lost machine goes on alone for server_timeout, and connects again by
             itself.
@@ -401,7 +402,7 @@ class LSAMArguments:
         )
         for name, remedy in {
             "server_timeout": "120 leaves time to start a server again by hand.",
-            "worker_timeout": "It must be longer than the longest evaluation.",
+            "worker_timeout": "600 outlasts a host that swaps.",
         }.items():
             require(0 < number(name) < math.inf, name, "finite and > 0", remedy)
         require(

@@ -710,6 +710,20 @@ class Strike(TrainerCallback):
             while "worker 0 finished" not in SERVER_LOG.read_text():
                 time.sleep(0.01)
             os.kill(os.getppid(), signal.SIGTERM)
+        if FAULT == "long evaluation" and RANK == 0:
+            time.sleep(2.5 * TIMEOUT)
+        if FAULT == "long evaluation" and RANK == 1:
+            while "evicted" not in SERVER_LOG.read_text() and not (OUT / "evaluated").exists():
+                time.sleep(0.01)
+        if FAULT == "long evaluation" and RANK == 0:
+            (OUT / "evaluated").touch()
+        if FAULT.startswith("frozen") and RANK == 0:
+            (OUT / "frozen").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if FAULT == "frozen" and RANK == 1:
+            while "worker 0 is gone" not in SERVER_LOG.read_text():
+                time.sleep(0.01)
+            os.kill(int((OUT / "frozen").read_text()), signal.SIGCONT)
         if FAULT == "all" and RANK == 1:
             record = next((OUT / "shared").glob("*/server.json"))
             launcher = os.getppid()
@@ -727,7 +741,8 @@ class Trainer(LSAMTrainer):
 
 SERVER_LOG, LAST_WORDS = OUT / "run" / "server.log", "worker 1 ended with an error: the launch ends"
 (OUT / "shared").mkdir(exist_ok=True)
-steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000)
+steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000 if FAULT.startswith(("launcher", "all")) else 40)
+TIMEOUT = 5.0 if "frozen" in FAULT or "evaluation" in FAULT else 600.0
 strategy = "steps"
 if FAULT == "launcher, worker 0 waits" and RANK == 0:
     steps, strategy = 4, "no"
@@ -735,11 +750,14 @@ saves = 4 if FAULT == "worker" else 10**6
 args = arguments(
     LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy=strategy, save_steps=saves,
     shared_memory_dir=str(OUT / "shared"), logging_steps=10**6, per_device_train_batch_size=4, sam_rho=0.0,
+    worker_timeout=TIMEOUT,
 )
 trainer = Trainer(model=net(), args=args, train_dataset=blobs(), callbacks=[Strike()])
 trainer.train(resume_from_checkpoint=ATTEMPT > 0 and any((OUT / "run").glob("checkpoint-*")))
 report = dict(steps=trainer.state.global_step, weights=vector(trainer.model).tolist(), away=trainer.worker_summary())
 (OUT / f"rank{RANK}.json").write_text(json.dumps(report))
+if FAULT == "frozen beyond the end" and RANK == 1:
+    os.kill(int((OUT / "frozen").read_text()), signal.SIGCONT)
 """
 
 
@@ -773,6 +791,25 @@ def test_a_launch_whose_server_is_killed_starts_it_again_and_goes_on(tmp_path):
     assert [report["steps"] for report in reports] == [4000, 4000]
     assert reports[0]["weights"] == reports[1]["weights"]
     assert "took the run up at version" in (tmp_path / "run" / "server.log").read_text()
+
+
+def test_a_worker_that_evaluates_for_longer_than_the_timeout_is_not_dropped(tmp_path):
+    run, reports = launch(tmp_path, "long evaluation")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "evicted" not in (tmp_path / "run" / "server.log").read_text()
+    assert [report["steps"] for report in reports] == [40, 40]
+    assert reports[0]["weights"] == reports[1]["weights"]
+
+
+@pytest.mark.parametrize("wakes", ["frozen", "frozen beyond the end"])
+def test_a_worker_that_was_frozen_comes_back_to_the_run_or_to_its_end(tmp_path, wakes):
+    run, reports = launch(tmp_path, wakes)
+    assert run.returncode == 0, run.stderr[-3000:]
+    log = (tmp_path / "run" / "server.log").read_text()
+    assert "worker 0 is gone" in log
+    assert ("did not come back" in log) == (wakes == "frozen beyond the end")
+    assert [report["steps"] for report in reports] == [40 if wakes == "frozen" else 8, 40]
+    assert reports[0]["weights"] == reports[1]["weights"]
 
 
 @pytest.mark.parametrize("moment", ["launcher", "launcher, worker 0 saves last", "launcher, worker 0 waits"])
