@@ -112,8 +112,9 @@ class LSAMArguments:
         server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
             the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. A guest waits
             as long for a server that has not started yet.
-        worker_timeout (`float`, defaults to 600.0): seconds after which a worker that is not heard of is dropped.
-            Longer than the longest evaluation. When it wakes, it begins again at the anchor.
+        worker_timeout (`float`, defaults to 600.0): seconds after which a worker whose process is frozen is dropped;
+            one that evaluates, saves or compiles is not. When it wakes, it begins again at the anchor; the end of the
+            run waits for it as long again.
         machine_timeout (`float`, defaults to 30.0): seconds without a sign of life after which another machine is
             lost, and its workers leave n. A lost machine goes on alone for server_timeout, and connects again by
             itself.
@@ -169,7 +170,7 @@ class LSAMArguments:
     shared_memory_dir: Annotated[str, SHARED_MEMORY_DIR] = "/dev/shm"
     server_address: Annotated[str | None, SERVER_ADDRESS] = None
     server_timeout: Annotated[float, number("(0, inf)", "120 leaves time to start a server again by hand.")] = 120.0
-    worker_timeout: Annotated[float, number("(0, inf)", "It must be longer than the longest evaluation.")] = 600.0
+    worker_timeout: Annotated[float, number("(0, inf)", "600 outlasts a host that swaps.")] = 600.0
     machine_timeout: Annotated[
         float, number(f"[{4 * HEARTBEAT:g}, inf)", "A few late heartbeats must not end a link.")
     ] = 30.0

@@ -206,14 +206,15 @@ class Tail:
 
     def __init__(self, path: Path):
         self._path = path
+        self._first = b""
         self._offset = 0
 
     def new_entries(self) -> list[dict[str, Any]]:
         """The whole lines since the last call; torn ones are passed over."""
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._offset:  # a new run has begun in this folder
-                    self._offset = 0
+                if (first := file.readline()) != self._first:  # a new run has begun in this folder
+                    self._first, self._offset = first, 0
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:

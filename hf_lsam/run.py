@@ -15,7 +15,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,12 +67,15 @@ class Patience:
 class EndSignals:
     """Turns the first SIGTERM or Ctrl-C into a request to end at the next step; a second one ends at once.
 
+    Inside `at_once`, where there is no next step, the first one does.
+
     Process: the main thread; in any other it does nothing.
     """
 
     def __init__(self):
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._at_once = False
 
     def catch(self) -> None:
         """From here on signals are requests."""
@@ -85,6 +89,16 @@ class EndSignals:
             signal.signal(number, handler)
         self._before = {}
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal ends the process as `obey` does."""
+        self._at_once = True
+        try:
+            self.obey()
+            yield
+        finally:
+            self._at_once = False
+
     def obey(self) -> None:
         """Ends the process, as the signal would have, if one was received."""
         if self.received == signal.SIGINT:
@@ -95,6 +109,8 @@ class EndSignals:
     def _note(self, number: int, _) -> None:
         self.obey()
         self.received = number
+        if self._at_once:
+            self.obey()
 
 
 class Run:

@@ -175,15 +175,15 @@ class Session:
         """The last push; then the worker holds the final anchor, and the model still x. See `Worker.finish`.
 
         Raises:
-            KeyboardInterrupt, SystemExit: if a signal has asked for the end.
+            KeyboardInterrupt, SystemExit: if a signal has asked for the end, or asks for it while the others go on.
             ValueError: if parameters were frozen or unfrozen since the run began.
             ServerGone: if there is no server.
         """
-        self.signals.restore()
-        self.signals.obey()
         refuse_changes(self._model, self.worker.parameters)
         self._final_drift = self.worker.drift()
-        best_step = self.worker.finish(stop_all, best_step)
+        with self.signals.at_once():
+            best_step = self.worker.finish(stop_all, best_step)
+        self.signals.restore()
         switch(self.optimizer, "eval")
         self.finished = True
         return best_step

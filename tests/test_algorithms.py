@@ -270,6 +270,47 @@ def test_a_merging_worker_goes_on_from_its_state_as_it_would_have():
     assert torch.equal(ours.core.anchor.vector, other.core.anchor.vector)
 
 
+def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
+    """Such a state has no r: x is where the worker begins to hand in, and the next anchor draws it from there."""
+    share, core = 0.6, ServerCore(torch.zeros(SIZE), ServerSettings(TAU))
+    pulled = nn.Parameter(torch.zeros(SIZE))
+    before = Worker([("x", pulled)], LocalLink(core), WorkerSettings(TAU, 0.1, "decoupled"))
+
+    def steps(x: nn.Parameter, worker: Worker, count: int) -> None:
+        for _ in range(count):
+            with torch.no_grad():
+                x -= ETA * (x - torch.arange(1.0, SIZE + 1))
+            worker.after_optimizer_step([ETA])
+
+    steps(pulled, before, TAU + 2)
+    state = {name: tensor.clone() for name, tensor in before.state_tensors().items()}
+    assert "known" not in state
+    assert state["total"].abs().min() > 0  # of the two steps of a period that the new worker does not hand in
+
+    x = nn.Parameter(torch.randn(SIZE))
+    worker = Worker([("x", x)], LocalLink(core), WorkerSettings(TAU, share))
+    worker.load_state_tensors(state)
+    assert torch.equal(x, pulled)
+    assert torch.equal(worker.state_tensors()["known"], pulled)
+    assert (worker.local_steps, worker.version, core.anchor.version) == (TAU + 2, 1, 1)
+
+    anchor, begun, own = core.anchor.vector.clone(), x.detach().clone(), x.detach().clone()
+    for _ in range(TAU - 2):
+        own -= ETA * (own - torch.arange(1.0, SIZE + 1))
+    steps(x, worker, TAU - 2)
+    torch.testing.assert_close(core.anchor.vector, anchor + own - begun)  # y moves as the worker has, and no further
+    torch.testing.assert_close(x.detach(), own + share * (core.anchor.vector - own))
+    assert torch.equal(worker.state_tensors()["known"], x)
+    assert worker.steps_in_total == 0
+
+    anchor, begun, own = core.anchor.vector.clone(), x.detach().clone(), x.detach().clone()
+    for _ in range(TAU):
+        own -= ETA * (own - torch.arange(1.0, SIZE + 1))
+    steps(x, worker, TAU)
+    torch.testing.assert_close(core.anchor.vector, anchor + own - begun)
+    torch.testing.assert_close(x.detach(), own + share * (core.anchor.vector - own))
+
+
 @pytest.mark.parametrize("coupling", ["decoupled", "score"])
 @pytest.mark.parametrize(("strength", "anchor_lr"), [(0.1, 1.0), (0.4, 1.0), (2.0, 1.5)])
 def test_a_pull_at_every_step_slows_a_steady_drift_by_its_closed_form(coupling, strength, anchor_lr):

@@ -609,6 +609,45 @@ def test_a_trainer_whose_server_stays_away_saves_and_ends_with_an_error(tmp_path
     assert vector(resumed.model).isfinite().all()
 
 
+def test_a_worker_killed_at_any_instant_of_its_saves_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+    """With room for one checkpoint only, killed at each flush to the disk and at each deletion in turn."""
+
+    def save_until(instant: int):
+        first_is_whole = threading.Event()
+        torch.set_num_threads(1)  # the threads of the process that was forked are not here
+        count = itertools.count(1)
+
+        def deadly(action):
+            def act(*positional, **keywords):
+                if first_is_whole.is_set() and next(count) == instant:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return action(*positional, **keywords)
+
+            return act
+
+        monkeypatch.setattr(os, "fsync", deadly(os.fsync))
+        monkeypatch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
+        fields = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        args = arguments(LSAMConfig, tmp_path / str(instant), **fields)
+        begin = At(2, first_is_whole.set)
+        LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[begin]).train()
+        os._exit(0)
+
+    for instant in itertools.count(1):
+        saver = processes.Process(target=save_until, args=[instant])
+        saver.start()
+        saver.join()
+        left = newest_sealed(tmp_path / str(instant))
+        assert left is not None, instant
+        assert load_tensors(left / "lsam_worker.safetensors")["parameters"].isfinite().all()
+        if saver.exitcode == 0:
+            break
+        assert saver.exitcode == -signal.SIGKILL
+    assert instant > 10
+    assert left.name == "checkpoint-2"
+    assert [path.name for path in left.parent.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_trainer_at_the_next_step_with_a_checkpoint(tmp_path, number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -638,7 +677,7 @@ def test_a_server_that_is_told_to_end_has_its_workers_save_and_leave(tmp_path):
 
 
 LAUNCHED = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 
 from models import arguments, blobs, net, vector
@@ -663,8 +702,28 @@ class Strike(TrainerCallback):
         if FAULT == "server" and RANK == 1:
             record = next((OUT / "shared").glob("*/server.json"))
             os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
-        if FAULT == "launcher" and RANK == 1:
+        if FAULT in ("launcher", "launcher, worker 0 saves last") and RANK == 1:
+            while not (OUT / "begin0.0").exists():
+                time.sleep(0.01)
             os.kill(os.getppid(), signal.SIGTERM)
+        if FAULT == "launcher, worker 0 waits" and RANK == 1:
+            while "worker 0 finished" not in SERVER_LOG.read_text():
+                time.sleep(0.01)
+            os.kill(os.getppid(), signal.SIGTERM)
+        if FAULT == "long evaluation" and RANK == 0:
+            time.sleep(2.5 * TIMEOUT)
+        if FAULT == "long evaluation" and RANK == 1:
+            while "evicted" not in SERVER_LOG.read_text() and not (OUT / "evaluated").exists():
+                time.sleep(0.01)
+        if FAULT == "long evaluation" and RANK == 0:
+            (OUT / "evaluated").touch()
+        if FAULT.startswith("frozen") and RANK == 0:
+            (OUT / "frozen").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if FAULT == "frozen" and RANK == 1:
+            while "worker 0 is gone" not in SERVER_LOG.read_text():
+                time.sleep(0.01)
+            os.kill(int((OUT / "frozen").read_text()), signal.SIGCONT)
         if FAULT == "all" and RANK == 1:
             record = next((OUT / "shared").glob("*/server.json"))
             launcher = os.getppid()
@@ -673,17 +732,32 @@ class Strike(TrainerCallback):
                 os.kill(process, signal.SIGKILL)
 
 
+class Trainer(LSAMTrainer):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        while FAULT == "launcher, worker 0 saves last" and RANK == 0 and LAST_WORDS not in SERVER_LOG.read_text():
+            time.sleep(0.01)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+SERVER_LOG, LAST_WORDS = OUT / "run" / "server.log", "worker 1 ended with an error: the launch ends"
 (OUT / "shared").mkdir(exist_ok=True)
-steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000)
+steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000 if FAULT.startswith(("launcher", "all")) else 40)
+TIMEOUT = 5.0 if "frozen" in FAULT or "evaluation" in FAULT else 600.0
+strategy = "steps"
+if FAULT == "launcher, worker 0 waits" and RANK == 0:
+    steps, strategy = 4, "no"
 saves = 4 if FAULT == "worker" else 10**6
 args = arguments(
-    LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy="steps", save_steps=saves,
+    LSAMConfig, OUT / "run", max_steps=steps, sync_steps=2, save_strategy=strategy, save_steps=saves,
     shared_memory_dir=str(OUT / "shared"), logging_steps=10**6, per_device_train_batch_size=4, sam_rho=0.0,
+    worker_timeout=TIMEOUT,
 )
-trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[Strike()])
+trainer = Trainer(model=net(), args=args, train_dataset=blobs(), callbacks=[Strike()])
 trainer.train(resume_from_checkpoint=ATTEMPT > 0 and any((OUT / "run").glob("checkpoint-*")))
 report = dict(steps=trainer.state.global_step, weights=vector(trainer.model).tolist(), away=trainer.worker_summary())
 (OUT / f"rank{RANK}.json").write_text(json.dumps(report))
+if FAULT == "frozen beyond the end" and RANK == 1:
+    os.kill(int((OUT / "frozen").read_text()), signal.SIGCONT)
 """
 
 
@@ -719,8 +793,28 @@ def test_a_launch_whose_server_is_killed_starts_it_again_and_goes_on(tmp_path):
     assert "took the run up at version" in (tmp_path / "run" / "server.log").read_text()
 
 
-def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path):
-    run, reports = launch(tmp_path, "launcher")
+def test_a_worker_that_evaluates_for_longer_than_the_timeout_is_not_dropped(tmp_path):
+    run, reports = launch(tmp_path, "long evaluation")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "evicted" not in (tmp_path / "run" / "server.log").read_text()
+    assert [report["steps"] for report in reports] == [40, 40]
+    assert reports[0]["weights"] == reports[1]["weights"]
+
+
+@pytest.mark.parametrize("wakes", ["frozen", "frozen beyond the end"])
+def test_a_worker_that_was_frozen_comes_back_to_the_run_or_to_its_end(tmp_path, wakes):
+    run, reports = launch(tmp_path, wakes)
+    assert run.returncode == 0, run.stderr[-3000:]
+    log = (tmp_path / "run" / "server.log").read_text()
+    assert "worker 0 is gone" in log
+    assert ("did not come back" in log) == (wakes == "frozen beyond the end")
+    assert [report["steps"] for report in reports] == [40 if wakes == "frozen" else 8, 40]
+    assert reports[0]["weights"] == reports[1]["weights"]
+
+
+@pytest.mark.parametrize("moment", ["launcher", "launcher, worker 0 saves last", "launcher, worker 0 waits"])
+def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path, moment):
+    run, reports = launch(tmp_path, moment)
     assert run.returncode != 0
     assert reports == []
     assert newest_sealed(tmp_path / "run") is not None

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from models import arguments, blobs, net
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.record import RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
+from hf_lsam.trainer.callbacks import OtherWorkers
 
 METRICS = {"lsam/drift", "lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "lsam/refused_pushes"}
 
@@ -156,3 +158,44 @@ def test_what_is_no_record_is_an_error_with_a_remedy(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         read_record(tmp_path)
+
+
+# --- what worker 0 tells its trackers of the others ---
+
+
+class Tracker(TrainerCallback):
+    def __init__(self):
+        self.told: list[tuple[int, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **keywords):
+        self.told.append((state.global_step, logs["worker_1/loss"]))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("clocks", [(1e12, 0.0), (0.0, 1e12)], ids=["behind", "ahead"])
+@pytest.mark.parametrize("length", [1, 9], ids=["shorter", "longer"])
+def test_trackers_are_told_of_this_run_and_no_other_whatever_the_clocks_say(
+    tmp_path, monkeypatch, resumed, clocks, length
+):
+    """Worker 1's clock is not worker 0's, and the run before, whose lines worker 0 finds, may have had another."""
+    before, now = clocks
+    monkeypatch.setattr("hf_lsam.record.time.time", lambda: before)
+    worker = RecordWriter(tmp_path, 1)
+    worker.begin(False, 0)
+    for step in range(1, 6):
+        worker.log(step, {"loss": 0.5})
+    worker.end(5, None)
+
+    monkeypatch.undo()
+    others, tracker = OtherWorkers(tmp_path, 2), Tracker()
+    others.report([tracker], None, TrainerState(), TrainerControl())
+    assert tracker.told == []
+    monkeypatch.setattr("hf_lsam.record.time.time", lambda: now)
+    worker = RecordWriter(tmp_path, 1)
+    worker.begin(resumed, 5 * resumed)
+    for step in range(1, length + 1):
+        worker.log(step, {"loss": 0.25})
+    others.report([tracker], None, TrainerState(), TrainerControl())
+    worker.log(100, {"loss": 0.125})
+    others.report([tracker], None, TrainerState(), TrainerControl())
+    assert tracker.told == [*((step, 0.25) for step in range(1, length + 1)), (100, 0.125)]

@@ -2,9 +2,9 @@
 
 Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
 on nobody waits for anybody until the end. Guests, who join by the folder's address, are welcomed as they come and leave
-when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One that is not heard of for
-`worker_timeout` is evicted, and may join again. When every worker of the launch has finished, the anchor is final and
-all are told.
+when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One whose process is not
+heard of for `worker_timeout` is evicted, and may join again; the end waits for it as long again. When every worker of
+the launch has finished, the anchor is final and all are told.
 
 The server saves its state every `snapshot_seconds`, and with it, of each process, the last push it has counted. One
 that is started with --resume takes up the newest snapshot; its versions go on above all that were ever published.
@@ -44,7 +44,7 @@ class ServiceSettings:
     """How patient the server is, and how often it saves.
 
     Args:
-        worker_timeout: seconds without a word after which a worker is evicted.
+        worker_timeout: seconds without a word after which a worker is evicted: its process is frozen.
         snapshot_seconds: seconds between two saves of the server's state into the run folder; 0 saves none.
     """
 
@@ -98,7 +98,9 @@ class Server:
         self._core = self._make_core()
         self._counted: dict[int, int] = {}  # process -> its last counted push
         self._counted_unless_known = 0
-        self._absent: set[int] = set()  # workers of the launch that took part before a restart and are not back yet
+        self._absent: set[int] = (
+            set()
+        )  # workers of the launch that were evicted, or there before a restart: may be back
         if resume is True:
             self._take_up()
         elif resume is not None:
@@ -120,6 +122,7 @@ class Server:
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
         self._started = False
         self._ended = False
+        self._anyone_finished = False
         self._best_step = -1
         self._failed: int | None = None  # the worker of the launch that ended with an error
         patience = [1.0, self._service.worker_timeout / 4, self._service.snapshot_seconds or 1.0]
@@ -219,6 +222,9 @@ class Server:
             if connection.worker < 0 and silent > STRANGER_SECONDS:
                 self._hang_up(connection, "it never joined")
             elif self._started and silent > self._service.worker_timeout and not connection.finished:
+                if 0 <= connection.worker < self._expected:  # the end waits as long again for it to wake
+                    self._absent.add(connection.worker)
+                    self._absent_until = now + self._service.worker_timeout
                 self._tell(connection, Message(Kind.EVICTED, max(connection.worker, 0)))
                 self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
         if self._started and now >= self._snapshot_at:
@@ -370,7 +376,7 @@ class Server:
         if connection.finished:
             raise ValueError("FINISH twice")
         worker = connection.worker
-        connection.finished = True
+        connection.finished = self._anyone_finished = True
         self._best_step = max(self._best_step, message.b)
         if message.a and worker < self._expected:
             self._stop_run()
@@ -441,6 +447,8 @@ class Server:
         self._ended = True
         self._core.flush()
         self._publish_if_newer()
+        if self._anyone_finished:  # else all hang, and what there is of an anchor is not the run's result
+            self._folder.end(self._best_step)
         for connection in self._workers.values():
             if connection.worker < self._expected:
                 self._tell_final(connection)

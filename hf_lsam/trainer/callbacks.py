@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -32,25 +32,28 @@ class OtherWorkers:
     """
 
     def __init__(self, output_dir: Path, num_workers: int):
-        self._since = time.time()  # what stands there from a run before is not this one's
         self._tails = {rank: Tail(worker_file(output_dir, rank)) for rank in range(1, num_workers)}
+        # What stands there now is of a run before: no worker begins before this one, which has yet to join, has come.
+        for _ in self._new_entries():
+            pass
+
+    def _new_entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for rank, tail in self._tails.items():
+            try:
+                yield from ((rank, entry) for entry in tail.new_entries())
+            except OSError as error:
+                logger.warning("worker %d is not reported to the trackers: %s", rank, error)
 
     def report(self, trackers: Sequence[TrainerCallback], args, state, control) -> None:
         """Gives each tracker what is new, as `worker_<rank>/loss` and so on, at the steps of that worker."""
-        for rank, tail in self._tails.items():
-            try:
-                entries = tail.new_entries()
-            except OSError as error:
-                logger.warning("worker %d is not reported to the trackers: %s", rank, error)
+        for rank, entry in self._new_entries():
+            if "loss" not in entry:
                 continue
-            for entry in entries:
-                if "loss" not in entry or entry["time"] < self._since:
-                    continue
-                metrics = {f"worker_{rank}/{name}": entry[name] for name in entry if name not in ("time", "step")}
-                then = copy.copy(state)
-                then.global_step = entry["step"]
-                for tracker in trackers:
-                    tracker.on_log(args, then, control, logs=metrics)
+            metrics = {f"worker_{rank}/{name}": entry[name] for name in entry if name not in ("time", "step")}
+            then = copy.copy(state)
+            then.global_step = entry["step"]
+            for tracker in trackers:
+                tracker.on_log(args, then, control, logs=metrics)
 
 
 def trackers_among(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:

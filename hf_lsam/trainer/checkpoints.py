@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from transformers import set_seed
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..checkpoint import WORKER_STATE, is_sealed, numbered, seal
 
@@ -29,15 +29,16 @@ class Checkpoints:
 
     def _save_checkpoint(self, model, trial):
         folder, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
-        if self.args.identity.rank != 0:
-            self.args.save_total_limit = None
+        self.args.save_total_limit = None  # the old ones stand until the new one is on the disk
         try:
             with self.args.saving_own_state():
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         seal(folder / f"checkpoint-{self.state.global_step}")
-        if limit and self.args.identity.rank != 0:
+        if self.args.identity.rank == 0:
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+        elif limit:
             self._rotate_own(folder, limit)
 
     def _rotate_own(self, folder: Path, limit: int):

@@ -397,7 +397,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         stop_all = self.control.should_training_stop and in_an_epoch
         try:
             best = session.finish(stop_all, best)
-        except ServerGone:
+        except (ServerGone, KeyboardInterrupt, SystemExit):
             self._save_checkpoint(self.model, trial)
             raise
         self._own = session.worker.own_parameters

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from .mailbox import ANY_NUMBER, ELSEWHERE, Channel, Kind, Message, Refusal, Run
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2  # between two attempts to find the server again
-PING_SECONDS = 1.0
+PING_SECONDS = 1.0  # or less, where the server is less patient
 
 
 class ServerGone(RuntimeError):
@@ -42,6 +44,9 @@ class MailboxLink:
     looks, without waiting, whether a server listens again. The one that does says which push of this process it
     counted last, so a push that was under way is handed in again if it was not counted, and only then.
 
+    A thread tells the server that the process lives, whatever the training thread does: evaluates, saves, compiles. One
+    that was stopped for so long that the run has ended without it finds the final anchor still in its memory.
+
     Args:
         folder: the run folder.
         worker: this worker's number, or `ANY_NUMBER` to be given one.
@@ -56,7 +61,8 @@ class MailboxLink:
         RefusedError: if the server refuses this worker.
         ServerGone: if the server is not there.
 
-    Process: a worker's training thread. Blocking: construction, `finish`, `snapshot` and `settle` only.
+    Process: a worker's training thread, and the one that pings. Blocking: construction, `finish`, `snapshot` and
+    `settle` only.
     """
 
     def __init__(
@@ -76,6 +82,8 @@ class MailboxLink:
         self._device = device
         self._server_timeout = server_timeout
         self._revive = revive
+        self._left = threading.Event()
+        self._pings: threading.Thread | None = None
         self._process = secrets.randbits(63)  # by which a server knows again whose pushes it has counted
         self._pushes = 0
         self._push_frame: Message | None = None  # of the push that has no answer yet
@@ -89,9 +97,9 @@ class MailboxLink:
         self._welcomed = False
         self._away_since = time.monotonic()
         self._next_attempt = 0.0
-        self._last_sent = 0.0
         self._evicted_at: int | None = None  # the newest anchor version then
         self._notices: dict[Kind, Message] = {}
+        self._gone: ServerGone | None = None  # what the server has ended with, until a call that may raise it
         self.evicted = False
         self.stop_requested = False
         self.save_requested = False
@@ -113,6 +121,8 @@ class MailboxLink:
         except BaseException:
             self.close()
             raise
+        self._pings = threading.Thread(target=self._ping, name="hf_lsam-ping", daemon=True)
+        self._pings.start()
 
     @property
     def version(self) -> int:
@@ -153,6 +163,7 @@ class MailboxLink:
             ServerGone: if there has been no server for `server_timeout`.
         """
         self._progress(0.0)
+        self._raise_if_gone()
         if self._pulling is None and self.version != held:
             self._start_pull(incoming)
         version = None
@@ -166,10 +177,11 @@ class MailboxLink:
         return version
 
     def settle(self) -> None:
-        """Blocks until there is a server and the push under way, if any, has been answered."""
+        """Blocks until there is a server and the push under way, if any, has been answered; or the run has ended."""
         self._outgoing.wait()
-        while self._push_frame is not None or not self._welcomed:
+        while Kind.FINISHED not in self._notices and (self._push_frame is not None or not self._welcomed):
             self._progress(1.0)
+            self._raise_if_gone()
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
         """Reports that this worker has done its steps, and waits until all have (a guest for nobody).
@@ -191,6 +203,7 @@ class MailboxLink:
             if self._welcomed and asked is not self._channel and self._send(frame):
                 asked = self._channel  # a server that comes in its place is asked again
             self._progress(1.0)
+            self._raise_if_gone()
             if time.monotonic() - waited_from > 30:
                 waited_from += 30
                 logger.info("worker %d: waiting for the other workers to finish", self.worker)
@@ -206,6 +219,8 @@ class MailboxLink:
 
     def snapshot(self, path: Path) -> bool:
         """Has the server write its state and puts the file at `path`; False if there is no server to do it.
+
+        A server that says meanwhile that it ends still answers: the checkpoint is saved, and the next `poll` raises.
 
         Raises:
             OSError: if the server could not write it.
@@ -234,6 +249,9 @@ class MailboxLink:
         """
         if failed and self._welcomed and not self.finished:
             self._send(Message(Kind.FAILED, self.worker))
+        self._left.set()
+        if self._pings is not None:
+            self._pings.join()
         self._outgoing.close()
         self._incoming.close()
         self._hang_up()
@@ -244,11 +262,8 @@ class MailboxLink:
         """Looks for the server if there is none, sends what waits, handles what came; waits `patience` at most."""
         if not self._welcomed:
             self._try_to_return()
-        elif self._push_frame is not None and not self._push_sent:
-            if self._outgoing.finished():
-                self._push_sent = self._send(self._push_frame)
-        elif time.monotonic() - self._last_sent > PING_SECONDS:
-            self._send(Message(Kind.PING, self.worker))
+        elif self._push_frame is not None and not self._push_sent and self._outgoing.finished():
+            self._push_sent = self._send(self._push_frame)
         if self._channel is None:
             if patience:
                 time.sleep(0.02)
@@ -277,8 +292,16 @@ class MailboxLink:
             self._channel.send(message)
         except OSError:
             return False
-        self._last_sent = time.monotonic()
         return True
+
+    def _ping(self) -> None:
+        """Its own thread. Before the welcome the server expects nothing but a JOIN."""
+        patience = self._folder.run.get("service", {}).get("worker_timeout", PING_SECONDS * 4)
+        while not self._left.wait(min(PING_SECONDS, patience / 4)):
+            channel = self._channel  # first: the welcome that is seen next was this channel's, or an older one's
+            if self._welcomed and channel is not None:
+                with suppress(OSError):
+                    channel.send(Message(Kind.PING, self.worker))
 
     def _receive(self, timeout: float) -> Message | None:
         if self._channel is None:
@@ -288,6 +311,10 @@ class MailboxLink:
         except (ConnectionError, ValueError):
             self._lose_server()
             return None
+
+    def _raise_if_gone(self) -> None:
+        if self._gone is not None:
+            raise self._gone
 
     # --- without a server ---
 
@@ -307,6 +334,12 @@ class MailboxLink:
         self._channel, self._welcomed = None, False
 
     def _try_to_return(self) -> None:
+        if (best_step := self._folder.best_step) is not None:
+            if not self.stop_requested:
+                logger.warning("the run has ended without worker %d: it takes the final anchor, and ends", self.worker)
+            self._notices[Kind.FINISHED] = Message(Kind.FINISHED, self.worker, b=best_step)
+            self._push_frame, self.stop_requested = None, True
+            return
         now = time.monotonic()
         if now - self._away_since > self._server_timeout:
             raise ServerGone(
@@ -355,6 +388,7 @@ class MailboxLink:
                 raise RefusedError(self._refusal(Refusal(message.a)))
             else:
                 self._handle(message)
+                self._raise_if_gone()
 
     # --- what the server says ---
 
@@ -384,12 +418,12 @@ class MailboxLink:
             self._refused_return(Refusal(message.a))
         elif message.kind is Kind.GONE and message.a:
             who = "A worker on another machine" if message.b == ELSEWHERE else f"Worker {message.b} on this machine"
-            raise ServerGone(
+            self._gone = ServerGone(
                 f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
                 "resume from the last checkpoint."
             )
         elif message.kind is Kind.GONE:
-            raise ServerGone(
+            self._gone = ServerGone(
                 f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
                 f"{self.worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
                 "reason, and resume from the last checkpoint."

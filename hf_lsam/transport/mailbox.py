@@ -78,7 +78,7 @@ class Kind(IntEnum):
     PUSH = 2  # a: local steps in the sum; b: which push of this process it is, from 1; loss: their mean
     FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
     SNAPSHOT = 4  # the server is to write its state into the run folder
-    PING = 5  # still there, in a long step
+    PING = 5  # the process lives, whatever it does
     FAILED = 6  # ends with an error; a launch ends with it
 
     WELCOME = 11  # worker: the number given; a: the last push of this process that was counted; b: ticket
@@ -123,11 +123,13 @@ _MAGIC = 0x4C53414D  # "LSAM"
 class Channel:
     """A stream socket that carries `Message` frames.
 
+    Process: any; two threads may `send`, of which the one that does all else may `close`.
     Blocking: `wait` until a frame or `timeout`; all else never.
     """
 
     def __init__(self, connection: socket.socket):
         self._socket = connection
+        self._sending = threading.Lock()  # so that the descriptor is not another file's by then
         self._unread = b""
 
     def fileno(self) -> int:
@@ -140,9 +142,10 @@ class Channel:
             ConnectionError: if the peer is gone.
             BlockingIOError: if it has left some hundred frames unread.
         """
-        self._socket.settimeout(0.0)
         fields = (message.kind, message.worker, message.a, message.b, message.loss, message.digest)
-        self._socket.sendall(_FRAME.pack(_MAGIC, *fields))
+        with self._sending:
+            self._socket.settimeout(0.0)
+            self._socket.sendall(_FRAME.pack(_MAGIC, *fields))
 
     def receive(self) -> Message | None:
         """The next frame if one is there, else None.
@@ -180,7 +183,8 @@ class Channel:
 
     def close(self) -> None:
         self.shut()  # a copy of the descriptor may be open in a child that is no Python's
-        self._socket.close()
+        with self._sending:
+            self._socket.close()
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -195,7 +199,7 @@ def _allocate(path: Path, size: int) -> None:
 def _allocate_anchor(path: Path, numel: int) -> None:
     for name in ("anchor_0", "anchor_1"):
         _allocate(path / name, numel * FLOAT_BYTES)
-    _allocate(path / "version", 16)
+    _allocate(path / "version", 32)
 
 
 def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -238,7 +242,7 @@ class RunFolder:
         self.path = Path(path)
         self.run = json.loads((self.path / "run.json").read_text())
         self.numel = int(self.run["numel"])
-        self._version = _map(self.path / "version", 2, torch.int64)
+        self._version = _map(self.path / "version", 4, torch.int64)  # complete, begun, final, best step
         self._slots = [_map(self.path / f"anchor_{i}", self.numel) for i in (0, 1)]
 
     @classmethod
@@ -361,9 +365,15 @@ class RunFolder:
         _barrier()
         self._version[0] = version  # complete
 
+    def end(self, best_step: int) -> None:
+        """Server only: what is published is final. `best_step`: of the best checkpoint, or -1."""
+        self._version[3] = best_step
+        _barrier()
+        self._version[2] = 1
+
     def next_version(self, at_least: int) -> int:
         """Server only, after a restart: a version above all that were ever begun, in the slot that nobody reads."""
-        version = max(at_least, *self._version.tolist()) + 1
+        version = max(at_least, *self._version[:2].tolist()) + 1
         return version + (version - self.version + 1) % 2
 
     # --- the anchor: many readers ---
@@ -374,6 +384,13 @@ class RunFolder:
         version = int(self._version[0])
         _barrier()
         return version
+
+    @property
+    def best_step(self) -> int | None:
+        """What `end` was given, or None as long as the run goes on; also when the server and the files are gone."""
+        final = int(self._version[2])
+        _barrier()
+        return int(self._version[3]) if final else None
 
     def slot(self, version: int) -> Tensor:
         """The shared copy that holds `version`, valid as long as `is_whole(version)`."""
