@@ -229,13 +229,22 @@ class LSAMArguments:
 
         Args:
             run_steps: optimizer steps of a worker in the whole run, where known.
+
+        Raises:
+            ValueError: if a run of EASGD is too short for one exchange.
         """
-        if self.sync_steps is not None:
-            return self.sync_steps
         shortest, longest = SYNC_STEPS
-        if run_steps is None or self.server_address is not None:  # external workers need not know each other's length
-            return longest
-        return min(longest, max(shortest, round(run_steps / EXCHANGES)))
+        sync_steps = self.sync_steps
+        if sync_steps is None:
+            guess = run_steps is None or self.server_address is not None  # guests need not know each other's length
+            sync_steps = longest if guess else min(longest, max(shortest, round(run_steps / EXCHANGES)))
+        if self.algorithm == "easgd" and run_steps is not None and run_steps < sync_steps:
+            raise ValueError(
+                f"A worker makes {run_steps} steps and would exchange after {sync_steps} (`sync_steps`): EASGD's "
+                "anchor would be the model that training began with, whatever was learnt. Set sync_steps to "
+                f"{max(1, run_steps // 4)}, or train for longer."
+            )
+        return sync_steps
 
     def server_settings(self, sync_steps: int) -> ServerSettings:
         return ServerSettings(

@@ -88,6 +88,16 @@ def test_a_run_has_about_sixty_exchanges_unless_told_otherwise(tmp_path, run_ste
     assert config(tmp_path, sync_steps=3).steps_between_pushes(run_steps) == 3
 
 
+def test_easgd_without_a_single_exchange_is_an_error(tmp_path):
+    easgd = {"algorithm": "easgd", "coupling_strength": 0.1}
+    with pytest.raises(ValueError, match=r"makes 3 steps and would exchange after 8 .*Set sync_steps to 1, or"):
+        config(tmp_path, sync_steps=8, **easgd).steps_between_pushes(3)
+    with pytest.raises(ValueError, match=r"makes 3 steps and would exchange after 4"):
+        config(tmp_path, **easgd).steps_between_pushes(3)
+    assert config(tmp_path, sync_steps=3, **easgd).steps_between_pushes(3) == 3
+    assert config(tmp_path, sync_steps=8).steps_between_pushes(3) == 8  # LSAM hands in what there is at the end
+
+
 def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp_path):
     assert config(tmp_path).learning_rate_factor(16, 0.9) == 1.0
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5, "sync_steps": 16}
