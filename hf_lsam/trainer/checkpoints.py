@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +23,16 @@ class Checkpoints:
     """
 
     _common_checkpoint: Path | None
+
+    def _refuse_unwritable(self):
+        """Raises OSError before training instead of at the first save."""
+        folder = self.args.output_dir
+        if self.args.save_strategy != "no" and not os.access(folder, os.W_OK):
+            raise OSError(
+                errno.EROFS,
+                f"Nothing can be written to output_dir={folder}, and checkpoints are to be saved there: the first one "
+                'would end the training. Set output_dir to a folder that can be written to, or save_strategy="no".',
+            )
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -56,8 +68,15 @@ class Checkpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.identity.rank == 0 and not self.worker.link.snapshot(Path(output_dir) / SERVER_STATE):
-            logger.warning(f"There is no server at the moment: {output_dir} holds the last anchor as its model alone.")
+        if self.args.identity.rank == 0:
+            try:
+                missing = (
+                    None if self.worker.link.snapshot(Path(output_dir) / SERVER_STATE) else "There is no server now."
+                )
+            except OSError as error:  # no room where vectors are exchanged; training needs no more of it
+                missing = str(error)
+            if missing:
+                logger.warning(f"{missing} {output_dir} holds the last anchor as its model alone.")
         save_tensors(Path(output_dir) / WORKER_STATE, self.worker.state_tensors())
 
     def _own_checkpoint(self, common: Path) -> Path:

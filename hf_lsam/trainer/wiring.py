@@ -401,6 +401,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     # --- a run: join, train, finish ---
 
     def train(self, resume_from_checkpoint=None, *positional, **keywords):
+        self._refuse_unwritable()
         self._common_checkpoint = None
         identity = self.args.identity
         if identity.rank == 0 and identity.num_workers > 1:
