@@ -166,9 +166,21 @@ class ParameterLayout:
         """Views of `flat` [d], one a parameter, in the parameters' shapes."""
         return [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
 
+    def refuse_resized(self, tensors: Sequence[Tensor]) -> None:
+        """Raises ValueError if a tensor has another size than when the run began."""
+        for (name, shape, _), size, tensor in zip(self.manifest, self._sizes, tensors, strict=True):
+            if tensor.numel() != size:
+                raise ValueError(
+                    f"The parameter `{name}` was {shape} when the run began and is {list(tensor.shape)} now: the "
+                    "anchor, the other workers and the optimizer's state have no place for what was added. Resize "
+                    "(`resize_token_embeddings`) before training begins, alike in every worker; to resize later, end "
+                    "this run there and train again from its anchor."
+                )
+
     @torch.no_grad()
     def read(self, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
-        """Copies the parameters into `out` [d] and returns it."""
+        """Copies the parameters into `out` [d] and returns it; refuses resized ones."""
+        self.refuse_resized(tensors)
         torch._foreach_copy_(self.views(out), [tensor.detach() for tensor in tensors])
         return out
 

@@ -108,7 +108,11 @@ class Worker:
 
         Args:
             learning_rates: eta of each parameter, in the order of `named`.
+
+        Raises:
+            ValueError: if a parameter was resized since the run began.
         """
+        self.layout.refuse_resized(self.parameters)
         self._algorithm.before_step(self.parameters, self._anchor_views, learning_rates)
 
     def note_loss(self, loss: Tensor) -> None:

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
-from hf_lsam.checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
+from hf_lsam.checkpoint import SERVER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Patience, Run
@@ -674,6 +675,55 @@ def test_a_server_that_is_told_to_end_has_its_workers_save_and_leave(tmp_path):
         cluster.kill_all()
     assert newest_sealed(tmp_path / "out").name == f"checkpoint-{trainer.state.global_step}"
     assert {path.name for path in cluster.folder.iterdir()} == chaos.KEPT
+
+
+def test_a_server_without_room_for_its_snapshot_costs_a_checkpoint_its_state_and_no_training(tmp_path):
+    cluster = Cluster(tmp_path / "run", tmp_path / "log")
+
+    def limit(size: int):
+        return lambda: resource.prlimit(cluster.server.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    try:
+        fields = {"max_steps": 8, "sync_steps": 2, "save_strategy": "steps", "save_steps": 4}
+        args = arguments(LSAMConfig, tmp_path / "out", server_address=str(tmp_path / "run"), **fields)
+        callbacks = [At(3, limit(1000)), At(6, limit(resource.RLIM_INFINITY))]
+        LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=callbacks).train()
+    finally:
+        cluster.kill_all()
+    full, roomy = (tmp_path / "out" / f"checkpoint-{step}" for step in (4, 8))
+    assert is_sealed(full)
+    assert not (full / SERVER_STATE).exists()
+    assert is_sealed(roomy)
+    assert (roomy / SERVER_STATE).exists()
+
+
+READ_ONLY = """
+import sys
+
+from models import arguments, blobs, net
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+for strategy in ("no", "steps"):
+    args = arguments(LSAMConfig, sys.argv[1], max_steps=2, save_strategy=strategy, save_steps=2)
+    LSAMTrainer(model=net(), args=args, train_dataset=blobs()).train()
+    print("trained with", strategy)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
+def test_an_output_dir_that_cannot_be_written_is_an_error_before_training(tmp_path):
+    script, folder = write_script(tmp_path / "script.py", READ_ONLY), tmp_path / "out"
+    folder.mkdir()
+    inside = 'mount -t tmpfs -o ro tmpfs "$1" && exec "$2" "$3" "$1"'
+    command = ["unshare", "-m", "sh", "-c", inside, "sh", str(folder), sys.executable, str(script)]
+    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert "trained with no" in run.stdout
+    assert "trained with steps" not in run.stdout
+    assert f"Nothing can be written to output_dir={folder}" in run.stderr
+    assert "'loss'" in run.stdout.partition("trained with no")[0]
+    assert "'loss'" not in run.stdout.partition("trained with no")[2]
 
 
 LAUNCHED = """

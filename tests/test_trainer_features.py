@@ -20,7 +20,21 @@ import peft
 import pytest
 import torch
 import trl
-from models import HIDDEN, Net, Rows, Stream, arguments, blobs, net, sentences, texts, tiny_bert, tiny_gpt2, vector
+from models import (
+    HIDDEN,
+    VOCABULARY,
+    Net,
+    Rows,
+    Stream,
+    arguments,
+    blobs,
+    net,
+    sentences,
+    texts,
+    tiny_bert,
+    tiny_gpt2,
+    vector,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -1618,6 +1632,29 @@ def test_a_layer_that_is_unfrozen_or_frozen_while_training_is_refused(tmp_path, 
         train(tmp_path, model, max_steps=8, logging_strategy=logging_strategy, callbacks=[Change()])
     model.first.requires_grad_(True)
     train(tmp_path, model, max_steps=2)  # as the message says
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("logging_strategy", ["steps", "no"])
+def test_embeddings_that_are_resized_while_training_are_refused(tmp_path, logging_strategy, optim):
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            if state.global_step == 3:
+                model.resize_token_embeddings(VOCABULARY + 8)
+
+    fields = {"max_steps": 8, "logging_strategy": logging_strategy, "optim": optim}
+    words = rf"word_embeddings\.weight` was \[{VOCABULARY}, 16\] .* is \[{VOCABULARY + 8}, 16\] now.*before training"
+    model = tiny_bert()
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, model, sentences(), callbacks=[Change()], **fields)
+    train(tmp_path, model, sentences(), **fields)  # resized before: as the message says
+
+
+def test_easgd_without_a_single_exchange_is_an_error(tmp_path):
+    fields = {"algorithm": "easgd", "coupling_strength": 0.1, "sam_rho": 0.0, "max_steps": 3}
+    with pytest.raises(ValueError, match=r"makes 3 steps and would exchange after 8 .*Set sync_steps to 1, or"):
+        train(tmp_path, net(), sync_steps=8, **fields)
+    train(tmp_path, net(), sync_steps=3, **fields)
 
 
 def test_a_model_spread_over_devices_is_refused(tmp_path):

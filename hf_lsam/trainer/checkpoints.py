@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +23,16 @@ class Checkpoints:
     """
 
     _common_checkpoint: Path | None
+
+    def _refuse_unwritable(self):
+        """Raises OSError before training instead of at the first save."""
+        folder = self.args.output_dir
+        if self.args.save_strategy != "no" and not os.access(folder, os.W_OK):
+            raise OSError(
+                errno.EROFS,
+                f"Nothing can be written to output_dir={folder}, and checkpoints are to be saved there: the first one "
+                'would end the training. Set output_dir to a folder that can be written to, or save_strategy="no".',
+            )
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -56,8 +68,14 @@ class Checkpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.session.save_anchor(Path(output_dir)):
-            logger.warning("There is no server at the moment: %s holds the last anchor as its model alone.", output_dir)
+        missing = None
+        try:
+            if not self.session.save_anchor(Path(output_dir)):
+                missing = "There is no server now."
+        except OSError as error:  # no room where vectors are exchanged; training needs no more of it
+            missing = str(error)
+        if missing:
+            logger.warning("%s %s holds the last anchor as its model alone.", missing, output_dir)
         self.session.save_worker(Path(output_dir))
 
     def _own_checkpoint(self, common: Path) -> Path:

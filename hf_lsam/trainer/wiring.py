@@ -339,6 +339,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
     # --- a run: join, train, finish ---
 
     def train(self, resume_from_checkpoint=None, *positional, **keywords):
+        self._refuse_unwritable()
         self._common_checkpoint = None
         identity = self.args.identity
         if identity.rank == 0 and identity.num_workers > 1:
@@ -377,6 +378,12 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._own = None
         self.session.prepare(self.model, self.optimizer)
+        if self.args.algorithm == "easgd" and max_steps < self.session.sync_steps:
+            raise ValueError(
+                f"A worker makes {max_steps} steps and would exchange after {self.session.sync_steps} (`sync_steps`): "
+                "EASGD's anchor would be the model that training began with, whatever was learnt. Set sync_steps to "
+                f"{max(1, max_steps // 4)}, or train for longer."
+            )
         server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
         if server_state is not None and not server_state.exists():
             logger.warning("%s holds no anchor: its model becomes the first one.", self._common_checkpoint)

@@ -416,20 +416,23 @@ class MailboxLink:
             self._next_attempt = 0.0
         elif message.kind is Kind.REFUSED:
             self._refused_return(Refusal(message.a))
-        elif message.kind is Kind.GONE and message.a:
+        elif message.kind is Kind.GONE:
+            self._gone = self._gone or ServerGone(self._why_gone(message))  # the first reason is the cause
+        else:
+            self._notices[message.kind] = message
+
+    def _why_gone(self, message: Message) -> str:
+        if message.a:
             who = "A worker on another machine" if message.b == ELSEWHERE else f"Worker {message.b} on this machine"
-            self._gone = ServerGone(
+            return (
                 f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
                 "resume from the last checkpoint."
             )
-        elif message.kind is Kind.GONE:
-            self._gone = ServerGone(
-                f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
-                f"{self.worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
-                "reason, and resume from the last checkpoint."
-            )
-        else:
-            self._notices[message.kind] = message
+        return (
+            f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
+            f"{self.worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
+            "reason, and resume from the last checkpoint."
+        )
 
     def _welcome(self, message: Message) -> None:
         """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
