@@ -748,6 +748,8 @@ class Strike(TrainerCallback):
         if state.global_step != 7 or ATTEMPT:
             return
         if FAULT == "worker" and RANK == 1:
+            while not (OUT / "run" / "checkpoint-4" / "lsam_complete.json").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "server" and RANK == 1:
             record = next((OUT / "shared").glob("*/server.json"))
