@@ -869,7 +869,7 @@ def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path, moment):
     run, reports = launch(tmp_path, moment)
     assert run.returncode != 0
     assert reports == []
-    assert newest_sealed(tmp_path / "run") is not None
+    assert newest_sealed(tmp_path / "run") is not None, run.stderr[-3000:]
     assert newest_sealed(tmp_path / "run" / "workers" / "1") is not None
 
 

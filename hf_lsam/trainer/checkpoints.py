@@ -26,8 +26,9 @@ class Checkpoints:
 
     def _refuse_unwritable(self):
         """Raises OSError before training instead of at the first save."""
-        folder = self.args.output_dir
-        if self.args.save_strategy != "no" and not os.access(folder, os.W_OK):
+        folder = Path(self.args.output_dir).absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())  # it may have yet to be made
+        if self.args.save_strategy != "no" and not os.access(existing, os.W_OK):
             raise OSError(
                 errno.EROFS,
                 f"Nothing can be written to output_dir={folder}, and checkpoints are to be saved there: the first one "
