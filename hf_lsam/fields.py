@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -37,7 +36,7 @@ def number(interval: str, remedy: str) -> Rule:
     low, high = map(float, interval[1:-1].split(","))
 
     def holds(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         above_low = value > low or (value == low and interval[0] == "[")
         return above_low and (value < high or (value == high and interval[-1] == "]"))
