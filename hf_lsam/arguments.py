@@ -19,7 +19,7 @@ from .anchor import OPTIMIZERS
 from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound, drift_slowdown
 from .identity import Identity, pin
-from .run import Patience
+from .joining import Patience
 from .server.process import ServiceSettings
 from .transport.peer import HEARTBEAT
 
@@ -394,7 +394,7 @@ class LSAMArguments:
             "Leave it out to take as many as the launcher starts.",
         )
         require(
-            self.server_address is None or os.path.isdir(str(self.server_address)),
+            self.server_address is None or "://" in str(self.server_address) or os.path.isdir(self.server_address),
             "server_address",
             "the folder of a running server",
             "Start one first: python -m hf_lsam.server --run_dir DIR",

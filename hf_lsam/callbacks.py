@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from .record import Tail, worker_file
-from .transport.link import ServerGone
+from .transport.base import ServerGone
 
 if TYPE_CHECKING:
     from .trainer import LSAMTrainerMixin
@@ -173,7 +173,7 @@ class LSAMCallback(TrainerCallback):
         if self._trainer.must_end:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
-        elif self._trainer.worker.link.stop_requested:
+        elif self._trainer.worker.link.status.stop_requested:
             control.should_training_stop = True
 
     def on_log(self, args, state, control, **kwargs):

@@ -19,7 +19,7 @@ class Figures:
         self._worker = worker
         self._sharpness = torch.zeros((), device=worker.anchor.device)
         self._perturbed_steps: set[int] = set()
-        self._staleness: list[int] = []
+        self._logged = worker.link.status  # as it was at the last log point
 
     def note_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
         """Takes the losses of pass 1 and pass 2 of one (micro-)batch; losses of one local step add up.
@@ -36,11 +36,12 @@ class Figures:
 
     def since_last_log(self) -> dict[str, float]:
         """The figures to log beside the loss; the only place where they are read back from the device."""
-        worker, link = self._worker, self._worker.link
-        staleness = self._take_staleness()
+        worker, link = self._worker, self._worker.link.status
+        pushes, staleness = link.accepted - self._logged.accepted, link.staleness_sum - self._logged.staleness_sum
+        self._logged = link
         figures = {
             "lsam/drift": worker.drift(),
-            "lsam/staleness": sum(staleness) / len(staleness) if staleness else 0.0,
+            "lsam/staleness": staleness / max(1, pushes),
             "lsam/anchor_version": worker.version,
             "lsam/skipped_pushes": worker.skipped_pushes,
             "lsam/refused_pushes": link.refused,
@@ -55,8 +56,7 @@ class Figures:
 
     def of_run(self) -> dict[str, float]:
         """Totals, to be asked for when the worker has finished."""
-        worker, link = self._worker, self._worker.link
-        self._take_staleness()
+        worker, link = self._worker, self._worker.link.status
         return {
             "steps": worker.local_steps,
             "pushes": link.accepted,
@@ -65,12 +65,7 @@ class Figures:
             "bytes_pushed": link.bytes_pushed,
             "bytes_pulled": link.bytes_pulled,
             "anchor_version": worker.version,
-            "staleness_mean": sum(self._staleness) / max(1, len(self._staleness)),
-            "staleness_max": max(self._staleness, default=0),
+            "staleness_mean": link.staleness_sum / max(1, link.accepted),
+            "staleness_max": link.staleness_max,
             "trainable_parameters": worker.layout.numel,
         }
-
-    def _take_staleness(self) -> list[int]:
-        staleness, self._worker.link.staleness = self._worker.link.staleness, []
-        self._staleness += staleness
-        return staleness

@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.identity import Identity
-from hf_lsam.run import Patience, Run
+from hf_lsam.joining import Patience
+from hf_lsam.run import Run
 from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
 from hf_lsam.server.process import ServiceSettings
 from hf_lsam.transport.mailbox import is_served
@@ -124,10 +125,10 @@ def work(run_dir: Path, log: Path, number: int, steps: int, faults: list[Fault],
                 versions.append(worker.version)
             time.sleep(STEP_SECONDS)
         worker.finish()
-        link = worker.link
+        link = worker.link.status
         counts = {"accepted": link.accepted, "refused": link.refused, "skipped": worker.skipped_pushes}
         increasing = all(later > earlier for earlier, later in itertools.pairwise(versions))
-        report = {"worker": number, "process": link._process, "fell_back": fell_back, "increasing": increasing}
+        report = {"worker": number, "process": worker.link._process, "fell_back": fell_back, "increasing": increasing}
         pipe.send(("report", {**report, **counts, "version": worker.version}))
     finally:
         run.leave()

@@ -26,16 +26,18 @@ from netns import Machine, machines, why_not
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
 from hf_lsam.identity import Identity
+from hf_lsam.joining import Patience
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.run import Patience, Run
+from hf_lsam.run import Run
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
 from hf_lsam.server.relay import RelayCore, RelayServer
-from hf_lsam.transport.link import MailboxLink, ServerGone
+from hf_lsam.transport.base import ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
+from hf_lsam.transport.shared_memory import SharedMemoryLink
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -160,7 +162,7 @@ class Cluster:
         self.threads = [threading.Thread(target=server.serve) for server in (self.top, *self.relays)]
         for thread in self.threads:
             thread.start()
-        self.links: dict[tuple[int, int], MailboxLink] = {}
+        self.links: dict[tuple[int, int], SharedMemoryLink] = {}
         self.all_at_once(self._join, [(m, w) for m, count in enumerate(workers) for w in range(count)])
 
     def _make_folder(self, folder: Path, machine: int, workers: list[int], across: dict) -> RunFolder:
@@ -176,7 +178,7 @@ class Cluster:
         return RunFolder.create(path, first, workers[machine], LAYOUT.manifest, contents)
 
     def _join(self, machine: int, worker: int) -> None:
-        self.links[machine, worker] = MailboxLink(self.folders[machine], worker, LAYOUT, CPU)
+        self.links[machine, worker] = SharedMemoryLink(self.folders[machine], worker, LAYOUT, CPU)
 
     def all_at_once(self, work: Callable, arguments: list[tuple]) -> None:
         threads = [threading.Thread(target=work, args=each) for each in arguments]
@@ -223,7 +225,7 @@ class Cluster:
             thread.join()
 
 
-def poll_for_ever(link: MailboxLink) -> None:
+def poll_for_ever(link: SharedMemoryLink) -> None:
     while True:
         link.poll(0, torch.empty(NUMEL))
         time.sleep(0.01)
@@ -259,7 +261,7 @@ def test_an_early_stop_on_one_machine_reaches_the_workers_of_all(tmp_path):
         stopper = run.links.pop((2, 0))
         thread = threading.Thread(target=stopper.finish, args=(True, -1, torch.empty(NUMEL)))
         thread.start()
-        run.until(lambda: all(link.stop_requested for link in run.links.values()))
+        run.until(lambda: all(link.status.stop_requested for link in run.links.values()))
         run.finish()
         thread.join()
         stopper.close()
@@ -312,7 +314,7 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
             run.until(lambda relay=relay, lost=lost: relay._linked and relay._peer is not lost)
             run.until(lambda: run.top._core.live_workers == 2)
             run.until(lambda relay=relay: relay._core.is_empty)
-        assert not run.links[1, 0].away
+        assert run.links[1, 0].status.connected
         run.period()
         ends = run.finish()
         assert ends[0] == ends[1]
@@ -331,7 +333,7 @@ def test_a_global_server_that_is_told_to_end_waits_until_all_machines_have_the_f
 
         peer.__class__ = Slow
         run.top.terminating = True
-        run.until(lambda: all(link.save_requested for link in run.links.values()))
+        run.until(lambda: all(link.status.save_requested for link in run.links.values()))
         ended = threading.Thread(target=run.finish)
         ended.start()
         run.threads[0].join(1.0)
@@ -347,7 +349,7 @@ def test_a_machine_ends_with_its_last_anchor_if_the_global_server_was_told_to_en
         relay = run.relays[0]
         relay._address = ("127.0.0.1", 1)  # where nobody listens
         run.top.terminating = True
-        run.until(lambda: run.links[1, 0].save_requested)
+        run.until(lambda: run.links[1, 0].status.save_requested)
         relay._peer._wire.socket.shutdown(socket.SHUT_RDWR)
         assert run.finish()[1][0] == 1
 
@@ -377,7 +379,7 @@ def test_a_relay_with_another_secret_is_refused_and_its_workers_are_told(tmp_pat
         thread = threading.Thread(target=relay.serve)
         thread.start()
         with pytest.raises(ServerGone):
-            MailboxLink(folder, 0, LAYOUT, CPU)
+            SharedMemoryLink(folder, 0, LAYOUT, CPU)
         thread.join()
         run.finish()
 
@@ -393,7 +395,7 @@ def test_a_relay_with_other_settings_is_refused(tmp_path, caplog):
         thread = threading.Thread(target=relay.serve)
         thread.start()
         with pytest.raises(ServerGone):
-            MailboxLink(folder, 0, LAYOUT, CPU)
+            SharedMemoryLink(folder, 0, LAYOUT, CPU)
         thread.join()
         assert "The settings of this machine are not those of the run" in caplog.text
         run.finish()

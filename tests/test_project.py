@@ -24,6 +24,7 @@ ROOMS = [
     "arguments",
     "callbacks",
     "run",
+    "joining",
     "identity",
     "data",
     "figures",

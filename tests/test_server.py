@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from launch import PATIENCE, wait_until
+from links import SlowServerLink
 from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
@@ -25,9 +26,9 @@ from hf_lsam.checkpoint import load_tensors, save_tensors
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.server.local import LocalLink
-from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
+from hf_lsam.transport.base import RefusedError, ServerGone
 from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
+from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
 # Forked children run nothing.
@@ -117,24 +118,19 @@ def test_a_core_goes_on_from_its_state():
 # --- worker.py with a server that is busy ---
 
 
-class BusyLink(LocalLink):
-    """A server that has not yet taken the last push."""
-
-    can_push = False
-
-
 def test_a_push_that_finds_the_mailbox_full_is_skipped_and_its_sum_goes_out_with_the_next():
     x = nn.Parameter(torch.full((2,), 3.0))
     core = ServerCore(torch.zeros(2), SETTINGS)
-    link = BusyLink(core)
+    link = SlowServerLink(core)
+    link.busy = True
     worker = Worker([("x", x)], link, WorkerSettings(4, 0.0, "decoupled"))
     for _ in range(6):
         worker.after_optimizer_step([0.1])
-    assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 0, 6)
-    link.can_push = True
+    assert (worker.skipped_pushes, link.status.accepted, worker.steps_in_total) == (1, 0, 6)
+    link.busy = False
     for _ in range(2):
         worker.after_optimizer_step([0.1])
-    assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 1, 0)
+    assert (worker.skipped_pushes, link.status.accepted, worker.steps_in_total) == (1, 1, 0)
     assert worker.anchor.tolist() == [3.0, 3.0]  # the mean of eight steps
 
 
@@ -253,11 +249,13 @@ def served(tmp_path):
     assert not folder.path.exists()
 
 
-def join_all(folder, layout, workers=(0, 1)) -> list[MailboxLink]:
+def join_all(folder, layout, workers=(0, 1)) -> list[SharedMemoryLink]:
     """Joins several workers at once: each is welcomed only when all are there."""
-    links: dict[int, MailboxLink] = {}
+    links: dict[int, SharedMemoryLink] = {}
     threads = [
-        threading.Thread(target=lambda n=n: links.__setitem__(n, MailboxLink(folder, n, layout, CPU)), name=f"join-{n}")
+        threading.Thread(
+            target=lambda n=n: links.__setitem__(n, SharedMemoryLink(folder, n, layout, CPU)), name=f"join-{n}"
+        )
         for n in workers
     ]
     for thread in threads:
@@ -293,10 +291,10 @@ def test_pushes_move_the_anchor_of_a_server_process(served):
     second.settle()
     assert first.poll(0, out) == 1
     assert torch.equal(out, start + 2.0)
-    assert (first.accepted, first.staleness, first.bytes_pushed) == (1, [0], 20)
+    assert (first.status.accepted, first.status.staleness_sum, first.status.bytes_pushed) == (1, 0, 20)
     first.push(torch.full((5,), 0.0), 4, 0)  # still around version 0
     first.settle()
-    assert first.staleness == [0, 1]
+    assert (first.status.staleness_sum, first.status.staleness_max) == (1, 1)
     finish_all([first, second])
 
 
@@ -305,7 +303,7 @@ def test_a_server_process_refuses_what_is_not_finite_and_says_so(served):
     first, second = join_all(folder, layout)
     first.push(torch.tensor([0.0, math.nan, 0.0, 0.0, 0.0]), 4, 0)
     first.settle()
-    assert (first.refused, first.accepted) == (1, 0)
+    assert (first.status.refused, first.status.accepted) == (1, 0)
     for link in (first, second):
         link.push(torch.ones(5) * 4, 4, 0)
         link.settle()
@@ -319,7 +317,7 @@ def test_a_worker_that_does_not_match_is_refused_with_the_first_difference(serve
     folder, layout, _ = served
     other = ParameterLayout([("v", torch.zeros(5))])
     with pytest.raises(RefusedError, match=r"Worker 1's.*`v` \[5\] torch.float32 here, `w` \[5\]"):
-        MailboxLink(folder, 1, other, CPU)
+        SharedMemoryLink(folder, 1, other, CPU)
     finish_all(join_all(folder, layout))
 
 
@@ -327,7 +325,7 @@ def test_a_second_worker_with_the_same_number_is_refused(served):
     folder, layout, _ = served
     links = join_all(folder, layout)
     with pytest.raises(RefusedError, match="already takes part as worker 1"):
-        MailboxLink(folder, 1, layout, CPU)
+        SharedMemoryLink(folder, 1, layout, CPU)
     finish_all(links)
 
 
@@ -360,7 +358,7 @@ def test_a_killed_worker_is_dropped_although_a_child_of_its_process_lives_on(ser
     near, far = multiprocessing.get_context("fork").Pipe()
 
     def body():
-        MailboxLink(folder, 1, layout, CPU)
+        SharedMemoryLink(folder, 1, layout, CPU)
         with forked_child() as child:
             far.send(child)
             signal.pause()
@@ -415,7 +413,7 @@ def test_an_early_stop_and_the_best_step_reach_the_others(served):
     results = {}
     stopper = threading.Thread(target=lambda: results.update(first=first.finish(True, 40, torch.empty(5))))
     stopper.start()
-    while not second.stop_requested:
+    while not second.status.stop_requested:
         second.poll(0, torch.empty(5))
     results["second"] = second.finish(False, -1, torch.empty(5))
     stopper.join()
@@ -445,7 +443,7 @@ def test_a_server_that_stays_away_is_an_error_that_says_where_to_look(tmp_path):
     server.wait()
     for _ in range(3):  # the worker trains on, around the last anchor
         assert first.poll(0, torch.empty(5)) is None
-    assert first.away
+    assert not first.status.connected
     assert not first.can_push
     second._server_timeout = 0.0
     second.poll(0, torch.empty(5))
@@ -461,10 +459,10 @@ def test_sigterm_ends_a_server_and_its_folder(tmp_path):
     server = start_server(folder.path, tmp_path / "server.log")
     links = join_all(folder, layout)
     server.terminate()
-    while not all(link.save_requested for link in links):
+    while not all(link.status.save_requested for link in links):
         for link in links:
             link.poll(0, torch.empty(5))
-    assert all(link.stop_requested for link in links)
+    assert all(link.status.stop_requested for link in links)
     finish_all(links)
     assert server.wait() == 143
     assert not folder.path.exists()
@@ -473,7 +471,7 @@ def test_sigterm_ends_a_server_and_its_folder(tmp_path):
 def test_a_worker_whose_server_never_comes_is_told(tmp_path):
     folder, layout = make_folder(tmp_path)
     with pytest.raises(ServerGone, match="found no server"):
-        MailboxLink(folder, 0, layout, CPU, server_alive=lambda: False)
+        SharedMemoryLink(folder, 0, layout, CPU, server_alive=lambda: False)
 
 
 # --- checkpoint.py ---

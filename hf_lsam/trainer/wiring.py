@@ -46,7 +46,7 @@ from ..parameters import about_cast, cast_to_float32, in_stored_types, refuse_ch
 from ..rates import RaisedRates, momentum_coefficient
 from ..record import RecordWriter, describe, read_record
 from ..run import EndSignals, Run
-from ..transport.link import ServerGone
+from ..transport.base import ServerGone
 from ..worker import Worker
 from .checkpoints import Checkpoints
 from .counting import uncounted
@@ -440,7 +440,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
     @property
     def must_end(self) -> bool:
         """Whether the run is to be saved and ended now: by a signal, here or at the server, or for want of a server."""
-        ended = self.worker.link.save_requested or self.server_gone is not None
+        ended = self.worker.link.status.save_requested or self.server_gone is not None
         return ended or self._signals.received is not None
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
