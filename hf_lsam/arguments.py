@@ -20,7 +20,7 @@ from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound, drift_slowdown
 from .identity import Identity, pin
 from .joining import Patience
-from .server.process import ServiceSettings
+from .server.service import ServiceSettings
 from .transport.peer import HEARTBEAT
 
 EXCHANGES = 60  # that a run has where `sync_steps` follows from its length ...

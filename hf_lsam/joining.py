@@ -25,7 +25,7 @@ from .identity import Identity, LaunchStore
 from .server.core import ServerCore
 from .server.lifetime import SIGTERM_CODE, start_server
 from .server.machines import MachineSettings, address_file
-from .server.process import ServiceSettings
+from .server.service import ServiceSettings
 from .transport.base import JoinRequest, RefusedError, ServerGone, Transport
 from .transport.in_process import InProcessLink
 from .transport.mailbox import ANY_NUMBER, RunFolder, is_served, make_launch_folder

@@ -45,7 +45,7 @@ from hf_lsam.identity import Identity
 from hf_lsam.joining import Patience
 from hf_lsam.run import Run
 from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
-from hf_lsam.server.process import ServiceSettings
+from hf_lsam.server.service import ServiceSettings
 from hf_lsam.transport.mailbox import is_served
 
 FAULTS = ("kill", "stop", "nan", "join", "kill server")

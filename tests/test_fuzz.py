@@ -11,7 +11,8 @@ import torch
 
 from hf_lsam.algorithms import ServerSettings
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.server.process import Server
+from hf_lsam.server.root import Root
+from hf_lsam.server.service import Service
 from hf_lsam.transport.mailbox import ANY_NUMBER, Channel, Kind, Message, RunFolder
 
 MESSAGES = 110_000
@@ -21,7 +22,7 @@ MAGIC = 0x4C53414D
 NUMBERS = (0, 1, 2, -1, 3, 2**31 - 1, 2**31, 2**63 - 1, -(2**63))
 
 
-class CountingServer(Server):
+class CountingService(Service):
     """Counts what joined workers said."""
 
     handled = 0
@@ -40,22 +41,22 @@ def server(tmp_path):
     settings = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0).as_dict()
     contents = {"fingerprint": layout.fingerprint.hex(), "settings": settings, "service": {"snapshot_seconds": 0.0}}
     folder = RunFolder.create(path, torch.zeros(NUMEL), 0, layout.manifest, contents)
-    server = CountingServer(folder)
+    server = CountingService(folder, Root(folder))
     with server.listening():
         yield server
 
 
-def fingerprint(server: Server) -> bytes:
-    return bytes.fromhex(server._folder.run["fingerprint"])
+def fingerprint(server: Service) -> bytes:
+    return bytes.fromhex(server.folder.run["fingerprint"])
 
 
-def connect(server: Server) -> Channel:
-    channel = server._folder.try_connect()
+def connect(server: Service) -> Channel:
+    channel = server.folder.try_connect()
     server.turn(0.0)
     return channel
 
 
-def join(server: Server, process: int) -> Channel:
+def join(server: Service, process: int) -> Channel:
     channel = connect(server)
     channel.send(Message(Kind.JOIN, ANY_NUMBER, NUMEL, process, digest=fingerprint(server)))
     server.turn(0.0)
@@ -63,10 +64,10 @@ def join(server: Server, process: int) -> Channel:
     return channel
 
 
-def state_of(server: Server) -> dict[str, list]:
+def state_of(server: Service) -> dict[str, list]:
     """All that a message could change, but for who takes part."""
     state = {name: tensor.tolist() for name, tensor in server._core.state_tensors().items()}
-    return {**state, "pushes": server._core.accepted_pushes, "counted": dict(server._counted)}
+    return {**state, "pushes": server._core.accepted_pushes, "counted": dict(server.counted._last)}
 
 
 def raw(channel: Channel, data: bytes) -> None:
@@ -110,7 +111,7 @@ def test_strangers_change_nothing_whatever_they_send(server):
     not_join = [*(kind for kind in Kind if kind is not Kind.JOIN), 0, 99, 65535]
     sent = 0
     while sent < MESSAGES // 2:
-        channel = server._folder.try_connect()  # one each: the server hangs up at the first bad message
+        channel = server.folder.try_connect()  # one each: the server hangs up at the first bad message
         frame = random_frame(generator, [*Kind] if generator.random() < 0.5 else not_join)
         raw(channel, frame if generator.random() < 0.3 else garbled(generator, frame))
         sent += 1
@@ -120,7 +121,7 @@ def test_strangers_change_nothing_whatever_they_send(server):
     server.turn(0.0)
     assert state_of(server) == before
     assert list(server._workers) == [0]
-    assert [path.name for path in server._folder.path.glob("mailbox_*")] == ["mailbox_0"]
+    assert [path.name for path in server.folder.path.glob("mailbox_*")] == ["mailbox_0"]
     worker.send(Message(Kind.PUSH, 0, 4, 2))
     server.turn(0.0)
     assert worker.receive().kind is Kind.ACCEPTED
@@ -157,7 +158,7 @@ def test_a_worker_gone_mad_costs_only_itself(server):
             server.turn(0.0)
             assert honest.receive().kind is Kind.ACCEPTED
     assert pushes > 10
-    assert server._counted[1] == pushes
+    assert server.counted._last[1] == pushes
     assert server._core.anchor.vector.isfinite().all()
     assert server.save()
     honest.close()
@@ -181,7 +182,7 @@ def test_a_push_that_is_replayed_or_comes_out_of_order_is_not_counted(server, se
 def test_a_stranger_that_says_nothing_holds_up_nobody_and_is_turned_away(server, monkeypatch):
     silent = [connect(server) for _ in range(70)]
     assert len(server._selector.get_map()) == 1 + 64
-    monkeypatch.setattr("hf_lsam.server.process.STRANGER_SECONDS", -1.0)
+    monkeypatch.setattr("hf_lsam.server.service.STRANGER_SECONDS", -1.0)
     server._sweep_at = 0.0
     server.turn(0.0)
     assert len(server._selector.get_map()) == 1

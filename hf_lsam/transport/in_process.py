@@ -14,11 +14,14 @@ from .base import FinalAnchor, Link, LinkStatus
 
 
 class Aggregator(Protocol):
-    """Pushes in, anchor out: what a link in the same process needs of `server.core.ServerCore`."""
+    """Pushes in, anchor out: what a link in the same process, and a server, need of `server.core`'s classes."""
 
     anchor: Anchor
-    live: dict[int, int]
+    accepted_pushes: int
+    refused_pushes: int
 
+    @property
+    def live_workers(self) -> int: ...
     def join(self, worker: int) -> None: ...
     def leave(self, worker: int) -> None: ...
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool: ...
@@ -69,7 +72,7 @@ class InProcessLink(Link):
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
         self._core.leave(self._worker)
-        if not self._core.live:
+        if not self._core.live_workers:
             self._core.flush()
         incoming.copy_(self._core.anchor.vector)
         self._status = replace(self._status, finished=True)

@@ -1,4 +1,7 @@
-"""What the server does: one thread, one selector, one `ServerCore`. `lifetime` makes a process of it.
+"""What every server does for the workers of its machine: one thread, one selector. `lifetime` makes a process of it.
+
+What sets a server apart from others in the run is its `Role`: `root.Root` moves the anchor, `relay.Relay` forwards what
+its workers push to the one that does. The service calls the role, at the points that `Role` names.
 
 Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
 on nobody waits for anybody until the end. Guests, who join by the folder's address, are welcomed as they come and leave
@@ -17,26 +20,27 @@ import logging
 import os
 import selectors
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..algorithms import ServerSettings
-from ..checkpoint import load_tensors, save_tensors
+from ..checkpoint import save_tensors
+from ..transport.in_process import Aggregator
 from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder
-from .core import ServerCore
+from .core import UNKNOWN_PUSHES, CountedPushes
 
 logger = logging.getLogger(__name__)
 
 STRANGERS = 64  # connections at a time that have not joined yet
 STRANGER_SECONDS = 10.0  # how long they may take
-REMEMBERED = 4096  # processes whose last counted push is kept
+MAX_WORKERS = 4096
 GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
-UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,85 @@ class _Connection:
     finished: bool = False
 
 
-class Server:
-    """Serves one run.
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+class Role(ABC):
+    """What sets one server of a run apart from the others: what its aggregator is, and how it stands to other machines.
+
+    The service calls it from its own thread alone; nothing here may wait. A role calls back what the service offers
+    below "what a role may ask for".
+
+    Attributes:
+        core: takes the pushes of this machine's workers, and holds the anchor that they are given.
+        keeps_state: the state of the run is this server's, to be saved now and then and taken up again.
+    """
+
+    core: Aggregator
+    keeps_state: bool
+
+    @abstractmethod
+    def attach(self, service: Service) -> None:
+        """Called once, before any worker is let in."""
+
+    @abstractmethod
+    def take_up(self, resume: Path | bool) -> dict[str, Tensor] | None:
+        """Sets core and folder to where the run goes on, after `attach`.
+
+        Args:
+            resume: a server state of another run to begin with, or True for what this folder holds.
+
+        Returns:
+            the newest snapshot of this folder, or None if the run does not go on from one.
+        """
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether the workers here may be welcomed, once they are here: the other machines are."""
+
+    @property
+    @abstractmethod
+    def is_needed(self) -> bool:
+        """Whether other machines still need this server when its own workers have left."""
+
+    @property
+    @abstractmethod
+    def others_finished(self) -> bool:
+        """Whether the workers of this machine are the last that train."""
+
+    @abstractmethod
+    def tick(self, now: float) -> None:
+        """What is due without a message, at every turn of the loop."""
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """Pushes came, workers did, or the anchor moved: says to other machines what can be said without waiting."""
+
+    @abstractmethod
+    def stop_all(self) -> None:
+        """A worker asks that all stop; those of this machine know."""
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """The server was told to end, or a worker of the launch has failed: those of this machine will be told."""
+
+    @abstractmethod
+    def conclude(self) -> bool:
+        """All workers here have finished: whether the anchor, once it has been flushed, is final. Asked until it is."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The loop has ended."""
+
+
+class Service:
+    """Serves the workers of one machine.
 
     Args:
         folder: the run folder, already created; run.json holds settings and fingerprint.
+        role: of this server in the run.
         resume: a server state from another run's checkpoint to begin with, True to go on from the folder's own newest
             snapshot, or None.
         join_timeout: seconds until the workers that have joined are told that others never came.
@@ -85,32 +163,26 @@ class Server:
     def __init__(
         self,
         folder: RunFolder,
+        role: Role,
         resume: Path | bool | None = None,
         join_timeout: float = 600.0,
         idle_timeout: float = 600.0,
         parent: int | None = None,
     ):
-        self._folder = folder
-        self._expected = int(folder.run["num_workers"])
+        self.folder = folder
+        self.expected = int(folder.run["num_workers"])
+        self._role = role
+        self._core = role.core
         self._fingerprint = bytes.fromhex(folder.run["fingerprint"])
-        self._service = ServiceSettings(**folder.run.get("service", {}))
-        self._settings = ServerSettings(**folder.run["settings"])
-        self._core = self._make_core()
-        self._counted: dict[int, int] = {}  # process -> its last counted push
-        self._counted_unless_known = 0
+        self._settings = ServiceSettings(**folder.run.get("service", {}))
+        self.counted = CountedPushes()
         self._absent: set[int] = set()  # workers of the launch that took part before a restart and are not back yet
-        if resume is True:
-            self._take_up()
-        elif resume is not None:
-            self._core.load_state_tensors(load_tensors(resume))
-            folder.publish(self._core.anchor.vector, self._core.anchor.version)
-        self._resumed = resume is True
         now = time.monotonic()
-        self._join_by = now + join_timeout
-        self._absent_until = now + self._service.worker_timeout
+        self.join_by = now + join_timeout
+        self._absent_until = now + self._settings.worker_timeout
         self._idle_timeout = idle_timeout
         self._idle_since = now
-        self._snapshot_at = now if self._service.snapshot_seconds else float("inf")
+        self._snapshot_at = now if self._settings.snapshot_seconds and role.keeps_state else float("inf")
         self._sweep_at = now
         self._leave_by = float("inf")
         self._parent = parent
@@ -118,41 +190,29 @@ class Server:
         self._workers: dict[int, _Connection] = {}
         self._tickets = itertools.count()
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
-        self._started = False
-        self._ended = False
-        self._best_step = -1
-        self._failed: int | None = None  # the worker of the launch that ended with an error
-        patience = [1.0, self._service.worker_timeout / 4, self._service.snapshot_seconds or 1.0]
+        self.resumed = resume is True
+        self.started = False
+        self.ended = False  # the anchor is final
+        self._given_up = False
+        self.best_step = -1
+        self.failed: int | None = None  # the worker of the launch that ended with an error
+        patience = [1.0, self._settings.worker_timeout / 4, self._settings.snapshot_seconds or 1.0]
         self._patience = max(0.01, min(patience))
         self.terminating = False
-        self._start_if_ready()
+        role.attach(self)
+        if resume is not None:
+            self._take_up(resume)
+        self.start_if_ready()
 
-    def _make_core(self) -> ServerCore:
-        return ServerCore(self._folder.slot(self._folder.version).clone(), self._settings)
-
-    def _take_up(self) -> None:
-        """Goes on from the newest snapshot; without one, from the newest whole anchor."""
-        version = self._folder.version
-        state = None
-        if self._folder.snapshot_path.exists():
-            try:
-                state = load_tensors(self._folder.snapshot_path)
-            except ValueError as error:
-                if version == 0:  # there is no anchor to go on from either
-                    raise
-                logger.error("%s", error)
-        if state is not None:
-            self._core.load_state_tensors(state)
-            self._core.accepted_pushes, self._core.refused_pushes = state["pushes"].tolist()
-            self._counted = dict(state["counted"].tolist())
-            self._absent = set(state["workers"].tolist())
-        else:
-            self._counted_unless_known = UNKNOWN_PUSHES
-            self._absent = set(range(self._expected))
-        anchor = self._core.anchor
-        anchor.version = self._folder.next_version(anchor.version)
-        self._folder.publish(anchor.vector, anchor.version)
-        logger.info("took the run up at version %d; the last published was %d", anchor.version, version)
+    def _take_up(self, resume: Path | bool) -> None:
+        snapshot = self._role.take_up(resume)
+        if snapshot is not None:
+            self._core.accepted_pushes, self._core.refused_pushes = snapshot["pushes"].tolist()
+            self.counted.load_state_tensor(snapshot["counted"])
+            self._absent = set(snapshot["workers"].tolist())
+        elif resume is True:
+            self.counted.unless_known = UNKNOWN_PUSHES
+            self._absent = set(range(self.expected))
 
     # --- the loop ---
 
@@ -165,12 +225,13 @@ class Server:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, workers can connect."""
-        self._listener = self._folder.listen()
+        self._listener = self.folder.listen()
         self._listener.settimeout(0.0)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         try:
             yield
         finally:
+            self._role.close()
             for connection in self._connections():
                 connection.channel.close()
             self._listener.close()
@@ -213,45 +274,49 @@ class Server:
 
     def _look_after(self, now: float) -> bool:
         """What is due without a message: evictions, snapshots, the end."""
+        self._role.tick(now)
         for connection in self._connections() if now >= self._sweep_at else ():
             self._sweep_at = now + self._patience
             silent = now - connection.heard
             if connection.worker < 0 and silent > STRANGER_SECONDS:
                 self._hang_up(connection, "it never joined")
-            elif self._started and silent > self._service.worker_timeout and not connection.finished:
+            elif self.started and silent > self._settings.worker_timeout and not connection.finished:
                 self._tell(connection, Message(Kind.EVICTED, max(connection.worker, 0)))
                 self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
-        if self._started and now >= self._snapshot_at:
-            self._snapshot_at = now + self._service.snapshot_seconds
+        if self.started and now >= self._snapshot_at:
+            self._snapshot_at = now + self._settings.snapshot_seconds
             self.save()
         if self._absent and now > self._absent_until:
             logger.warning("workers %s did not come back", sorted(self._absent))
             for worker in self._absent:
                 self._core.leave(worker)
             self._absent.clear()
-            self._end_if_all_finished()
+            self.end_if_all_finished()
         if self.terminating and self._leave_by == float("inf"):
             self._leave_by = now + GRACE_SECONDS
+            self._role.terminate()
             for connection in self._workers.values():
                 self._tell_to_leave(connection)
-        if self._workers:
+        if self._workers or self._role.is_needed:
             self._idle_since = now
         return not self._is_over(now)
 
     def _is_over(self, now: float) -> bool:
+        if self._given_up:
+            return True
         if self.terminating:
-            return not self._workers or now > self._leave_by
-        if not self._started and now > self._join_by:
-            logger.error("only %d of %d workers joined in time", len(self._workers), self._expected)
+            return now > self._leave_by or not (self._workers or self._role.is_needed)
+        if not self.started and now > self.join_by:
+            logger.error("only %d of %d workers joined in time", len(self._workers), self.expected)
             for connection in self._workers.values():
                 self._tell(connection, Message(Kind.REFUSED, connection.worker, a=Refusal.TIMEOUT))
             return True
-        if self._workers:
+        if self._workers or self._role.is_needed:
             return False
-        if not self._expected:
+        if not self.expected:
             return now - self._idle_since > self._idle_timeout
-        if not self._joined:  # whoever started this server may have died before it could join
-            return self._parent not in (None, os.getppid()) or now > self._join_by
+        if not self._joined and not self.ended:  # whoever started this server may have died before it could join
+            return self._parent not in (None, os.getppid()) or now > self.join_by
         return not self._absent
 
     def _connections(self) -> list[_Connection]:
@@ -263,18 +328,18 @@ class Server:
         if message.kind is not Kind.JOIN:
             raise ValueError("the first message was no JOIN")
         number, refusal = message.worker, None
-        if number >= self._expected and (number in self._workers or number >= self._expected + REMEMBERED):
-            number = next(n for n in itertools.count(self._expected) if n not in self._workers)
-        if message.digest != self._fingerprint or message.a != self._folder.numel:
+        if number >= self.expected and (number in self._workers or number >= self.expected + MAX_WORKERS):
+            number = next(n for n in itertools.count(self.expected) if n not in self._workers)
+        if message.digest != self._fingerprint or message.a != self.folder.numel:
             refusal = Refusal.FINGERPRINT
         elif number in self._workers:
             refusal = Refusal.TAKEN
-        elif self._ended:
+        elif self.ended:
             refusal = Refusal.ENDED
         else:
             connection.ticket = next(self._tickets)
             try:
-                connection.mailbox = self._folder.make_mailbox(connection.ticket)
+                connection.mailbox = self.folder.make_mailbox(connection.ticket)
             except OSError as error:
                 logger.error("no room for the mailbox of worker %d: %s", number, error)
                 refusal = Refusal.NO_ROOM
@@ -288,28 +353,27 @@ class Server:
         self._workers[number] = connection
         self._core.join(number)
         logger.info("worker %d joined with ticket %d; %d take part", number, connection.ticket, len(self._workers))
-        if self._started:
+        if self.started:
             self._welcome(connection)
         else:
-            self._start_if_ready()
+            self.start_if_ready()
 
-    def _workers_are_here(self) -> bool:
+    @property
+    def workers_are_here(self) -> bool:
         """Whether the workers that begin together have joined."""
-        return self._resumed or all(worker in self._workers for worker in range(self._expected))
+        return self.resumed or all(worker in self._workers for worker in range(self.expected))
 
-    def _may_start(self) -> bool:
-        return self._workers_are_here()
-
-    def _start_if_ready(self) -> None:
-        if self._started or not self._may_start():
+    def start_if_ready(self) -> None:
+        if self.started or not (self._role.ready and self.workers_are_here):
             return
-        self._started = True
+        self.started = True
         for joined in self._workers.values():
             joined.heard = time.monotonic()  # they were waiting, not silent
             self._welcome(joined)
+        self._role.exchange()
 
     def _welcome(self, connection: _Connection) -> None:
-        last = self._counted.get(connection.process, self._counted_unless_known)
+        last = self.counted.last(connection.process)
         self._tell(connection, Message(Kind.WELCOME, connection.worker, a=last, b=connection.ticket))
         if self.terminating:
             self._tell_to_leave(connection)
@@ -324,13 +388,13 @@ class Server:
             return
         del self._workers[worker]
         connection.mailbox = None
-        self._folder.drop_mailbox(connection.ticket)
+        self.folder.drop_mailbox(connection.ticket)
         if connection.finished:
             return
         logger.warning("worker %d is gone (%s); %d workers go on", worker, reason, len(self._workers))
         self._core.leave(worker)
-        self._publish_if_newer()
-        self._end_if_all_finished()
+        self.publish_if_newer()
+        self.end_if_all_finished()
 
     # --- what workers say ---
 
@@ -340,46 +404,39 @@ class Server:
             Kind.FINISH: self._finish,
             Kind.SNAPSHOT: self._snapshot,
             Kind.PING: lambda connection, message: None,
-            Kind.FAILED: lambda connection, message: self._fail(connection.worker),
+            Kind.FAILED: lambda connection, message: self.fail(connection.worker),
         }.get(message.kind)
-        if handler is None or not self._started:
+        if handler is None or not self.started:
             raise ValueError(f"unexpected {message.kind.name}")
         handler(connection, message)
 
     def _push(self, connection: _Connection, message: Message) -> None:
+        if connection.finished:
+            raise ValueError("PUSH after FINISH")
         worker = connection.worker
-        last = self._counted.get(connection.process, 0)
-        if connection.finished or not 0 < message.a < 2**31 or message.b <= last:
-            raise ValueError(f"push {message.b} of {message.a} steps after push {last}")
+        self.counted.note(connection.process, message.b, message.a)
         version = self._core.anchor.version
         accepted = self._core.push(connection.mailbox, message.a, worker, message.loss)
-        self._note_counted(connection.process, message.b)
-        self._publish_if_newer()
+        self.publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.
         self._tell(connection, Message(Kind.ACCEPTED if accepted else Kind.REJECTED, worker, a=version))
         if not accepted:
             logger.warning("refused a push of worker %d: NaN or infinity", worker)
-
-    def _note_counted(self, process: int, push: int) -> None:
-        self._counted.pop(process, None)  # the newest last: the oldest is forgotten first
-        self._counted[process] = push
-        if len(self._counted) > REMEMBERED:
-            del self._counted[next(iter(self._counted))]
 
     def _finish(self, connection: _Connection, message: Message) -> None:
         if connection.finished:
             raise ValueError("FINISH twice")
         worker = connection.worker
         connection.finished = True
-        self._best_step = max(self._best_step, message.b)
-        if message.a and worker < self._expected:
-            self._stop_run()
+        self.note_best_step(message.b)
+        if message.a and worker < self.expected:
+            self.stop_all()
         self._core.leave(worker)
-        self._publish_if_newer()
+        self.publish_if_newer()
         logger.info("worker %d finished", worker)
-        if worker >= self._expected:  # a guest waits for nobody
+        if worker >= self.expected:  # a guest waits for nobody
             self._tell_final(connection)
-        self._end_if_all_finished()
+        self.end_if_all_finished()
 
     def _snapshot(self, connection: _Connection, message: Message) -> None:
         self._tell(connection, Message(Kind.SNAPSHOT_DONE, connection.worker, a=int(self.save())))
@@ -389,64 +446,34 @@ class Server:
         state = {
             **self._core.state_tensors(),
             "pushes": torch.tensor([self._core.accepted_pushes, self._core.refused_pushes]),
-            "counted": torch.tensor([*self._counted.items()], dtype=torch.int64).reshape(-1, 2),
-            "workers": torch.tensor([n for n in self._workers if n < self._expected], dtype=torch.int64),
+            "counted": self.counted.state_tensor(),
+            "workers": torch.tensor([n for n in self._workers if n < self.expected], dtype=torch.int64),
         }
         try:
-            save_tensors(self._folder.snapshot_path, state)
+            save_tensors(self.folder.snapshot_path, state)
         except OSError as error:
             logger.error("snapshot not written: %s", error)
             return False
         return True
 
-    # --- the end ---
-
-    def _fail(self, worker: int) -> None:
-        """A worker ends with an error. If it is one of the launch, so do the others; a guest's is nobody else's."""
-        if worker < self._expected and self._failed is None and not self._ended:
-            logger.error("worker %d ended with an error: the launch ends", worker)
-            self._failed = worker
-            self.terminating = True
-
     def _tell_to_leave(self, connection: _Connection) -> None:
         """A worker is to save and leave: one of the launch with an error, if another had one."""
-        if self._failed is not None and connection.worker < self._expected:
-            self._tell(connection, Message(Kind.GONE, connection.worker, a=1, b=self._failed))
+        if self.failed is not None and connection.worker < self.expected:
+            self._tell(connection, Message(Kind.GONE, connection.worker, a=1, b=self.failed))
         else:
             self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
 
-    def _stop_all(self) -> None:
-        for connection in self._workers.values():
-            if not connection.finished:
-                self._tell(connection, Message(Kind.STOP, connection.worker))
-
-    def _stop_run(self) -> None:
-        """A worker has asked that all stop."""
-        self._stop_all()
-
-    def _end_if_all_finished(self) -> None:
-        """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""
-        if self._ended or not self._expected or not self._started or self._absent or self._failed is not None:
-            return
-        training = [c for c in self._workers.values() if not c.finished]
-        if any(connection.worker < self._expected for connection in training):
-            return
-        if training:
-            self._stop_all()
-        else:
-            self._end()
-
     def _end(self) -> None:
-        """All that train here have finished."""
-        self._ended = True
+        """All that train here have finished, and the anchor is final once what is pending has been taken."""
+        self.ended = True
         self._core.flush()
-        self._publish_if_newer()
+        self.publish_if_newer()
         for connection in self._workers.values():
-            if connection.worker < self._expected:
+            if connection.worker < self.expected:
                 self._tell_final(connection)
 
     def _tell_final(self, connection: _Connection) -> None:
-        message = Message(Kind.FINISHED, connection.worker, a=self._core.anchor.version, b=self._best_step)
+        message = Message(Kind.FINISHED, connection.worker, a=self._core.anchor.version, b=self.best_step)
         self._tell(connection, message)
 
     def _tell(self, connection: _Connection, message: Message) -> None:
@@ -457,6 +484,69 @@ class Server:
             logger.debug("worker %d did not take %s", connection.worker, message.kind.name)
             connection.channel.shut()
 
-    def _publish_if_newer(self) -> None:
-        if self._core.anchor.version > self._folder.version:
-            self._folder.publish(self._core.anchor.vector, self._core.anchor.version)
+    # --- what a role may ask for, beside `folder`, `counted`, `start_if_ready` and what is said of the run above ---
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether any is connected."""
+        return bool(self._workers)
+
+    def watch(self, source: int | HasFileno, heard: Callable[[], None]) -> None:
+        """Calls `heard` whenever `source` is readable."""
+        self._selector.register(source, selectors.EVENT_READ, heard)
+
+    def unwatch(self, source: int | HasFileno) -> None:
+        self._selector.unregister(source)
+
+    def publish_if_newer(self) -> None:
+        """To be called whenever the core may have changed: workers see its anchor, then other machines hear of it."""
+        if self._core.anchor.version > self.folder.version:
+            self.folder.publish(self._core.anchor.vector, self._core.anchor.version)
+        self._role.exchange()
+
+    def note_best_step(self, step: int) -> None:
+        """The best step that a worker knows of, or -1."""
+        self.best_step = max(self.best_step, step)
+
+    def stop_workers(self, save: bool = False) -> None:
+        """Asks the workers of this machine to end at their next step, with a checkpoint or without."""
+        for connection in self._workers.values():
+            if not connection.finished:
+                self._tell(connection, Message(Kind.STOP, connection.worker, a=int(save)))
+
+    def stop_all(self) -> None:
+        """A worker has asked that all stop."""
+        self.stop_workers()
+        self._role.stop_all()
+
+    def fail(self, worker: int) -> None:
+        """A worker ends with an error. If it is one of the launch, so do the others; a guest's is nobody else's."""
+        if worker < self.expected and self.failed is None and not self.ended:
+            logger.error("worker %d ended with an error: the launch ends", worker)
+            self.failed = worker
+            self.terminating = True
+
+    def pass_failure_on(self, worker: int) -> None:
+        """A worker of the launch has failed on another machine, whose server ends the launch."""
+        self.failed = worker
+        for connection in self._workers.values():
+            self._tell_to_leave(connection)
+
+    def give_up(self, reason: object) -> None:
+        """This machine can take part no longer: its workers, and whoever waits to join, end with an error."""
+        logger.error("%s: this machine ends", reason)
+        self._given_up = True
+        for connection in self._connections():
+            self._tell(connection, Message(Kind.GONE, max(connection.worker, 0)))
+
+    def end_if_all_finished(self) -> None:
+        """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""
+        if self.ended or not self.expected or not self.started or self._absent or self.failed is not None:
+            return
+        training = [c for c in self._workers.values() if not c.finished]
+        if any(connection.worker < self.expected for connection in training) or not self._role.others_finished:
+            return
+        if training:
+            self.stop_workers()
+        elif self._role.conclude():
+            self._end()
