@@ -28,7 +28,8 @@ from .server.machines import MachineSettings, address_file
 from .server.service import ServiceSettings
 from .transport.base import JoinRequest, RefusedError, ServerGone, Transport
 from .transport.in_process import InProcessLink
-from .transport.mailbox import ANY_NUMBER, RunFolder, is_served, make_launch_folder
+from .transport.mailbox import RunFolder, is_served, make_launch_folder
+from .transport.messages import ANY_NUMBER
 from .transport.secret import new_secret
 from .transport.shared_memory import SharedMemoryLink
 

@@ -35,7 +35,8 @@ from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.transport.base import RefusedError, ServerGone
 from hf_lsam.transport.in_process import InProcessLink
-from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, dead_launches, is_served, make_launch_folder
+from hf_lsam.transport.mailbox import RunFolder, dead_launches, is_served, make_launch_folder
+from hf_lsam.transport.messages import ANY_NUMBER, Snapshot
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
@@ -311,7 +312,7 @@ def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_
         link._progress(0.0)
         while run.folder.version == 0:  # it is counted; its answer is not read
             time.sleep(0.01)
-        while link._send(Message(Kind.SNAPSHOT, 0)) and not snapshot_holds(run, link):
+        while link._send(Snapshot()) and not snapshot_holds(run, link):
             time.sleep(0.01)
         link._lose_server()  # and is lost with the connection
         run.kill()

@@ -31,12 +31,13 @@ from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import RelayCore, ServerCore
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.server.machines import MachineSettings, Say
+from hf_lsam.server.machines import MachineSettings
 from hf_lsam.server.relay import Relay
 from hf_lsam.server.root import Root, listen
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.messages import Message, Sum
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
 from hf_lsam.transport.shared_memory import SharedMemoryLink
@@ -136,15 +137,15 @@ class CountingRoot(Root):
     """Notes what machines say."""
 
     def __init__(self, folder, listener):
-        self.said: list[tuple[int, int, int]] = []  # machine, kind, a
+        self.said: list[tuple[int, Message]] = []  # machine, what
         super().__init__(folder, listener)
 
-    def _handle(self, machine, header, vector):
-        self.said.append((machine.number, header.kind, header.a))
-        super()._handle(machine, header, vector)
+    def _handle(self, machine, message, vector):
+        self.said.append((machine.number, message))
+        super()._handle(machine, message, vector)
 
     def pushes_of(self, machine: int) -> list[int]:
-        return [steps for number, kind, steps in self.said if (number, kind) == (machine, Say.PUSH)]
+        return [said.steps for number, said in self.said if number == machine and isinstance(said, Sum)]
 
 
 class Cluster:

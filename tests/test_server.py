@@ -27,7 +27,8 @@ from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.transport.base import RefusedError, ServerGone
-from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
+from hf_lsam.transport.mailbox import Channel, RunFolder
+from hf_lsam.transport.messages import WORKER_MESSAGES, Push
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
@@ -217,12 +218,12 @@ def test_no_room_in_shared_memory_is_an_error_that_names_the_bytes_and_leaves_no
 def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     near, far = socket.socketpair()
     channel = Channel(near)
-    frame = struct.pack("<IHHqqd32s", 0x4C53414D, Kind.PUSH, 3, 16, -1, 0.5, bytes(range(32)))
+    frame = struct.pack("<IHqqd", 0x4C53414D, 2, 3, 16, 0.5).ljust(WORKER_MESSAGES.size, b"\0")
     assert channel.receive() is None
     far.sendall(frame[:11])
     assert channel.receive() is None
     far.sendall(frame[11:])
-    assert channel.receive() == Message(Kind.PUSH, 3, 16, -1, 0.5, bytes(range(32)))
+    assert channel.receive() == Push(number=3, steps=16, loss=0.5)
     assert channel.receive() is None
     far.sendall(b"GET / HTTP/1.1\r\n" * 8)
     with pytest.raises(ValueError, match="not a frame"):
@@ -394,7 +395,7 @@ def forked_child() -> Iterator[int]:
 def test_garbage_on_the_socket_changes_nothing(served):
     folder, layout, _ = served
     links = join_all(folder, layout)
-    unknown_kind = struct.pack("<IHHqqd32s", 0x4C53414D, 99, 0, 0, 0, 0.0, b"")
+    unknown_kind = struct.pack("<IH", 0x4C53414D, 99).ljust(WORKER_MESSAGES.size, b"\0")
     for garbage in (b"GET / HTTP/1.0\r\n\r\n" * 10, os.urandom(1000), unknown_kind):
         channel = folder.connect(lambda: True, PATIENCE)
         channel._socket.sendall(garbage)

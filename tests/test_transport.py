@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pipe_transport
@@ -25,6 +25,7 @@ from hf_lsam.joining import TRANSPORTS, Patience, transport_of
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import ServerCore
+from hf_lsam.transport import messages
 from hf_lsam.transport.base import JoinRequest, Link, LinkStatus, ServerGone, Transport
 from hf_lsam.transport.in_process import InProcessLink
 
@@ -133,3 +134,24 @@ def test_a_status_is_a_value_and_nobody_writes_it():
     assert (answered.staleness_sum, answered.staleness_max, answered.bytes_pushed) == (2, 2, 16)
     assert answered.after_push(8).counted_at is None
     assert status == LinkStatus()
+
+
+@pytest.mark.parametrize("vocabulary", [messages.WORKER_MESSAGES, messages.MACHINE_MESSAGES], ids=["worker", "machine"])
+def test_every_message_comes_out_of_its_frame_as_it_went_in_and_of_one_size(vocabulary):
+    values = {"int": -(2**63), "bool": True, "float": 0.5, "bytes": bytes(range(32)), "Refusal": messages.Refusal.TAKEN}
+    for kind in vocabulary._numbers:
+        message = kind(*(values[field.type] for field in fields(kind)))
+        frame = vocabulary.pack(message)
+        assert len(frame) == vocabulary.size
+        assert vocabulary.unpack(frame) == message
+        assert type(vocabulary.unpack(frame)) is kind
+
+
+@pytest.mark.parametrize("change", [{0: 1}, {4: 99}, {4: 8, 6: 77}], ids=["another protocol", "no kind", "no reason"])
+def test_a_frame_that_is_no_message_is_an_error(change):
+    frame = bytearray(messages.WORKER_MESSAGES.pack(messages.Refused(messages.Refusal.TAKEN)))
+    assert frame[4] == 8
+    for position, byte in change.items():
+        frame[position] = byte
+    with pytest.raises(ValueError, match=r"not a frame|not a valid Refusal"):
+        messages.WORKER_MESSAGES.unpack(bytes(frame))

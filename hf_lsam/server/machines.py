@@ -1,4 +1,4 @@
-"""What the servers of several machines know of each other, and say.
+"""What the servers of several machines know of each other.
 
 What crosses the network, over `transport.gloo`, is one push a machine and period, and the newest anchor back.
 """
@@ -8,40 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from pathlib import Path
 
 from ..algorithms import ServerSettings
 from ..transport.mailbox import RunFolder
+from ..transport.messages import ANY_NUMBER
 
-ANY_MACHINE = -1  # what a machine calls itself that is not of a launch; it is given a number
 MOST_WORKERS = 2**16
-
-
-class Say(IntEnum):
-    """What a message between machines says. Machines send the first group, the global server the second."""
-
-    JOIN = 1  # a: machine; b: random number of the relay process; c: see `join_word`
-    LIVE = 2  # a: live workers
-    PUSH = 3  # vector: sum of differences; a: steps in it; b: which push of this process it is, from 1
-    STOP_ALL = 4  # a worker asks that all stop
-    FINISH = 5  # all workers here have finished; a: 1 if none of them waits for the end; b: best step, or -1
-    FAILED = 6  # a worker of the launch ended with an error
-
-    WELCOME = 11  # vector: the anchor; a: its version; b: the last push of this process that was counted
-    REFUSED = 12  # a: Refused
-    ANCHOR = 13  # vector: the newest; a: its version
-    ACCEPTED = 14  # b: which push
-    REJECTED = 15  # b: which push, of NaN or infinity
-    STOP = 16  # a: 1 if a checkpoint is to be saved; b: 1 if a worker of the launch ended with an error
-    FINISHED = 17  # vector: the final anchor; a: its version; b: best step, or -1
-
-
-class Refused(IntEnum):
-    """Why a machine may not take part."""
-
-    TAKEN = 1
-    SETTINGS = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +30,7 @@ class MachineSettings:
     """
 
     count: int = 1
-    number: int = ANY_MACHINE
+    number: int = ANY_NUMBER
     run_id: str = "by hand"
     silence: float = 30.0
     server_timeout: float = 120.0
@@ -80,10 +53,9 @@ def machine_settings(folder: RunFolder) -> MachineSettings:
     return MachineSettings(**folder.run.get("machines", {}))
 
 
-def join_word(settings: ServerSettings, live: int) -> int:
-    """40 bits that differ if the settings do, and 16 that count the live workers."""
-    digest = hashlib.sha256(json.dumps(settings.as_dict()).encode()).digest()
-    return int.from_bytes(digest[:5]) * MOST_WORKERS + live
+def settings_digest(settings: ServerSettings) -> bytes:
+    """32 bytes that differ if the settings do."""
+    return hashlib.sha256(json.dumps(settings.as_dict()).encode()).digest()
 
 
 def address_file(run_dir: Path) -> Path:

@@ -25,10 +25,27 @@ from torch import Tensor
 from ..algorithms import ServerSettings
 from ..transport import gloo
 from ..transport.gloo import JoinRefused
-from ..transport.mailbox import ELSEWHERE, RunFolder
-from ..transport.peer import Header, Peer
+from ..transport.mailbox import RunFolder
+from ..transport.messages import (
+    ELSEWHERE,
+    Failed,
+    FinishedAnchor,
+    FinishMachine,
+    JoinMachine,
+    Live,
+    Message,
+    NewAnchor,
+    Refusal,
+    Refused,
+    StopAll,
+    StopMachine,
+    Sum,
+    SumAnswer,
+    WelcomeMachine,
+)
+from ..transport.peer import Peer
 from .core import RelayCore
-from .machines import Refused, Say, join_word, machine_settings
+from .machines import machine_settings, settings_digest
 from .service import Role, Service
 
 logger = logging.getLogger(__name__)
@@ -111,24 +128,24 @@ class Relay(Role):
             if not self._asked and self._service.workers_are_here:
                 self._asked = True
                 self._live_sent = self.core.live_workers
-                word = join_word(self.core.settings, self._live_sent)
-                self._peer.post(Header(Say.JOIN, self._settings.number, self._process, word))
+                digest = settings_digest(self.core.settings)
+                self._peer.post(JoinMachine(self._settings.number, self._process, self._live_sent, digest))
             return
         if self.core.live_workers != self._live_sent:
             self._live_sent = self.core.live_workers
-            self._peer.post(Header(Say.LIVE, self._live_sent))
+            self._peer.post(Live(self._live_sent))
         if self._stop_wanted and not self._stop_sent:
             self._stop_sent = True
-            self._peer.post(Header(Say.STOP_ALL))
+            self._peer.post(StopAll())
         if self._finish_sent or not self._peer.can_post:
             return
         if (claimed := self.core.claim(self._finishing)) is not None:
             vector, steps, number = claimed
-            self._peer.post(Header(Say.PUSH, steps, number), vector)
+            self._peer.post(Sum(number, steps), vector)
             logger.info("forwarded sum %d of %d steps", number, steps)
         elif self._finishing and self.core.is_empty:
             self._finish_sent = True
-            self._peer.post(Header(Say.FINISH, int(not self._service.has_workers), self._service.best_step))
+            self._peer.post(FinishMachine(not self._service.has_workers, self._service.best_step))
 
     def stop_all(self) -> None:
         self._stop_wanted = True
@@ -136,7 +153,7 @@ class Relay(Role):
 
     def terminate(self) -> None:
         if self._service.failed not in (None, ELSEWHERE) and self._linked:
-            self._peer.post(Header(Say.FAILED))
+            self._peer.post(Failed())
 
     def conclude(self) -> bool:
         if not self._final:
@@ -223,34 +240,45 @@ class Relay(Role):
 
     # --- what the global server says ---
 
-    def _handle(self, header: Header, vector: Tensor | None) -> None:
-        if header.kind in (Say.WELCOME, Say.ANCHOR, Say.FINISHED) and vector is not None:
-            self.core.adopt(vector, header.a)
-            if not self._service.folder.version:  # nobody has read the version that this folder began with
-                self._service.folder.slot(self._service.folder.version).copy_(self.core.anchor.vector)
-            self._service.publish_if_newer()
-        if header.kind == Say.WELCOME:
-            self.core.settle(header.b)
-            self._linked, self._stop_sent, self._finish_sent = True, False, False
-            logger.info("takes part as a machine of the run, at version %d", header.a)
-            self._service.start_if_ready()
-        elif header.kind in (Say.ACCEPTED, Say.REJECTED):
-            self.core.answered(header.b)
-            if header.kind == Say.REJECTED:
-                logger.warning("the global server refused sum %d", header.b)
-        elif header.kind == Say.STOP:
-            self._root_ends = self._root_ends or bool(header.a)
-            if header.b:
-                self._service.pass_failure_on(ELSEWHERE)
-            else:
-                self._service.stop_workers(save=bool(header.a))
-        elif header.kind == Say.FINISHED:
-            self._final = True
-            self._service.note_best_step(header.b)
-            if not self._finishing:  # this machine was given up
-                self._service.stop_workers()
-            self._service.end_if_all_finished()
-        elif header.kind == Say.REFUSED and header.a == Refused.SETTINGS:
-            self._service.give_up("The settings of this machine are not those of the run: start all with the same")
-        elif header.kind == Say.REFUSED:  # the link before this one may not have been found broken yet
-            raise ConnectionError("The global server still has this machine's last link.")
+    def _handle(self, message: Message, vector: Tensor | None) -> None:
+        match message:
+            case WelcomeMachine(version, last_counted):
+                self._adopt(vector, version)
+                self.core.settle(last_counted)
+                self._linked, self._stop_sent, self._finish_sent = True, False, False
+                logger.info("takes part as a machine of the run, at version %d", version)
+                self._service.start_if_ready()
+            case NewAnchor(version):
+                self._adopt(vector, version)
+            case SumAnswer(number, accepted):
+                self.core.answered(number)
+                if not accepted:
+                    logger.warning("the global server refused sum %d", number)
+            case StopMachine(save, failed):
+                self._root_ends = self._root_ends or save
+                if failed:
+                    self._service.pass_failure_on(ELSEWHERE)
+                else:
+                    self._service.stop_workers(save)
+            case FinishedAnchor(version, best_step):
+                self._adopt(vector, version)
+                self._final = True
+                self._service.note_best_step(best_step)
+                if not self._finishing:  # this machine was given up
+                    self._service.stop_workers()
+                self._service.end_if_all_finished()
+            case Refused(Refusal.SETTINGS):
+                self._service.give_up("The settings of this machine are not those of the run: start all with the same")
+            case Refused():  # the link before this one may not have been found broken yet
+                raise ConnectionError("The global server still has this machine's last link.")
+            case _:
+                raise ValueError(f"unexpected {message}")
+
+    def _adopt(self, vector: Tensor | None, version: int) -> None:
+        if vector is None:
+            raise ValueError(f"anchor {version} came without a vector")
+        folder = self._service.folder
+        self.core.adopt(vector, version)
+        if not folder.version:  # nobody has read the version that this folder began with
+            folder.slot(folder.version).copy_(self.core.anchor.vector)
+        self._service.publish_if_newer()

@@ -22,19 +22,28 @@ from torch import Tensor
 from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors
 from ..transport.gloo import Listener
-from ..transport.mailbox import ELSEWHERE, RunFolder
-from ..transport.peer import Header, Peer
-from .core import ServerCore
-from .machines import (
-    ANY_MACHINE,
-    MOST_WORKERS,
-    MachineSettings,
+from ..transport.mailbox import RunFolder
+from ..transport.messages import (
+    ANY_NUMBER,
+    ELSEWHERE,
+    Failed,
+    FinishedAnchor,
+    FinishMachine,
+    JoinMachine,
+    Live,
+    Message,
+    NewAnchor,
+    Refusal,
     Refused,
-    Say,
-    address_file,
-    join_word,
-    machine_settings,
+    StopAll,
+    StopMachine,
+    Sum,
+    SumAnswer,
+    WelcomeMachine,
 )
+from ..transport.peer import Peer
+from .core import ServerCore
+from .machines import MOST_WORKERS, MachineSettings, address_file, machine_settings, settings_digest
 from .service import Role, Service
 
 logger = logging.getLogger(__name__)
@@ -143,12 +152,12 @@ class Root(Role):
             self._stopping = True
             for machine in self._machines.values():
                 if machine.welcomed:
-                    machine.peer.post(Header(Say.STOP))
+                    machine.peer.post(StopMachine(save=False, failed=False))
 
     def terminate(self) -> None:
         self._awaited.clear()
         for machine in self._machines.values():
-            machine.peer.post(Header(Say.STOP, 1, int(self._service.failed is not None)))
+            machine.peer.post(StopMachine(save=True, failed=self._service.failed is not None))
 
     def conclude(self) -> bool:
         return True
@@ -175,50 +184,51 @@ class Root(Role):
             return
         try:
             while machine.peer.fileno() >= 0 and (message := machine.peer.poll()) is not None:
-                header, vector = message
                 if machine.number < 0:
-                    self._join(machine, header)
+                    self._join(machine, message[0])
                 else:
-                    self._handle(machine, header, vector)
+                    self._handle(machine, *message)
             self._send_newest(machine)
         except (ConnectionError, ValueError) as reason:
             self._lose(machine, reason)
 
-    def _join(self, machine: _Machine, header: Header) -> None:
-        number, live = header.a, header.c % MOST_WORKERS
-        if header.kind != Say.JOIN:
-            raise ValueError("the first message was no JOIN")
-        if number == ANY_MACHINE:
-            again = (each.number for each in self._machines.values() if each.process == header.b)
+    def _join(self, machine: _Machine, message: Message) -> None:
+        if not isinstance(message, JoinMachine):
+            raise ValueError(f"the first message was {message}")
+        number = message.machine
+        if number == ANY_NUMBER:
+            again = (each.number for each in self._machines.values() if each.process == message.process)
             free = (n for n in itertools.count(self._settings.count) if n not in self._machines)
             number = next(itertools.chain(again, free))
         before = self._machines.get(number)
         refusal = None
-        if header.c != join_word(self.core.settings, live):
-            refusal = Refused.SETTINGS
-        elif not 0 < number < MOST_WORKERS or (before is not None and before.process != header.b):
-            refusal = Refused.TAKEN
+        if message.settings != settings_digest(self.core.settings):
+            refusal = Refusal.SETTINGS
+        elif not 0 < number < MOST_WORKERS or (before is not None and before.process != message.process):
+            refusal = Refusal.TAKEN
+        elif not 0 <= message.live < MOST_WORKERS:
+            raise ValueError(f"unexpected {message}")
         if refusal is not None:
-            machine.peer.post(Header(Say.REFUSED, refusal))
+            machine.peer.post(Refused(refusal))
             logger.error("refused machine %d: %s", number, refusal.name)
             return  # it leaves when it has read that
         if before is not None:
             self._lose(before, "it has connected again")  # what it said before that was not read is said again
-        machine.number, machine.process = number, header.b
+        machine.number, machine.process = number, message.process
         self._pending.discard(machine)
         self._machines[number] = machine
         self._awaited.pop(number, None)
-        self.core.count(-number, live)
-        logger.info("machine %d joined from %s with %d workers", number, machine.peer.address[0], live)
+        self.core.count(-number, message.live)
+        logger.info("machine %d joined from %s with %d workers", number, machine.peer.address[0], message.live)
         self._service.start_if_ready()
         self._send_newest(machine)
 
     def _welcome(self, machine: _Machine) -> None:
         machine.welcomed, machine.sent = True, self.core.anchor.version
         last = self._service.counted.last(machine.process)
-        machine.peer.post(Header(Say.WELCOME, machine.sent, last), self._newest())
+        machine.peer.post(WelcomeMachine(machine.sent, last), self._newest())
         if self._stopping or self._service.terminating:
-            machine.peer.post(Header(Say.STOP, int(self._service.terminating), int(self._service.failed is not None)))
+            machine.peer.post(StopMachine(self._service.terminating, self._service.failed is not None))
 
     def _lose(self, machine: _Machine, reason: object) -> None:
         """Ends the link of a machine; its workers leave n at once."""
@@ -241,36 +251,37 @@ class Root(Role):
 
     # --- what machines say ---
 
-    def _handle(self, machine: _Machine, header: Header, vector: Tensor | None) -> None:
+    def _handle(self, machine: _Machine, message: Message, vector: Tensor | None) -> None:
         if not machine.welcomed:
-            raise ValueError(f"unexpected message {header.kind} before the start")
-        if header.kind == Say.LIVE and not machine.finished and 0 <= header.a < MOST_WORKERS:
-            self.core.count(-machine.number, header.a)
-            logger.info("machine %d has %d live workers", machine.number, header.a)
-            self._service.publish_if_newer()
-        elif header.kind == Say.PUSH and vector is not None and not machine.finished:
-            self._push(machine, header, vector)
-        elif header.kind == Say.STOP_ALL:
-            self._service.stop_all()
-        elif header.kind == Say.FAILED and machine.number < self._settings.count:
-            self._service.fail(ELSEWHERE)
-        elif header.kind == Say.FINISH and not machine.finished:
-            machine.finished, machine.sent_final = True, bool(header.a)
-            self._service.note_best_step(header.b)
-            self.core.leave(-machine.number)
-            self._service.publish_if_newer()
-            logger.info("machine %d finished", machine.number)
-            self._service.end_if_all_finished()
-        else:
-            raise ValueError(f"unexpected message {header}")
+            raise ValueError(f"{message} before the start")
+        match message:
+            case Live(workers) if not machine.finished and 0 <= workers < MOST_WORKERS:
+                self.core.count(-machine.number, workers)
+                logger.info("machine %d has %d live workers", machine.number, workers)
+                self._service.publish_if_newer()
+            case Sum() if vector is not None and not machine.finished:
+                self._take_sum(machine, message, vector)
+            case StopAll():
+                self._service.stop_all()
+            case Failed() if machine.number < self._settings.count:
+                self._service.fail(ELSEWHERE)
+            case FinishMachine(nobody_waits, best_step) if not machine.finished:
+                machine.finished, machine.sent_final = True, nobody_waits
+                self._service.note_best_step(best_step)
+                self.core.leave(-machine.number)
+                self._service.publish_if_newer()
+                logger.info("machine %d finished", machine.number)
+                self._service.end_if_all_finished()
+            case _:
+                raise ValueError(f"unexpected {message}")
 
-    def _push(self, machine: _Machine, header: Header, vector: Tensor) -> None:
-        self._service.counted.note(machine.process, header.b, header.a)
-        accepted = not self._service.ended and self.core.push(vector, header.a, -machine.number)
+    def _take_sum(self, machine: _Machine, message: Sum, vector: Tensor) -> None:
+        self._service.counted.note(machine.process, message.number, message.steps)
+        accepted = not self._service.ended and self.core.push(vector, message.steps, -machine.number)
         self._service.publish_if_newer()
-        machine.peer.post(Header(Say.ACCEPTED if accepted else Say.REJECTED, b=header.b))
+        machine.peer.post(SumAnswer(message.number, accepted))
         if not accepted:
-            logger.warning("refused a push of machine %d: NaN or infinity, or too late", machine.number)
+            logger.warning("refused a sum of machine %d: NaN or infinity, or too late", machine.number)
 
     # --- what machines are sent ---
 
@@ -285,10 +296,10 @@ class Root(Role):
         version = self.core.anchor.version
         if self._service.ended and not machine.sent_final:
             machine.sent_final, machine.sent = True, version
-            machine.peer.post(Header(Say.FINISHED, version, self._service.best_step), self._newest())
+            machine.peer.post(FinishedAnchor(version, self._service.best_step), self._newest())
         elif version > machine.sent:
             machine.sent = version
-            machine.peer.post(Header(Say.ANCHOR, version), self._newest())
+            machine.peer.post(NewAnchor(version), self._newest())
 
     def _newest(self) -> Tensor:
         """A copy of the anchor for sending, shared by the machines that are sent the same version."""

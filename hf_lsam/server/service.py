@@ -32,7 +32,26 @@ from torch import Tensor
 
 from ..checkpoint import save_tensors
 from ..transport.in_process import Aggregator
-from ..transport.mailbox import Channel, Kind, Message, Refusal, RunFolder
+from ..transport.mailbox import Channel, RunFolder
+from ..transport.messages import (
+    Answer,
+    Evicted,
+    Failed,
+    Finish,
+    Finished,
+    Heartbeat,
+    Join,
+    Message,
+    Push,
+    Refusal,
+    Refused,
+    RootLost,
+    Snapshot,
+    SnapshotDone,
+    Stop,
+    Welcome,
+    WorkerFailed,
+)
 from .core import UNKNOWN_PUSHES, CountedPushes
 
 logger = logging.getLogger(__name__)
@@ -281,7 +300,7 @@ class Service:
             if connection.worker < 0 and silent > STRANGER_SECONDS:
                 self._hang_up(connection, "it never joined")
             elif self.started and silent > self._settings.worker_timeout and not connection.finished:
-                self._tell(connection, Message(Kind.EVICTED, max(connection.worker, 0)))
+                self._tell(connection, Evicted())
                 self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
         if self.started and now >= self._snapshot_at:
             self._snapshot_at = now + self._settings.snapshot_seconds
@@ -309,7 +328,7 @@ class Service:
         if not self.started and now > self.join_by:
             logger.error("only %d of %d workers joined in time", len(self._workers), self.expected)
             for connection in self._workers.values():
-                self._tell(connection, Message(Kind.REFUSED, connection.worker, a=Refusal.TIMEOUT))
+                self._tell(connection, Refused(Refusal.TIMEOUT))
             return True
         if self._workers or self._role.is_needed:
             return False
@@ -325,12 +344,13 @@ class Service:
     # --- who takes part ---
 
     def _join(self, message: Message, connection: _Connection) -> None:
-        if message.kind is not Kind.JOIN:
-            raise ValueError("the first message was no JOIN")
+        if not isinstance(message, Join):
+            raise ValueError(f"the first message was {message}")
         number, refusal = message.worker, None
-        if number >= self.expected and (number in self._workers or number >= self.expected + MAX_WORKERS):
+        beyond = number < 0 or number >= self.expected + MAX_WORKERS
+        if beyond or (number >= self.expected and number in self._workers):
             number = next(n for n in itertools.count(self.expected) if n not in self._workers)
-        if message.digest != self._fingerprint or message.a != self.folder.numel:
+        if message.fingerprint != self._fingerprint or message.numel != self.folder.numel:
             refusal = Refusal.FINGERPRINT
         elif number in self._workers:
             refusal = Refusal.TAKEN
@@ -345,9 +365,9 @@ class Service:
                 refusal = Refusal.NO_ROOM
         if refusal is not None:
             logger.error("refused worker %d: %s", number, refusal.name)
-            connection.channel.send(Message(Kind.REFUSED, message.worker, a=refusal))
+            connection.channel.send(Refused(refusal))
             raise ValueError("refused")
-        connection.worker, connection.process = number, message.b
+        connection.worker, connection.process = number, message.process
         self._joined = True
         self._absent.discard(number)
         self._workers[number] = connection
@@ -374,7 +394,7 @@ class Service:
 
     def _welcome(self, connection: _Connection) -> None:
         last = self.counted.last(connection.process)
-        self._tell(connection, Message(Kind.WELCOME, connection.worker, a=last, b=connection.ticket))
+        self._tell(connection, Welcome(connection.worker, last, connection.ticket))
         if self.terminating:
             self._tell_to_leave(connection)
 
@@ -399,37 +419,42 @@ class Service:
     # --- what workers say ---
 
     def _handle(self, connection: _Connection, message: Message) -> None:
-        handler: Callable | None = {
-            Kind.PUSH: self._push,
-            Kind.FINISH: self._finish,
-            Kind.SNAPSHOT: self._snapshot,
-            Kind.PING: lambda connection, message: None,
-            Kind.FAILED: lambda connection, message: self.fail(connection.worker),
-        }.get(message.kind)
-        if handler is None or not self.started:
-            raise ValueError(f"unexpected {message.kind.name}")
-        handler(connection, message)
+        if not self.started:
+            raise ValueError(f"{message} before the start")
+        match message:
+            case Push():
+                self._push(connection, message)
+            case Finish():
+                self._finish(connection, message)
+            case Snapshot():
+                self._tell(connection, SnapshotDone(self.save()))
+            case Heartbeat():
+                pass
+            case Failed():
+                self.fail(connection.worker)
+            case _:
+                raise ValueError(f"unexpected {message}")
 
-    def _push(self, connection: _Connection, message: Message) -> None:
+    def _push(self, connection: _Connection, message: Push) -> None:
         if connection.finished:
-            raise ValueError("PUSH after FINISH")
+            raise ValueError("a push after the last")
         worker = connection.worker
-        self.counted.note(connection.process, message.b, message.a)
+        self.counted.note(connection.process, message.number, message.steps)
         version = self._core.anchor.version
-        accepted = self._core.push(connection.mailbox, message.a, worker, message.loss)
+        accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss)
         self.publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.
-        self._tell(connection, Message(Kind.ACCEPTED if accepted else Kind.REJECTED, worker, a=version))
+        self._tell(connection, Answer(accepted, version))
         if not accepted:
             logger.warning("refused a push of worker %d: NaN or infinity", worker)
 
-    def _finish(self, connection: _Connection, message: Message) -> None:
+    def _finish(self, connection: _Connection, message: Finish) -> None:
         if connection.finished:
-            raise ValueError("FINISH twice")
+            raise ValueError("finished twice")
         worker = connection.worker
         connection.finished = True
-        self.note_best_step(message.b)
-        if message.a and worker < self.expected:
+        self.note_best_step(message.best_step)
+        if message.stop_all and worker < self.expected:
             self.stop_all()
         self._core.leave(worker)
         self.publish_if_newer()
@@ -437,9 +462,6 @@ class Service:
         if worker >= self.expected:  # a guest waits for nobody
             self._tell_final(connection)
         self.end_if_all_finished()
-
-    def _snapshot(self, connection: _Connection, message: Message) -> None:
-        self._tell(connection, Message(Kind.SNAPSHOT_DONE, connection.worker, a=int(self.save())))
 
     def save(self) -> bool:
         """Writes the server's state into the run folder; False, and training goes on, if there is no room."""
@@ -459,9 +481,9 @@ class Service:
     def _tell_to_leave(self, connection: _Connection) -> None:
         """A worker is to save and leave: one of the launch with an error, if another had one."""
         if self.failed is not None and connection.worker < self.expected:
-            self._tell(connection, Message(Kind.GONE, connection.worker, a=1, b=self.failed))
+            self._tell(connection, WorkerFailed(self.failed))
         else:
-            self._tell(connection, Message(Kind.STOP, connection.worker, a=1))
+            self._tell(connection, Stop(save=True))
 
     def _end(self) -> None:
         """All that train here have finished, and the anchor is final once what is pending has been taken."""
@@ -473,15 +495,14 @@ class Service:
                 self._tell_final(connection)
 
     def _tell_final(self, connection: _Connection) -> None:
-        message = Message(Kind.FINISHED, connection.worker, a=self._core.anchor.version, b=self.best_step)
-        self._tell(connection, message)
+        self._tell(connection, Finished(self.best_step))
 
     def _tell(self, connection: _Connection, message: Message) -> None:
         """Sends to a worker; one that has died, or reads nothing, is dropped when its connection is next read."""
         try:
             connection.channel.send(message)
         except OSError:
-            logger.debug("worker %d did not take %s", connection.worker, message.kind.name)
+            logger.debug("worker %d did not take %s", connection.worker, message)
             connection.channel.shut()
 
     # --- what a role may ask for, beside `folder`, `counted`, `start_if_ready` and what is said of the run above ---
@@ -512,7 +533,7 @@ class Service:
         """Asks the workers of this machine to end at their next step, with a checkpoint or without."""
         for connection in self._workers.values():
             if not connection.finished:
-                self._tell(connection, Message(Kind.STOP, connection.worker, a=int(save)))
+                self._tell(connection, Stop(save))
 
     def stop_all(self) -> None:
         """A worker has asked that all stop."""
@@ -537,7 +558,7 @@ class Service:
         logger.error("%s: this machine ends", reason)
         self._given_up = True
         for connection in self._connections():
-            self._tell(connection, Message(Kind.GONE, max(connection.worker, 0)))
+            self._tell(connection, RootLost())
 
     def end_if_all_finished(self) -> None:
         """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""

@@ -38,8 +38,9 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
 
+from .base import RefusedError
+from .messages import Refusal
 from .peer import HEARTBEAT, Peer
 from .secret import SECRET_BYTES
 from .wire import GLOBAL, MAC_BYTES, MACHINE, Wire, make_pair
@@ -56,15 +57,6 @@ _ANSWER_BYTES = _ANSWER.size + MAC_BYTES
 _ROLES = (b"global..", b"machine.")  # in every proof, so that none is one of the other side
 
 
-class Refusal(IntEnum):
-    """Why a machine may not join."""
-
-    SECRET = 1
-    RUN = 2
-    FINGERPRINT = 3
-    LENGTH = 4
-
-
 _REFUSALS = {
     Refusal.SECRET: "One of the two does not know the secret of the other. Copy the secret file of the global server "
     "to this machine (scp -p).",
@@ -76,7 +68,7 @@ _REFUSALS = {
 }
 
 
-class JoinRefused(ValueError):
+class JoinRefused(RefusedError):
     """The global server does not take this machine, or is not the one that this machine may trust."""
 
     def __init__(self, reason: Refusal, address: tuple[str, int]):

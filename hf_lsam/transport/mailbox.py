@@ -7,7 +7,7 @@ A run folder (mode 0700) holds
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [2]: (last version complete, last version begun)
     mailbox_T        float32 [d], written by the worker that joined with ticket T, read by the server
-    socket           Unix stream socket; every message is one fixed `Message` frame, nothing is ever unpickled
+    socket           Unix stream socket; its frames are those of `messages`
     snapshot.safetensors, lock, founding, server.json    the server's last saved state; who serves the folder
 
 Who may touch what, and when. A worker writes its mailbox only while the mailbox is its own: from the server's reply to
@@ -42,20 +42,19 @@ import os
 import secrets
 import shutil
 import socket
-import struct
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import Tensor
+
+from .messages import WORKER_MESSAGES, Message
 
 logger = logging.getLogger(__name__)
 
@@ -65,63 +64,10 @@ LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
 # open, and the process would not be known to have left, or died, before all its children have.
 _signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(_signs_of_life)])
-ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
-
-
-ELSEWHERE = -1  # stands for the number of a worker on another machine
-
-
-class Kind(IntEnum):
-    """What a message says. Workers send the first group, the server the second."""
-
-    JOIN = 1  # digest: fingerprint; a: vector length; b: random number of the process
-    PUSH = 2  # a: local steps in the sum; b: which push of this process it is, from 1; loss: their mean
-    FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
-    SNAPSHOT = 4  # the server is to write its state into the run folder
-    PING = 5  # still there, in a long step
-    FAILED = 6  # ends with an error; a launch ends with it
-
-    WELCOME = 11  # worker: the number given; a: the last push of this process that was counted; b: ticket
-    REFUSED = 12  # a: Refusal
-    ACCEPTED = 13  # a: anchor version when the push came in
-    REJECTED = 14  # a push with NaN or infinity
-    STOP = 15  # the run ends early; a: 1 if by a signal, and a checkpoint is to be saved
-    FINISHED = 16  # all have finished, the anchor is final; b: best step, or -1
-    SNAPSHOT_DONE = 17  # a: 1 if written, 0 if it failed
-    EVICTED = 18  # nothing was heard for `worker_timeout`; the worker may join again
-    GONE = (
-        19  # no server from here on. a: 0 if that of all machines is lost, 1 if a worker has failed; b: see ELSEWHERE
-    )
-
-
-class Refusal(IntEnum):
-    """Why a JOIN was refused."""
-
-    FINGERPRINT = 1
-    TAKEN = 2
-    TIMEOUT = 3
-    NO_ROOM = 4
-    ENDED = 5
-
-
-@dataclass(frozen=True)
-class Message:
-    """One control frame: a kind, the worker it is from or for, two integers, a loss and 32 bytes."""
-
-    kind: Kind
-    worker: int
-    a: int = 0
-    b: int = 0
-    loss: float = 0.0
-    digest: bytes = bytes(32)
-
-
-_FRAME = struct.Struct("<IHHqqd32s")
-_MAGIC = 0x4C53414D  # "LSAM"
 
 
 class Channel:
-    """A stream socket that carries `Message` frames.
+    """A stream socket that carries `WORKER_MESSAGES`.
 
     Blocking: `wait` until a frame or `timeout`; all else never.
     """
@@ -141,8 +87,7 @@ class Channel:
             BlockingIOError: if it has left some hundred frames unread.
         """
         self._socket.settimeout(0.0)
-        fields = (message.kind, message.worker, message.a, message.b, message.loss, message.digest)
-        self._socket.sendall(_FRAME.pack(_MAGIC, *fields))
+        self._socket.sendall(WORKER_MESSAGES.pack(message))
 
     def receive(self) -> Message | None:
         """The next frame if one is there, else None.
@@ -158,7 +103,7 @@ class Channel:
         return self._read(timeout)
 
     def _read(self, timeout: float | None) -> Message | None:
-        while len(self._unread) < _FRAME.size:
+        while len(self._unread) < WORKER_MESSAGES.size:
             self._socket.settimeout(timeout)
             try:
                 chunk = self._socket.recv(4096)
@@ -167,11 +112,9 @@ class Channel:
             if not chunk:
                 raise ConnectionError("the other side closed the connection")
             self._unread += chunk
-        frame, self._unread = self._unread[: _FRAME.size], self._unread[_FRAME.size :]
-        magic, kind, *fields = _FRAME.unpack(frame)
-        if magic != _MAGIC:
-            raise ValueError("not a frame of this protocol")
-        return Message(Kind(kind), *fields)
+        size = WORKER_MESSAGES.size
+        frame, self._unread = self._unread[:size], self._unread[size:]
+        return WORKER_MESSAGES.unpack(frame)
 
     def shut(self) -> None:
         """Makes both sides read an end of file."""

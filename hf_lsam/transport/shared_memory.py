@@ -16,12 +16,33 @@ from ..checkpoint import load_tensors, save_tensors
 from ..parameters import ParameterLayout, first_difference
 from .base import NOTHING_UNCOUNTED, FinalAnchor, Link, LinkStatus, RefusedError, ServerGone
 from .copier import Copier
-from .mailbox import ANY_NUMBER, ELSEWHERE, Channel, Kind, Message, Refusal, RunFolder
+from .mailbox import Channel, RunFolder
+from .messages import (
+    ANY_NUMBER,
+    ELSEWHERE,
+    Answer,
+    Evicted,
+    Failed,
+    Finish,
+    Finished,
+    Heartbeat,
+    Join,
+    Message,
+    Push,
+    Refusal,
+    Refused,
+    RootLost,
+    Snapshot,
+    SnapshotDone,
+    Stop,
+    Welcome,
+    WorkerFailed,
+)
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2  # between two attempts to find the server again
-PING_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 
 class SharedMemoryLink(Link):
@@ -72,7 +93,7 @@ class SharedMemoryLink(Link):
         self._revive = revive
         self._process = secrets.randbits(63)  # by which a server knows again whose pushes it has counted
         self._pushes = 0
-        self._push_frame: Message | None = None  # of the push that has no answer yet
+        self._push_frame: Push | None = None  # of the push that has no answer yet
         self._push_sent = False
         self._pushed_version = 0
         self._mailbox: Tensor | None = None
@@ -84,7 +105,8 @@ class SharedMemoryLink(Link):
         self._next_attempt = 0.0
         self._last_sent = 0.0
         self._evicted_at: int | None = None  # the newest anchor version then
-        self._notices: dict[Kind, Message] = {}
+        self._final: Finished | None = None
+        self._snapshot_done: SnapshotDone | None = None
         try:
             self._join_first(server_alive, timeout)
         except OSError as error:
@@ -133,16 +155,15 @@ class SharedMemoryLink(Link):
             self._progress(1.0)
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
-        frame = Message(Kind.FINISH, self._worker, a=int(stop_all), b=best_step)
+        frame = Finish(stop_all, best_step)
         asked, waited_from = None, time.monotonic()
-        while Kind.FINISHED not in self._notices:
+        while self._final is None:
             if self._status.connected and asked is not self._channel and self._send(frame):
                 asked = self._channel  # a server that comes in its place is asked again
             self._progress(1.0)
             if time.monotonic() - waited_from > 30:
                 waited_from += 30
                 logger.info("worker %d: waiting for the other workers to finish", self._worker)
-        final = self._notices.pop(Kind.FINISHED)
         self._start_pull(incoming)
         self._incoming.wait()
         while not self._folder.is_whole(self._pulling):
@@ -150,18 +171,18 @@ class SharedMemoryLink(Link):
             self._incoming.wait()
         version, self._pulling = self._pulling, None
         self._status = replace(self._status, finished=True)
-        return FinalAnchor(version, final.b)
+        return FinalAnchor(version, self._final.best_step)
 
     def snapshot(self, path: Path) -> bool:
-        self._notices.pop(Kind.SNAPSHOT_DONE, None)
+        self._snapshot_done = None
         channel = self._channel
-        if not self._status.connected or not self._send(Message(Kind.SNAPSHOT, self._worker)):
+        if not self._status.connected or not self._send(Snapshot()):
             return False
-        while Kind.SNAPSHOT_DONE not in self._notices:
+        while self._snapshot_done is None:
             if self._channel is not channel:
                 return False
             self._progress(1.0)
-        if not self._notices.pop(Kind.SNAPSHOT_DONE).a:
+        if not self._snapshot_done.written:
             raise OSError(
                 f"The server could not write its snapshot into {self._folder.path} (no room?); see server.log. The "
                 "training state is unharmed, this checkpoint lacks the server's part."
@@ -171,7 +192,7 @@ class SharedMemoryLink(Link):
 
     def close(self, failed: bool = False) -> None:
         if failed and self._status.connected and not self._status.finished:
-            self._send(Message(Kind.FAILED, self._worker))
+            self._send(Failed())
         self._outgoing.close()
         self._incoming.close()
         self._hang_up()
@@ -185,8 +206,8 @@ class SharedMemoryLink(Link):
         elif self._push_frame is not None and not self._push_sent:
             if self._outgoing.finished():
                 self._push_sent = self._send(self._push_frame)
-        elif time.monotonic() - self._last_sent > PING_SECONDS:
-            self._send(Message(Kind.PING, self._worker))
+        elif time.monotonic() - self._last_sent > HEARTBEAT_SECONDS:
+            self._send(Heartbeat())
         if self._channel is None:
             if patience:
                 time.sleep(0.02)
@@ -199,7 +220,7 @@ class SharedMemoryLink(Link):
     def _announce(self, steps: int, version: int, loss: float = 0.0, size: int = 0) -> None:
         """The mailbox holds, or will, a push that the next polls hand in."""
         self._pushes += 1
-        self._push_frame = Message(Kind.PUSH, self._worker, a=steps, b=self._pushes, loss=loss)
+        self._push_frame = Push(self._pushes, steps, loss)
         self._push_sent = False
         self._pushed_version = version
         self._status = self._status.after_push(size)
@@ -262,8 +283,8 @@ class SharedMemoryLink(Link):
         except OSError:
             self._hang_up()
 
-    def _join_frame(self) -> Message:
-        return Message(Kind.JOIN, self._worker, self._layout.numel, self._process, digest=self._layout.fingerprint)
+    def _join_frame(self) -> Join:
+        return Join(self._worker, self._layout.numel, self._process, self._layout.fingerprint)
 
     def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
         """Connects and waits for the welcome. A guest's server may be killed meanwhile and started again."""
@@ -289,53 +310,57 @@ class SharedMemoryLink(Link):
                 logger.info("worker %d: waiting for the other workers, %.0f s so far", self._worker, waited)
                 if waited >= timeout:
                     raise ServerGone(f"The server did not welcome worker {self._worker} within {timeout:.0f} s.")
-            elif message.kind is Kind.REFUSED:
-                raise RefusedError(self._refusal(Refusal(message.a)))
+            elif isinstance(message, Refused):
+                raise RefusedError(self._refusal(message.reason))
             else:
                 self._handle(message)
 
     # --- what the server says ---
 
     def _handle(self, message: Message) -> None:
-        if message.kind in (Kind.ACCEPTED, Kind.REJECTED):
-            self._push_frame = None
-            accepted = message.kind is Kind.ACCEPTED
-            self._status = self._status.after_answer(accepted, message.a, message.a - self._pushed_version)
-        elif message.kind is Kind.STOP:
-            save = self._status.save_requested or bool(message.a)
-            self._status = replace(self._status, stop_requested=True, save_requested=save)
-        elif message.kind is Kind.WELCOME:
-            self._welcome(message)
-        elif message.kind is Kind.EVICTED:
-            logger.warning(
-                "worker %d was taken for dead by the server: it begins again at the newest anchor", self._worker
-            )
-            self._evicted_at = self._folder.version
-            self._next_attempt = 0.0
-            self._drop_push()
-        elif message.kind is Kind.REFUSED:
-            self._refused_return(Refusal(message.a))
-        elif message.kind is Kind.GONE and message.a:
-            who = "A worker on another machine" if message.b == ELSEWHERE else f"Worker {message.b} on this machine"
-            raise ServerGone(
-                f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
-                "resume from the last checkpoint."
-            )
-        elif message.kind is Kind.GONE:
-            raise ServerGone(
-                f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
-                f"{self._worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
-                "reason, and resume from the last checkpoint."
-            )
-        else:
-            self._notices[message.kind] = message
+        match message:
+            case Answer(accepted, version):
+                self._push_frame = None
+                self._status = self._status.after_answer(accepted, version, version - self._pushed_version)
+            case Stop(save):
+                save = save or self._status.save_requested
+                self._status = replace(self._status, stop_requested=True, save_requested=save)
+            case Welcome():
+                self._welcome(message)
+            case Evicted():
+                logger.warning(
+                    "worker %d was taken for dead by the server: it begins again at the newest anchor", self._worker
+                )
+                self._evicted_at = self._folder.version
+                self._next_attempt = 0.0
+                self._drop_push()
+            case Refused(reason):
+                self._refused_return(reason)
+            case WorkerFailed(worker):
+                who = "A worker on another machine" if worker == ELSEWHERE else f"Worker {worker} on this machine"
+                raise ServerGone(
+                    f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
+                    "resume from the last checkpoint."
+                )
+            case RootLost():
+                raise ServerGone(
+                    f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
+                    f"{self._worker} needed it; the anchor can no longer move. Look into server.log in output_dir for "
+                    "the reason, and resume from the last checkpoint."
+                )
+            case Finished():
+                self._final = message
+            case SnapshotDone():
+                self._snapshot_done = message
+            case _:
+                raise ValueError(f"a server does not say {message}")
 
-    def _welcome(self, message: Message) -> None:
+    def _welcome(self, message: Welcome) -> None:
         """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
         if self._mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
         try:
-            mailbox = self._folder.mailbox(message.b)
+            mailbox = self._folder.mailbox(message.mailbox)
         except FileNotFoundError:  # this process has slept so long that it was evicted again
             self._hang_up()
             return
@@ -346,12 +371,11 @@ class SharedMemoryLink(Link):
         self._status = replace(self._status, connected=True)
         if self._push_frame is None:
             return
-        if self._push_sent and self._push_frame.b <= message.a:
+        if self._push_sent and self._push_frame.number <= message.last_counted:
             self._push_frame = None
             self._status = self._status.after_answer(True, NOTHING_UNCOUNTED)
         else:
             self._mailbox.copy_(before)
-            self._push_frame = replace(self._push_frame, worker=self._worker)
             self._push_sent = False
 
     def _drop_push(self) -> None:
