@@ -19,7 +19,7 @@ from .anchor import OPTIMIZERS
 from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound, drift_slowdown
 from .identity import Identity, pin
-from .joining import Patience
+from .joining import Timeouts
 from .server.service import ServiceSettings
 from .transport.peer import HEARTBEAT
 
@@ -275,9 +275,9 @@ class LSAMArguments:
         in_score = self.coupling == "score"
         return drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
 
-    def patience(self) -> Patience:
+    def timeouts(self) -> Timeouts:
         service = ServiceSettings(self.worker_timeout, self.snapshot_seconds)
-        return Patience(service, self.server_timeout, self.machine_timeout)
+        return Timeouts(service, self.server_timeout, self.machine_timeout)
 
     def kernel_precision(self, sync_steps: int) -> float:
         """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""

@@ -44,8 +44,8 @@ _runs_joined = itertools.count()
 
 
 @dataclass(frozen=True)
-class Patience:
-    """What a run does about processes that fail.
+class Timeouts:
+    """How long a run waits for processes that do not answer.
 
     Args:
         service: of the server (see `ServiceSettings`).
@@ -79,20 +79,20 @@ class Launch(Transport):
         store: of the launch.
         shared_memory_dir: where vectors are exchanged.
         server_log: file that receives the log of the server process, if this worker starts it.
-        patience: see `Patience`.
+        timeouts: see `Timeouts`.
 
     Blocking: `join` until all workers of the launch are there; `leave` until the server has ended, 10 s at most, or
     `server_timeout` where it still hands the final anchor to other machines.
     """
 
     def __init__(
-        self, identity: Identity, store: LaunchStore, shared_memory_dir: Path, server_log: Path, patience: Patience
+        self, identity: Identity, store: LaunchStore, shared_memory_dir: Path, server_log: Path, timeouts: Timeouts
     ):
         self._identity = identity
         self._store = store
         self._shared_memory_dir = shared_memory_dir
         self._server_log = server_log
-        self._patience = patience
+        self._timeouts = timeouts
         self._restarts_left = SERVER_RESTARTS
         self.folder: RunFolder | None = None
         self._made: tuple[Path, TextIO] | None = None  # the folder, if this worker has made it, and its lock
@@ -114,7 +114,7 @@ class Launch(Transport):
             request.layout,
             request.device,
             self._server_may_come,
-            server_timeout=self._patience.server_timeout,
+            server_timeout=self._timeouts.server_timeout,
             revive=self._revive_server,
         )
 
@@ -123,7 +123,7 @@ class Launch(Transport):
             # The server goes on until the final anchor has reached the other machines.
             others_wait = self._identity.num_machines > 1 and finished
             try:
-                self._server.wait(timeout=self._patience.server_timeout if others_wait else 10)
+                self._server.wait(timeout=self._timeouts.server_timeout if others_wait else 10)
             except subprocess.TimeoutExpired:  # it has not heard of the error that this worker ends with
                 self._server.terminate()
                 self._server.wait()
@@ -138,16 +138,16 @@ class Launch(Transport):
     def _open_folder(self, request: JoinRequest, number: int) -> None:
         """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
         here, key = self._identity, f"machines/{number}"
-        contents = _contents(request, self._patience)
+        contents = _contents(request, self._timeouts)
         meeting = None
         if here.num_machines > 1:
             run_id = secrets.token_hex(8)
             if here.machine > 0:
                 meeting = self._store.get(key)
                 run_id = meeting["run_id"]
-            patience = self._patience
+            timeouts = self._timeouts
             across = MachineSettings(
-                here.num_machines, here.machine, run_id, patience.machine_timeout, patience.server_timeout
+                here.num_machines, here.machine, run_id, timeouts.machine_timeout, timeouts.server_timeout
             )
             contents = {**contents, "machines": across.as_dict()}
         path, _ = self._made = make_launch_folder(self._shared_memory_dir)
@@ -204,18 +204,18 @@ class ServedFolder(Transport):
 
     Args:
         address: the folder.
-        patience: see `Patience`.
+        timeouts: see `Timeouts`.
 
     Blocking: `join` until there is a server, `server_timeout` at most.
     """
 
-    def __init__(self, address: str, patience: Patience):
+    def __init__(self, address: str, timeouts: Timeouts):
         self._path = Path(address)
-        self._patience = patience
+        self._timeouts = timeouts
 
     def join(self, request: JoinRequest) -> SharedMemoryLink:
-        path, seconds = self._path, self._patience.server_timeout
-        contents = _contents(request, self._patience)
+        path, seconds = self._path, self._timeouts.server_timeout
+        contents = _contents(request, self._timeouts)
         give_up = time.monotonic() + seconds
         if not is_served(path):
             logger.info("waiting for a server in server_address=%s", path)
@@ -229,7 +229,7 @@ class ServedFolder(Transport):
         while True:  # its server may have died a moment ago, and be started again
             try:
                 first = request.first_anchor(CPU)
-                folder = RunFolder.found_or_open(path, first, request.layout.manifest, contents)
+                folder = RunFolder.create_or_open(path, first, request.layout.manifest, contents)
                 break
             except FileNotFoundError as error:
                 if time.monotonic() > give_up:
@@ -250,13 +250,13 @@ class ServedFolder(Transport):
         pass
 
 
-# What joins by `server_address="scheme://rest"`; called with "rest" and how patient to be. Without a scheme: "file".
-TRANSPORTS: dict[str, Callable[[str, Patience], Transport]] = {
+# What joins by `server_address="scheme://rest"`; called with "rest" and the timeouts. Without a scheme: "file".
+TRANSPORTS: dict[str, Callable[[str, Timeouts], Transport]] = {
     "file": ServedFolder,
 }
 
 
-def transport_of(address: str, patience: Patience) -> Transport:
+def transport_of(address: str, timeouts: Timeouts) -> Transport:
     """The transport that joins a run by its address.
 
     Raises:
@@ -270,13 +270,13 @@ def transport_of(address: str, patience: Patience) -> Transport:
             f"`server_address` is {address!r}, and no transport joins a run by {scheme}://. Use the folder of a "
             f"running server, or one of {', '.join(f'{known}://' for known in TRANSPORTS)}."
         )
-    return TRANSPORTS[scheme](rest, patience)
+    return TRANSPORTS[scheme](rest, timeouts)
 
 
-def _contents(request: JoinRequest, patience: Patience) -> dict[str, Any]:
-    """What run.json says of a run that this worker founds."""
+def _contents(request: JoinRequest, timeouts: Timeouts) -> dict[str, Any]:
+    """What run.json says of a run that this worker creates."""
     return {
         "fingerprint": request.layout.fingerprint.hex(),
         "settings": request.settings.as_dict(),
-        "service": patience.service.as_dict(),
+        "service": timeouts.service.as_dict(),
     }

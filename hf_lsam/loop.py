@@ -167,7 +167,7 @@ class LSAM:
             Path(self.arguments.shared_memory_dir),
             Path(output_dir or ".") / "server.log",
             self.arguments.server_address,
-            self.arguments.patience(),
+            self.arguments.timeouts(),
         )
         self._record = RecordWriter(None if output_dir is None else Path(output_dir), identity.rank)
         self._signatures = FailureSignatures(identity.num_workers)

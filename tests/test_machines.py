@@ -26,7 +26,7 @@ from netns import Machine, machines, why_not
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
 from hf_lsam.identity import Identity
-from hf_lsam.joining import Patience
+from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import RelayCore, ServerCore
@@ -613,7 +613,7 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
         "c": ["--connect", address, "--secret_file", str(tmp_path / "wrong")],
     }
     servers, links = {}, {}
-    patience = Patience(server_timeout=60.0)
+    timeouts = Timeouts(server_timeout=60.0)
     try:
         for name, options in places.items():
             servers[name] = start_server(tmp_path / name / "run", tmp_path / f"{name}.log", None, options)
@@ -621,7 +621,7 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
             while not is_served(tmp_path / name / "run"):
                 assert servers[name].poll() is None, (tmp_path / f"{name}.log").read_text()
                 time.sleep(0.05)
-            run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / name / "run"), patience)
+            run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / name / "run"), timeouts)
             x = torch.nn.Parameter(torch.full((NUMEL,), float(len(links))))
             links[name] = (run, None)
             if name == "c":

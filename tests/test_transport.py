@@ -21,7 +21,7 @@ from pipe_transport import PipeTransport
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.identity import Identity
-from hf_lsam.joining import TRANSPORTS, Patience, transport_of
+from hf_lsam.joining import TRANSPORTS, Timeouts, transport_of
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import ServerCore
@@ -64,7 +64,7 @@ def test_workers_over_a_new_transport_are_workers_of_one_process_bit_for_bit(tmp
 
     with served(tmp_path / "socket", 2, settings) as address:
         problems = [LockstepProblem(rank) for rank in range(2)]
-        transports = [transport_of(address, Patience()) for _ in problems]
+        transports = [transport_of(address, Timeouts()) for _ in problems]
         links = join_both(transports, problems, settings)
         workers = [p.make_worker(link, WorkerSettings(SYNC_STEPS)) for p, link in zip(problems, links, strict=True)]
         over_pipes = end(problems, workers)

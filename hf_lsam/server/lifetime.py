@@ -30,7 +30,7 @@ def run_server(
     parent: int | None = None,
     make_role: Callable[[RunFolder], Role] = Root,
 ) -> None:
-    """Serves the run in `run_dir` in this process; waits for its first worker to found it, if there is none yet.
+    """Serves the run in `run_dir` in this process; waits for its first worker to create it, if there is none yet.
 
     At the end the folder of a launch is removed. A folder that others join keeps its last snapshot.
 
@@ -63,7 +63,7 @@ def run_server(
 
 
 def _open(run_dir: Path, resume: bool, idle_timeout: float) -> RunFolder:
-    """The run in `run_dir`; where there is none yet, the one that its first worker will found."""
+    """The run in `run_dir`; where there is none yet, the one that its first worker will create."""
     if resume and (run_dir / "run.json").exists():
         return RunFolder.reopen(run_dir)
     if (run_dir / "run.json").exists():

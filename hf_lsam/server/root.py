@@ -54,7 +54,7 @@ class _Machine:
     """One connected machine; a member of the run once it has joined."""
 
     peer: Peer
-    heard: float
+    last_heard: float
     number: int = -1
     process: int = 0
     welcomed: bool = False
@@ -89,7 +89,7 @@ class Root(Role):
     def attach(self, service: Service) -> None:
         self._service = service
         if self._listener is not None:
-            service.watch(self._listener, self._let_in)
+            service.watch(self._listener, self._accept)
 
     def take_up(self, resume: Path | bool) -> dict[str, Tensor] | None:
         folder, anchor = self._service.folder, self.core.anchor
@@ -134,9 +134,9 @@ class Root(Role):
     def tick(self, now: float) -> None:
         if self._listener is None:
             return
-        self._let_in()
+        self._accept()
         for machine in list(self._pending):
-            if now - machine.heard > self._settings.silence:
+            if now - machine.last_heard > self._settings.silence:
                 self._lose(machine, "it never joined")
         for number in [number for number, until in self._awaited.items() if now > until]:
             logger.warning("machine %d did not come back", number)
@@ -172,7 +172,7 @@ class Root(Role):
 
     # --- who takes part ---
 
-    def _let_in(self) -> None:
+    def _accept(self) -> None:
         for peer in self._listener.accept():
             machine = _Machine(peer, time.monotonic())
             self._pending.add(machine)

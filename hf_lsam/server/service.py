@@ -4,10 +4,10 @@ What sets a server apart from others in the run is its `Role`: `root.Root` moves
 its workers push to the one that does. The service calls the role, at the points that `Role` names.
 
 Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
-on nobody waits for anybody until the end. Guests, who join by the folder's address, are welcomed as they come and leave
-when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One that is not heard of for
-`worker_timeout` is evicted, and may join again. When every worker of the launch has finished, the anchor is final and
-all are told.
+on nobody waits for anybody until the end. External workers, which join by the folder's address, are welcomed as they
+come and leave when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One that is
+not heard of for `worker_timeout` is evicted, and may join again. When every worker of the launch has finished, the
+anchor is final and all are told.
 
 The server saves its state every `snapshot_seconds`, and with it, of each process, the last push it has counted. One
 that is started with --resume takes up the newest snapshot; its versions go on above all that were ever published.
@@ -56,15 +56,15 @@ from .core import UNKNOWN_PUSHES, CountedPushes
 
 logger = logging.getLogger(__name__)
 
-STRANGERS = 64  # connections at a time that have not joined yet
-STRANGER_SECONDS = 10.0  # how long they may take
+MAX_PENDING = 64  # connections at a time that have not joined yet
+JOIN_SECONDS = 10.0  # how long they may take
 MAX_WORKERS = 4096
 GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How patient the server is, and how often it saves.
+    """The server's timeouts, and how often it saves.
 
     Args:
         worker_timeout: seconds without a word after which a worker is evicted.
@@ -82,10 +82,10 @@ class _Connection:
     """One connected process; a worker once it has joined."""
 
     channel: Channel
-    heard: float
+    last_heard: float
     worker: int = -1
     process: int = 0
-    ticket: int = 0
+    mailbox_number: int = 0
     mailbox: Tensor | None = None
     finished: bool = False
 
@@ -207,7 +207,7 @@ class Service:
         self._parent = parent
         self._selector = selectors.DefaultSelector()
         self._workers: dict[int, _Connection] = {}
-        self._tickets = itertools.count()
+        self._mailbox_numbers = itertools.count()
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
         self.resumed = resume is True
         self.started = False
@@ -215,8 +215,8 @@ class Service:
         self._given_up = False
         self.best_step = -1
         self.failed: int | None = None  # the worker of the launch that ended with an error
-        patience = [1.0, self._settings.worker_timeout / 4, self._settings.snapshot_seconds or 1.0]
-        self._patience = max(0.01, min(patience))
+        seconds = [1.0, self._settings.worker_timeout / 4, self._settings.snapshot_seconds or 1.0]
+        self._longest_wait = max(0.01, min(seconds))
         self.terminating = False
         role.attach(self)
         if resume is not None:
@@ -256,9 +256,9 @@ class Service:
             self._listener.close()
             self._selector.close()
 
-    def turn(self, patience: float | None = None) -> bool:
+    def turn(self, timeout: float | None = None) -> bool:
         """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
-        for key, _ in self._selector.select(self._patience if patience is None else patience):
+        for key, _ in self._selector.select(self._longest_wait if timeout is None else timeout):
             if not isinstance(key.data, _Connection):
                 key.data()
             elif key.fileobj.fileno() >= 0:  # not hung up on a moment ago
@@ -271,9 +271,9 @@ class Service:
         except OSError as error:  # gone again, or no descriptor left
             logger.error("a connection was not accepted: %s", error)
             return
-        strangers = sum(other.worker < 0 for other in self._connections())
-        if strangers >= STRANGERS:
-            logger.error("%d connections have not joined yet: one more is refused", strangers)
+        pending = sum(other.worker < 0 for other in self._connections())
+        if pending >= MAX_PENDING:
+            logger.error("%d connections have not joined yet: one more is refused", pending)
             connection.close()
             return
         channel = Channel(connection)
@@ -283,7 +283,7 @@ class Service:
         """Handles every whole frame of one connection."""
         try:
             while (message := connection.channel.receive()) is not None:
-                connection.heard = time.monotonic()
+                connection.last_heard = time.monotonic()
                 if connection.worker < 0:
                     self._join(message, connection)
                 else:
@@ -295,9 +295,9 @@ class Service:
         """What is due without a message: evictions, snapshots, the end."""
         self._role.tick(now)
         for connection in self._connections() if now >= self._sweep_at else ():
-            self._sweep_at = now + self._patience
-            silent = now - connection.heard
-            if connection.worker < 0 and silent > STRANGER_SECONDS:
+            self._sweep_at = now + self._longest_wait
+            silent = now - connection.last_heard
+            if connection.worker < 0 and silent > JOIN_SECONDS:
                 self._hang_up(connection, "it never joined")
             elif self.started and silent > self._settings.worker_timeout and not connection.finished:
                 self._tell(connection, Evicted())
@@ -357,9 +357,9 @@ class Service:
         elif self.ended:
             refusal = Refusal.ENDED
         else:
-            connection.ticket = next(self._tickets)
+            connection.mailbox_number = next(self._mailbox_numbers)
             try:
-                connection.mailbox = self.folder.make_mailbox(connection.ticket)
+                connection.mailbox = self.folder.make_mailbox(connection.mailbox_number)
             except OSError as error:
                 logger.error("no room for the mailbox of worker %d: %s", number, error)
                 refusal = Refusal.NO_ROOM
@@ -372,7 +372,9 @@ class Service:
         self._absent.discard(number)
         self._workers[number] = connection
         self._core.join(number)
-        logger.info("worker %d joined with ticket %d; %d take part", number, connection.ticket, len(self._workers))
+        logger.info(
+            "worker %d joined with mailbox %d; %d take part", number, connection.mailbox_number, len(self._workers)
+        )
         if self.started:
             self._welcome(connection)
         else:
@@ -388,13 +390,13 @@ class Service:
             return
         self.started = True
         for joined in self._workers.values():
-            joined.heard = time.monotonic()  # they were waiting, not silent
+            joined.last_heard = time.monotonic()  # they were waiting, not silent
             self._welcome(joined)
         self._role.exchange()
 
     def _welcome(self, connection: _Connection) -> None:
         last = self.counted.last(connection.process)
-        self._tell(connection, Welcome(connection.worker, last, connection.ticket))
+        self._tell(connection, Welcome(connection.worker, last, connection.mailbox_number))
         if self.terminating:
             self._tell_to_leave(connection)
 
@@ -404,11 +406,11 @@ class Service:
         connection.channel.close()
         worker = connection.worker
         if worker < 0:
-            logger.warning("a stranger was turned away: %s", reason)
+            logger.warning("a connection that had not joined was closed: %s", reason)
             return
         del self._workers[worker]
         connection.mailbox = None
-        self.folder.drop_mailbox(connection.ticket)
+        self.folder.drop_mailbox(connection.mailbox_number)
         if connection.finished:
             return
         logger.warning("worker %d is gone (%s); %d workers go on", worker, reason, len(self._workers))
@@ -459,7 +461,7 @@ class Service:
         self._core.leave(worker)
         self.publish_if_newer()
         logger.info("worker %d finished", worker)
-        if worker >= self.expected:  # a guest waits for nobody
+        if worker >= self.expected:  # an external one waits for nobody
             self._tell_final(connection)
         self.end_if_all_finished()
 
@@ -541,7 +543,8 @@ class Service:
         self._role.stop_all()
 
     def fail(self, worker: int) -> None:
-        """A worker ends with an error. If it is one of the launch, so do the others; a guest's is nobody else's."""
+        """A worker ends with an error. If it is one of the launch, so do the others; an external
+        worker's is nobody else's."""
         if worker < self.expected and self.failed is None and not self.ended:
             logger.error("worker %d ended with an error: the launch ends", worker)
             self.failed = worker
@@ -561,7 +564,8 @@ class Service:
             self._tell(connection, RootLost())
 
     def end_if_all_finished(self) -> None:
-        """The launch is over when all its workers have finished or died; guests are asked to stop, and waited for."""
+        """The launch is over when all its workers have finished or died; external
+        ones are asked to stop, and waited for."""
         if self.ended or not self.expected or not self.started or self._absent or self.failed is not None:
             return
         training = [c for c in self._workers.values() if not c.finished]

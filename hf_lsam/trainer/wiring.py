@@ -142,7 +142,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeSurvey):
             Path(args.shared_memory_dir),
             Path(args.output_dir) / "server.log",
             args.server_address,
-            args.patience(),
+            args.timeouts(),
         )
         self._record = RecordWriter(Path(args.output_dir), args.identity.rank)
         self._signals = EndSignals()

@@ -6,9 +6,9 @@ A run folder (mode 0700) holds
     parameters.json  the manifest of names, shapes and dtypes, for the error of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [2]: (last version complete, last version begun)
-    mailbox_T        float32 [d], written by the worker that joined with ticket T, read by the server
+    mailbox_N        float32 [d], the Nth join's: written by its worker, read by the server
     socket           Unix stream socket; its frames are those of `messages`
-    snapshot.safetensors, lock, founding, server.json    the server's last saved state; who serves the folder
+    snapshot.safetensors, lock, create, server.json    the server's last saved state; who serves the folder
 
 Who may touch what, and when. A worker writes its mailbox only while the mailbox is its own: from the server's reply to
 one push until it sends the next. The server reads it only in between. The frames cross in order, so neither ever sees
@@ -230,7 +230,7 @@ class RunFolder:
         """Opens a folder whose server has ended; makes the shared files again if it ended cleanly.
 
         Raises:
-            FileNotFoundError: if no run was ever founded in it.
+            FileNotFoundError: if no run was ever created in it.
             RuntimeError: if nothing is left of its anchor.
         """
         numel = int(json.loads((path / "run.json").read_text())["numel"])
@@ -247,14 +247,14 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def found_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
-        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments.
+    def create_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
+        """Opens the run in `path`; the first worker that comes creates it, with `create`'s arguments.
 
         Raises:
             FileNotFoundError: if there is a run whose server has ended, or not yet opened it again.
         """
-        with (path / "founding").open("a") as gate:
-            fcntl.flock(gate, fcntl.LOCK_EX)
+        with (path / "create").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not (path / "run.json").exists():
                 return cls.create(path, initial, 0, manifest, run)
         return cls(path)
@@ -270,13 +270,13 @@ class RunFolder:
 
     # --- mailboxes: one a join ---
 
-    def make_mailbox(self, ticket: int) -> Tensor:
+    def make_mailbox(self, number: int) -> Tensor:
         """Server only: allocates and maps the mailbox of one join, float32 [d].
 
         Raises:
             OSError: if there is no room; nothing is left behind.
         """
-        path = self.path / f"mailbox_{ticket}"
+        path = self.path / f"mailbox_{number}"
         try:
             _allocate(path, self.numel * FLOAT_BYTES)
         except OSError:
@@ -284,13 +284,13 @@ class RunFolder:
             raise
         return _map(path, self.numel)
 
-    def drop_mailbox(self, ticket: int) -> None:
+    def drop_mailbox(self, number: int) -> None:
         """Server only: takes the name away; who has it mapped keeps a file of its own."""
-        (self.path / f"mailbox_{ticket}").unlink(missing_ok=True)
+        (self.path / f"mailbox_{number}").unlink(missing_ok=True)
 
-    def mailbox(self, ticket: int) -> Tensor:
+    def mailbox(self, number: int) -> Tensor:
         """Maps the mailbox of one join, float32 [d]."""
-        return _map(self.path / f"mailbox_{ticket}", self.numel)
+        return _map(self.path / f"mailbox_{number}", self.numel)
 
     # --- the anchor: one writer ---
 

@@ -64,11 +64,11 @@ class Peer:
         self._held: Tensor | None = None
         self._posted = 0
         self._arrived = 0
-        self._ready = False  # the other side has a free buffer for the vector it was told of
-        self._delivering = False  # told the other side that a message has arrived, and about to put it into the inbox
+        self._ready = False  # the other side has a free buffer for the vector that was announced
+        self._delivering = False  # acknowledged a message, and about to put it into the inbox
         self._lost: str | None = None  # why
         self._closed = False
-        self._told = False  # whether `poll` has raised the error
+        self._error_raised = False  # whether `poll` has raised the error
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=f"hf_lsam-peer-{work.__name__}", daemon=True)
             for work in (self._watch, self._send, self._receive)
@@ -133,8 +133,8 @@ class Peer:
                 if self._lost is not None:
                     os.eventfd_write(self._wakeup, 1)
                 return message, self._held
-            if self._lost is not None and not self._told and not self._delivering:
-                self._told = True
+            if self._lost is not None and not self._error_raised and not self._delivering:
+                self._error_raised = True
                 raise ConnectionError(f"Lost the machine at {self.address[0]}:{self.address[1]}: {self._lost}.")
             return None
 
@@ -190,7 +190,7 @@ class Peer:
                 if time.monotonic() - beaten >= HEARTBEAT:
                     beaten = time.monotonic()
                     with suppress(OSError):  # reading tells, and first brings in what came before the end
-                        self._tell(_BEAT)
+                        self._send_frame(_BEAT)
                 selector.select(HEARTBEAT / 2)
                 while (body := self._wire.receive(_FRAME.size)) is not None:
                     heard = time.monotonic()
@@ -214,12 +214,12 @@ class Peer:
         while self._until(lambda: self._outbox):
             message, vector = self._outbox.popleft()
             if vector is None:
-                self._tell(_MESSAGE, message)
+                self._send_frame(_MESSAGE, message)
                 continue
             digest = hashlib.sha256()
             for chunk in vector.split(_CHUNK):
                 digest.update(chunk.numpy())
-            self._tell(_MESSAGE, message, digest.digest())
+            self._send_frame(_MESSAGE, message, digest.digest())
             if not self._until(lambda: self._ready):
                 return
             self._ready = False
@@ -233,14 +233,16 @@ class Peer:
             if carries:
                 vector = self._free.pop()
                 digest = hashlib.sha256()
-                self._tell(_READY)
+                self._send_frame(_READY)
                 for chunk in self._cross(self._group.recv, vector):
                     digest.update(chunk.numpy())
                 if digest.digest() != announced:
                     raise ConnectionAbortedError("a vector arrived changed")
-            self._delivering = True  # the other side may close as soon as it is told, and the message is to be read
+            self._delivering = (
+                True  # the other side may close once it has the acknowledgement, and the message is to be read
+            )
             try:
-                self._tell(_ARRIVED)  # before the owner sees it, who may then close
+                self._send_frame(_ARRIVED)  # before the owner sees it, who may then close
             finally:
                 with self._changed:
                     self._delivering = False
@@ -253,7 +255,7 @@ class Peer:
             self._changed.wait_for(lambda: condition() or self._lost is not None)
             return self._lost is None
 
-    def _tell(self, what: int, message: Message | None = None, digest: bytes | None = None) -> None:
+    def _send_frame(self, what: int, message: Message | None = None, digest: bytes | None = None) -> None:
         frame = b"" if message is None else MACHINE_MESSAGES.pack(message)
         self._wire.send(_FRAME.pack(what, digest is not None, frame, digest or bytes(32)))
 

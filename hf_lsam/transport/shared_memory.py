@@ -199,8 +199,8 @@ class SharedMemoryLink(Link):
 
     # --- what each poll does ---
 
-    def _progress(self, patience: float) -> None:
-        """Looks for the server if there is none, sends what waits, handles what came; waits `patience` at most."""
+    def _progress(self, timeout: float) -> None:
+        """Looks for the server if there is none, sends what waits, handles what came; waits `timeout` s at most."""
         if not self._status.connected:
             self._try_to_return()
         elif self._push_frame is not None and not self._push_sent:
@@ -209,10 +209,10 @@ class SharedMemoryLink(Link):
         elif time.monotonic() - self._last_sent > HEARTBEAT_SECONDS:
             self._send(Heartbeat())
         if self._channel is None:
-            if patience:
+            if timeout:
                 time.sleep(0.02)
             return
-        message = self._receive(patience if self._status.connected else min(patience, RETRY_SECONDS))
+        message = self._receive(timeout if self._status.connected else min(timeout, RETRY_SECONDS))
         while message is not None:
             self._handle(message)
             message = self._receive(0.0)
@@ -287,7 +287,7 @@ class SharedMemoryLink(Link):
         return Join(self._worker, self._layout.numel, self._process, self._layout.fingerprint)
 
     def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
-        """Connects and waits for the welcome. A guest's server may be killed meanwhile and started again."""
+        """Connects and waits for the welcome. An external worker's server may be killed meanwhile and started again."""
         give_up = time.monotonic() + self._server_timeout
         while True:
             self._channel = self._folder.connect(server_alive, timeout)
