@@ -31,7 +31,7 @@ class EndSignals:
     Process: the main thread; in any other it does nothing.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 

@@ -26,9 +26,11 @@ from hf_lsam.checkpoint import load_tensors, save_tensors
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
+from hf_lsam.server.root import Root
+from hf_lsam.server.service import Service
 from hf_lsam.transport.base import RefusedError, ServerGone
 from hf_lsam.transport.mailbox import Channel, RunFolder
-from hf_lsam.transport.messages import WORKER_MESSAGES, Push
+from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Push
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
@@ -232,7 +234,7 @@ def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     channel.close()
 
 
-# --- process.py and link.py: a real server process ---
+# --- service.py and shared_memory.py: a real server process ---
 
 
 @pytest.fixture
@@ -473,6 +475,35 @@ def test_a_worker_whose_server_never_comes_is_told(tmp_path):
     folder, layout = make_folder(tmp_path)
     with pytest.raises(ServerGone, match="found no server"):
         SharedMemoryLink(folder, 0, layout, CPU, server_alive=lambda: False)
+
+
+def test_what_an_evicted_worker_had_half_handed_in_is_dropped_though_it_holds_the_newest_anchor(tmp_path):
+    folder, layout = make_folder(tmp_path, workers=0)
+    service = Service(folder, Root(folder))
+    links, incoming = [], torch.empty(5)
+    with service.listening():
+        joining = threading.Thread(target=lambda: links.append(SharedMemoryLink(folder, ANY_NUMBER, layout, CPU)))
+        joining.start()
+        while joining.is_alive():
+            service.turn(0.01)
+        (link,) = links
+        link.push(torch.ones(5) * 4, 4, 0)  # its frame goes out with the next poll, which comes too late
+        (connection,) = service._workers.values()
+        connection.last_heard, service._sweep_at = -math.inf, 0.0
+        service.turn(0.0)
+        while not (link.status.evictions and link.status.connected):
+            link.poll(0, incoming)
+            service.turn(0.01)
+        assert link.can_push
+        assert folder.version == 0
+        link.push(torch.ones(5) * 8, 4, 0)
+        while not link.can_push:
+            link.poll(0, incoming)
+            service.turn(0.01)
+        assert (link.status.evictions, link.status.accepted, folder.version) == (1, 1, 1)
+        assert torch.equal(folder.slot(1), torch.arange(5.0) + 2)
+        link.close()
+        service.turn(0.0)
 
 
 # --- checkpoint.py ---

@@ -212,7 +212,7 @@ class CountedPushes:
     State: (process, push) pairs of the processes that were heard of last.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last: dict[int, int] = {}
         self.unless_known = 0  # "the last push that was counted" of a process that is not known
 

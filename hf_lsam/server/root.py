@@ -93,8 +93,8 @@ class Root(Role):
 
     def take_up(self, resume: Path | bool) -> dict[str, Tensor] | None:
         folder, anchor = self._service.folder, self.core.anchor
-        if resume is not True:
-            self.core.load_state_tensors(load_tensors(Path(resume)))
+        if not isinstance(resume, bool):
+            self.core.load_state_tensors(load_tensors(resume))
             folder.publish(anchor.vector, anchor.version)
             return None
         until = time.monotonic() + self._settings.server_timeout
