@@ -24,8 +24,8 @@ from .batchnorm import STATISTICS
 from .coupling import anchor_lr_bound, drift_slowdown
 from .fields import Rule, by_name, check_fields, help_from_docstring, number, one_of, whole
 from .identity import Identity, pin
-from .run import Patience
-from .server.process import ServiceSettings
+from .joining import Timeouts
+from .server.service import ServiceSettings
 from .transport.peer import HEARTBEAT
 
 SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out
@@ -281,8 +281,8 @@ class LSAMArguments:
         in_score = self.coupling == "score"
         return drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
 
-    def patience(self) -> Patience:
-        return by_name(Patience, self, service=by_name(ServiceSettings, self))
+    def timeouts(self) -> Timeouts:
+        return by_name(Timeouts, self, service=by_name(ServiceSettings, self))
 
     def kernel_precision(self, sync_steps: int) -> float:
         """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""

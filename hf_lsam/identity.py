@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def data_sharding(num_workers: int) -> Iterator[None]:
 
 
 class LaunchStore:
-    """Short strings shared by the workers of one launch, through the launcher's own TCPStore.
+    """Short strings shared by the workers of one launch, through the launcher's own TCPStore; the first use connects.
 
     Args:
         identity: this process.
@@ -193,18 +194,22 @@ class LaunchStore:
     """
 
     def __init__(self, identity: Identity, timeout: float = 600.0):
+        self._identity = identity
+        self._timeout = timeout
+
+    @cached_property
+    def _store(self) -> torch.distributed.Store:
         agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
         store = torch.distributed.TCPStore(
             os.environ.get("MASTER_ADDR", "127.0.0.1"),
             int(os.environ.get("MASTER_PORT", 29500)),
-            is_master=identity.rank == 0 and not agent_hosts,
+            is_master=self._identity.rank == 0 and not agent_hosts,
             wait_for_workers=False,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=self._timeout),
         )
         # A restarted launch (--max_restarts) keeps its store; the keys of the attempt before must not be found.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = torch.distributed.PrefixStore(f"hf_lsam/{attempt}", store)
-        self._identity = identity
+        return torch.distributed.PrefixStore(f"hf_lsam/{attempt}", store)
 
     def set(self, key: str, value: Any) -> None:
         """Sets `key` to a JSON value."""

@@ -263,7 +263,7 @@ class LSAM:
     @property
     def stop_requested(self) -> bool:
         """Whether another worker, whoever ends the server, or a signal has asked for the end."""
-        asked = self.worker is not None and self.worker.link.stop_requested
+        asked = self.worker is not None and self.worker.link.status.stop_requested
         return asked or self.session.signals.received is not None
 
     # --- data, evaluation, logging ---

@@ -19,8 +19,7 @@ class WorkerMetrics:
         self._worker = worker
         self._sharpness = torch.zeros((), device=worker.anchor.device)
         self._perturbed_steps: set[int] = set()
-        self._staleness: list[int] = []
-        self._logged_pushes = 0
+        self._logged = worker.link.status  # as it was at the last log point
 
     def add_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
         """Takes the losses of pass 1 and pass 2 of one (micro-)batch; losses of one local step add up.
@@ -37,12 +36,12 @@ class WorkerMetrics:
 
     def since_last_log(self) -> dict[str, float]:
         """What is logged beside the loss; the only place where it is read back from the device."""
-        worker, link = self._worker, self._worker.link
-        staleness = self._all_staleness()[self._logged_pushes :]
-        self._logged_pushes = len(self._staleness)
+        worker, link = self._worker, self._worker.link.status
+        pushes, staleness = link.accepted - self._logged.accepted, link.staleness_sum - self._logged.staleness_sum
+        self._logged = link
         metrics = {
             "lsam/drift": worker.drift(),
-            "lsam/staleness": sum(staleness) / len(staleness) if staleness else 0.0,
+            "lsam/staleness": staleness / max(1, pushes),
             "lsam/anchor_version": worker.version,
             "lsam/skipped_pushes": worker.skipped_pushes,
             "lsam/refused_pushes": link.refused,
@@ -57,8 +56,7 @@ class WorkerMetrics:
 
     def of_run(self) -> dict[str, float]:
         """Totals of the run so far."""
-        worker, link = self._worker, self._worker.link
-        staleness = self._all_staleness()
+        worker, link = self._worker, self._worker.link.status
         return {
             "steps": worker.local_steps,
             "pushes": link.accepted,
@@ -67,12 +65,7 @@ class WorkerMetrics:
             "bytes_pushed": link.bytes_pushed,
             "bytes_pulled": link.bytes_pulled,
             "anchor_version": worker.version,
-            "staleness_mean": sum(staleness) / max(1, len(staleness)),
-            "staleness_max": max(staleness, default=0),
+            "staleness_mean": link.staleness_sum / max(1, link.accepted),
+            "staleness_max": link.staleness_max,
             "trainable_parameters": worker.layout.numel,
         }
-
-    def _all_staleness(self) -> list[int]:
-        new, self._worker.link.staleness = self._worker.link.staleness, []
-        self._staleness += new
-        return self._staleness

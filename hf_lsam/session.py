@@ -67,7 +67,7 @@ class Session:
             Path(arguments.shared_memory_dir),
             (output_dir or Path(".")) / "server.log",
             arguments.server_address,
-            arguments.patience(),
+            arguments.timeouts(),
         )
         self.record = RecordWriter(output_dir, identity.rank)
         self.signals = EndSignals()

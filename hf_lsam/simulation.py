@@ -16,7 +16,8 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from .compression import encoded_bytes, rounded
 from .optimizers import StepHooks
 from .parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 from .server.core import ServerCore
+from .transport.base import FinalAnchor, Link, LinkStatus
 from .worker import Worker
 
 LAST = 1 << 32  # a rank behind all workers
@@ -159,47 +161,45 @@ class _Server:
         self.publish_if_newer()
 
 
-class _Link:
-    """A worker's end of the virtual exchange; the calls of `worker.Link`."""
-
-    away = evicted = stop_requested = save_requested = False
+class _Link(Link):
+    """A worker's end of the virtual exchange; no call waits, whatever has to is an event."""
 
     def __init__(self, clock: _Clock, server: _Server, machine: Machine, worker: int, numel: int):
-        self.worker = worker
-        self.counted_at: int | None = -1
-        self.accepted = self.refused = self.refused_in_a_row = 0
-        self.staleness: list[int] = []
-        self.bytes_pushed = self.bytes_pulled = 0
+        self._worker = worker
+        self._status = LinkStatus()
         self._size = encoded_bytes(numel, server.bits)
         self._held_back = torch.zeros(numel) if server.bits < 32 else None
         self.transfer = machine.transfer(self._size)
         self._clock, self._server, self._latency = clock, server, machine.latency
         self._answered_at = -math.inf
-        self._answer: int | None = None
+        self._answer: int | None = None  # the version that the last push came to, on its way back
         server.core.join(worker)
+
+    @property
+    def worker(self) -> int:
+        return self._worker
+
+    @property
+    def status(self) -> LinkStatus:
+        return self._status
 
     @property
     def can_push(self) -> bool:
         return self._clock.now >= self._answered_at
-
-    @property
-    def version(self) -> int:
-        return self._newest()[1]
 
     def _newest(self) -> tuple[float, int, Tensor]:
         by = self._clock.now - self.transfer
         return next(entry for entry in reversed(self._server.published) if entry[0] <= by)
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
-        self.bytes_pushed += self._size
-        self.counted_at, self._answer, self._answered_at = None, None, math.inf
+        self._status, self._answered_at = self._status.after_push(self._size), math.inf
         vector = self._rounded(total)
         if not self.transfer:
             self._arrive(vector, steps, version, loss)
             return
         vector = vector.clone()
         arrival = self._clock.now + self.transfer
-        self._clock.at(arrival, self.worker, lambda: self._arrive(vector, steps, version, loss))
+        self._clock.at(arrival, self._worker, lambda: self._arrive(vector, steps, version, loss))
 
     def _rounded(self, total: Tensor) -> Tensor:
         if self._held_back is None or not torch.isfinite(torch.dot(total, total)):  # the core refuses what is not
@@ -211,35 +211,37 @@ class _Link:
 
     def _arrive(self, total: Tensor, steps: int, version: int, loss: float) -> None:
         self._answer = self._server.core.anchor.version
-        if self._server.core.push(total, steps, self.worker, loss):
-            self.accepted += 1
-            self.refused_in_a_row = 0
-            self.staleness.append(self._answer - version)
-        else:
-            self.refused += 1
-            self.refused_in_a_row += 1
+        accepted = self._server.core.push(total, steps, self._worker, loss)
+        self._status = self._status.after_answer(accepted, None, self._answer - version)
         self._answered_at = self._clock.now + self._latency
         self._server.publish_if_newer()
 
     def poll(self, held: int, incoming: Tensor) -> int | None:
         if self.can_push and self._answer is not None:
-            self.counted_at, self._answer = self._answer, None
+            self._status, self._answer = replace(self._status, counted_at=self._answer), None
         _, version, vector = self._newest()
         if version == held:
             return None
         incoming.copy_(vector)
-        self.bytes_pulled += self._size
+        self._status = self._status.after_pull(self._size)
         return version
 
     def settle(self) -> None:
         """Whoever finishes does not wait: what is under way arrives before the end."""
 
-    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
+    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
         # After the steps that others end at the same time: who finishes together is counted together.
-        self._clock.at(self._clock.now + self.transfer, LAST + self.worker, lambda: self._server.leave(self.worker))
+        self._clock.at(self._clock.now + self.transfer, LAST + self._worker, lambda: self._server.leave(self._worker))
         _, version, vector = self._newest()
         incoming.copy_(vector)
-        return version, best_step
+        self._status = replace(self._status, finished=True)
+        return FinalAnchor(version, best_step)
+
+    def snapshot(self, path: Path) -> bool:
+        raise NotImplementedError("a simulated run cannot be saved")
+
+    def close(self, failed: bool = False) -> None:
+        pass
 
 
 class Cluster:
@@ -286,6 +288,7 @@ class Cluster:
         longest = max(machine.transfer(encoded_bytes(self.layout.numel, exchange_bits)) for machine in machines)
         self.clock = _Clock()
         self.server = _Server(self.clock, ServerCore(start, server), longest, exchange_bits)
+        self._before = (0, 0)  # accepted pushes and the sum of their staleness, at the last moment
         self._workers = [_SimulatedWorker(self, number, machine, seed) for number, machine in enumerate(machines)]
 
     def run(self, steps: int, moments: int = 1) -> Iterator[Moment]:
@@ -318,17 +321,17 @@ class Cluster:
     def _moment(self) -> Moment:
         alive = [each for each in self._workers if each.worker is not None]
         x = torch.stack([each.worker.own_parameters for each in alive])
-        staleness = [behind for each in alive for behind in each.link.staleness]
-        for each in alive:
-            each.link.staleness = []
+        statuses = [each.link.status for each in alive]
+        pushes, staleness = sum(s.accepted for s in statuses), sum(s.staleness_sum for s in statuses)
+        before, self._before = self._before, (pushes, staleness)
         spread = (x - x.mean(0)).square().sum(1).mean().sqrt()
         return Moment(
             seconds=self.clock.now,
             steps=max(each.done for each in self._workers),
             steps_in_all=sum(each.done for each in self._workers),
-            bytes=sum(each.link.bytes_pushed + each.link.bytes_pulled for each in alive),
+            bytes=sum(status.bytes_pushed + status.bytes_pulled for status in statuses),
             anchor=self.anchor.clone(),
-            staleness=sum(staleness) / max(1, len(staleness)),
+            staleness=(staleness - before[1]) / max(1, pushes - before[0]),
             dispersion=(spread / self.anchor.norm()).item(),
         )
 
@@ -403,7 +406,7 @@ class _SimulatedWorker:
     def look_for_anchor(self) -> None:
         """Behind a barrier: goes on once the anchor that counts its last push has come."""
         self.worker.pull_newest()
-        counted_at = self.link.counted_at
+        counted_at = self.link.status.counted_at
         if counted_at is not None and counted_at < self.worker.version:
             self._schedule()
         else:

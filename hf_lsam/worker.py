@@ -14,8 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,34 +21,9 @@ from torch import Tensor, nn
 from .algorithms import ALGORITHMS, WorkerHalf, WorkerSettings
 from .coupling import add_langevin_noise
 from .parameters import ParameterLayout
+from .transport.base import Link
 
 logger = logging.getLogger(__name__)
-
-
-class Link(Protocol):
-    """A worker's end of the exchange: `transport.link.MailboxLink` or `server.local.LocalLink`."""
-
-    worker: int
-    version: int
-    can_push: bool
-    away: bool
-    evicted: bool
-    stop_requested: bool
-    save_requested: bool
-    staleness: list[int]
-    counted_at: int | None  # anchor version when the last push was counted; None until it is answered
-    accepted: int
-    refused: int
-    refused_in_a_row: int
-    bytes_pushed: int
-    bytes_pulled: int
-
-    def push(self, total: Tensor, steps: int, version: int, loss: float) -> None: ...
-    def poll(self, held: int, incoming: Tensor) -> int | None: ...
-    def settle(self) -> None: ...
-    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]: ...
-    def snapshot(self, path: Path) -> bool: ...
-    def close(self, failed: bool = False) -> None: ...
 
 
 class Worker:
@@ -58,7 +31,7 @@ class Worker:
 
     Args:
         named: (name, parameter) pairs as `trainable_parameters` gives them.
-        link: this worker's end of the exchange.
+        link: this worker's end of the exchange (see `transport.base`).
         settings: see `WorkerSettings`.
 
     State: x, y, what is to be pushed, the steps in it, the anchor version, the number of local steps; the algorithm's.
@@ -92,6 +65,7 @@ class Worker:
         self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
         self.anchor_move: list[Tensor] | None = None  # y_old - y of the last move that was seen, as views
         self._last_anchor: Tensor | None = None
+        self._at_fall_back = link.status  # the last time it began again, or began
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
             self._pull()
         if settings.keeps_anchor_move:
@@ -239,11 +213,13 @@ class Worker:
     def pull_newest(self) -> None:
         """Replies from the server, and y <- newest anchor if it is there; never waits."""
         if self._pull():
-            counted_at = self.link.counted_at
+            counted_at = self.link.status.counted_at
             is_counted = counted_at is not None and counted_at < self.version
             uncounted = None if is_counted else self.layout.views(self._total_in_flight)
             self._algorithm.take_anchor(self.parameters, self._anchor_views, uncounted)
-        if self.link.evicted or self.link.refused_in_a_row >= self.settings.max_bad_pushes:
+        status, before = self.link.status, self._at_fall_back
+        refused_in_a_row = min(status.refused_in_a_row, status.refused - before.refused)
+        if status.evictions > before.evictions or refused_in_a_row >= self.settings.max_bad_pushes:
             self._fall_back()
 
     def _pull(self) -> bool:
@@ -265,7 +241,7 @@ class Worker:
         self._total.zero_()
         self._loss_sum.zero_()
         self.steps_in_total = 0
-        self.link.evicted, self.link.refused_in_a_row = False, 0
+        self._at_fall_back = self.link.status
         self.fell_back = True
 
     def _swap_in_incoming(self) -> None:

@@ -35,8 +35,8 @@ from hf_lsam.algorithms import ServerSettings
 from hf_lsam.card import markdown_table
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.transport.link import MailboxLink
 from hf_lsam.transport.mailbox import FLOAT_BYTES, RunFolder
+from hf_lsam.transport.shared_memory import SharedMemoryLink
 
 SYNC_STEPS = 16
 MODES = ("end to end", "absorb", "sum")
@@ -61,7 +61,7 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float) -> list[float]
     torch.set_num_threads(1)
     folder = RunFolder(run_dir)
     vector = torch.full((folder.numel,), 1e-3 * (worker + 1))
-    link = MailboxLink(folder, worker, layout_of(folder.numel), torch.device("cpu"))
+    link = SharedMemoryLink(folder, worker, layout_of(folder.numel), torch.device("cpu"))
     link._mailbox.copy_(vector)
     accepted = []
     print("ready", flush=True)
@@ -77,8 +77,8 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float) -> list[float]
                 link._announce(SYNC_STEPS if mode == "absorb" else 1, 0)
             link.settle()
             accepted.append(time.monotonic())
-    if link.refused:
-        raise RuntimeError(f"the server refused {link.refused} pushes of sender {worker}")
+    if link.status.refused:
+        raise RuntimeError(f"the server refused {link.status.refused} pushes of sender {worker}")
     link.finish(False, -1, torch.empty_like(vector))
     link.close()
     return accepted

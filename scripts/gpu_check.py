@@ -220,7 +220,7 @@ def check_side_stream() -> str:
         run = ServedRun(Identity(), Path("/dev/shm"), Path(scratch) / "server.log")
         try:
             worker = run.join(named, WorkerSettings(sync_steps=4), settings)
-            link, folder = worker.link, run._folder
+            link, folder = worker.link, run._transport.folder
             require(len(link._outgoing._pinned) == 1, "the mailbox is not pinned")
             require(len(link._incoming._pinned) == 2, "the anchor slots are not pinned")
             sent: list[Tensor] = []

@@ -135,7 +135,7 @@ class Asynchronous:
             self._lsam.log_evaluation(point["step"], eval_loss=point["loss"], eval_accuracy=point["accuracy"])
 
     def bytes(self, workers: int) -> int:
-        link = self._lsam.worker.link
+        link = self._lsam.worker.link.status
         return workers * (link.bytes_pushed + link.bytes_pulled)
 
     def figures(self) -> dict[str, float]:

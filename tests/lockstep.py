@@ -18,9 +18,10 @@ from torch import nn
 from hf_lsam.algorithms import WorkerSettings
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.sam import perturb, restore
-from hf_lsam.transport.link import MailboxLink
+from hf_lsam.transport.base import Link
 from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.worker import Link, Worker
+from hf_lsam.transport.shared_memory import SharedMemoryLink
+from hf_lsam.worker import Worker
 
 SYNC_STEPS = 4
 ETA, MOMENTUM, RHO = 0.05, 0.5, 0.05
@@ -92,7 +93,7 @@ def main(run_dir: str, rank: int, strength: float = 1.0, coupling: str = "merge"
     torch.set_num_threads(1)
     problem = LockstepProblem(rank)
     layout = ParameterLayout(list(problem.model.named_parameters()))
-    link = MailboxLink(RunFolder(Path(run_dir)), rank, layout, torch.device("cpu"))
+    link = SharedMemoryLink(RunFolder(Path(run_dir)), rank, layout, torch.device("cpu"))
     worker = problem.make_worker(link, WorkerSettings(SYNC_STEPS, strength, coupling))
     print(json.dumps("joined"), flush=True)
     for request in sys.stdin:

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from links import SlowServerLink
 from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.coupling import drift_slowdown
 from hf_lsam.server.core import ServerCore
-from hf_lsam.server.local import LocalLink
+from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.worker import Worker
 
 WORKERS, TAU, ETA, SIZE = 3, 4, 0.1, 6
@@ -27,7 +28,8 @@ class Quadratics:
         self.core = ServerCore(start.clone(), ServerSettings(TAU, algorithm=algorithm, moving_rate=strength))
         self.x = [nn.Parameter(start.clone()) for _ in range(WORKERS)]
         settings = WorkerSettings(TAU, strength, algorithm=algorithm)
-        self.workers = [Worker([("x", x)], LocalLink(self.core, number), settings) for number, x in enumerate(self.x)]
+        links = [SlowServerLink(self.core, number) for number in range(WORKERS)]
+        self.workers = [Worker([("x", x)], link, settings) for x, link in zip(self.x, links, strict=True)]
 
     def loss(self, number: int) -> torch.Tensor:
         return (self.x[number] - self.targets[number]).square().sum() / 2
@@ -135,7 +137,7 @@ def test_an_elastic_worker_moves_only_together_with_the_anchor():
     link = ours.workers[0].link
     for _ in range(TAU - 1):
         ours.step(0)
-    link.can_push = False
+    link.busy = True
     before, anchor = ours.x[0].detach().clone(), ours.core.anchor.vector.clone()
     ours.step(0)
     torch.testing.assert_close(ours.x[0].detach(), before - ETA * (before - ours.targets[0]))
@@ -155,7 +157,7 @@ class MergingWorkers:
         self.start = torch.randn(SIZE, generator=generator)
         self.core = ServerCore(self.start.clone(), ServerSettings(TAU, **server))
         self.x = [nn.Parameter(self.start.clone()) for _ in range(workers)]
-        links = [LocalLink(self.core, number) for number in range(workers)]
+        links = [SlowServerLink(self.core, number) for number in range(workers)]
         settings = WorkerSettings(TAU, share)
         self.workers = [Worker([("x", x)], link, settings) for x, link in zip(self.x, links, strict=True)]
 
@@ -232,7 +234,7 @@ def test_an_anchor_that_does_not_count_a_push_yet_leaves_its_movement_to_the_wor
     link, worker, x = ours.workers[0].link, ours.workers[0], ours.x[0]
     ours.steps(0)
     moved = x.detach() - ours.start
-    link.counted_at = 1  # as if it had come in after the update that made version 1 ...
+    link.counted_late_at = 1  # as if it had come in after the update that made version 1 ...
     ours.core.anchor.vector.add_(5.0)
     ours.core.anchor.version = 1
     worker.pull_newest()
@@ -245,9 +247,9 @@ def test_an_anchor_that_does_not_count_a_push_yet_leaves_its_movement_to_the_wor
 
 def test_a_worker_whose_pushes_are_skipped_hands_all_of_its_movement_in_later():
     ours = MergingWorkers(1.0, workers=1)
-    ours.workers[0].link.can_push = False
+    ours.workers[0].link.busy = True
     ours.steps(0)
-    ours.workers[0].link.can_push = True
+    ours.workers[0].link.busy = False
     ours.steps(0)
     expected = local_period(local_period(ours.start.double(), ours.targets[0].double()), ours.targets[0].double())
     torch.testing.assert_close(ours.core.anchor.vector.double(), expected, rtol=1e-5, atol=1e-5)
@@ -274,7 +276,7 @@ def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
     """Such a state has no r: x is where the worker begins to hand in, and the next anchor draws it from there."""
     share, core = 0.6, ServerCore(torch.zeros(SIZE), ServerSettings(TAU))
     pulled = nn.Parameter(torch.zeros(SIZE))
-    before = Worker([("x", pulled)], LocalLink(core), WorkerSettings(TAU, 0.1, "decoupled"))
+    before = Worker([("x", pulled)], InProcessLink(core), WorkerSettings(TAU, 0.1, "decoupled"))
 
     def steps(x: nn.Parameter, worker: Worker, count: int) -> None:
         for _ in range(count):
@@ -288,7 +290,7 @@ def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
     assert state["total"].abs().min() > 0  # of the two steps of a period that the new worker does not hand in
 
     x = nn.Parameter(torch.randn(SIZE))
-    worker = Worker([("x", x)], LocalLink(core), WorkerSettings(TAU, share))
+    worker = Worker([("x", x)], InProcessLink(core), WorkerSettings(TAU, share))
     worker.load_state_tensors(state)
     assert torch.equal(x, pulled)
     assert torch.equal(worker.state_tensors()["known"], pulled)
@@ -321,7 +323,7 @@ def test_a_pull_at_every_step_slows_a_steady_drift_by_its_closed_form(coupling, 
     x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = torch.optim.SGD([x], lr=eta, momentum=momentum)
     core = ServerCore(torch.zeros(1), ServerSettings(tau, anchor_lr))
-    worker = Worker([("x", x)], LocalLink(core), WorkerSettings(tau, strength, coupling))
+    worker = Worker([("x", x)], InProcessLink(core), WorkerSettings(tau, strength, coupling))
 
     def drift(steps: int) -> None:
         for _ in range(steps):

@@ -94,7 +94,7 @@ def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
     }
     args = config(tmp_path, **values)
     given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}
-    patience = args.patience()
+    patience = args.timeouts()
     for settings in (args.worker_settings(9), args.server_settings(9), patience, patience.service):
         told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         told.pop("service", None)

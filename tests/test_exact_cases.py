@@ -21,7 +21,7 @@ from hf_lsam.coupling import add_langevin_noise, add_pull_to_gradient, anchor_lr
 from hf_lsam.sam import perturb, restore
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.server.local import LocalLink
+from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.worker import Worker
 
@@ -183,7 +183,7 @@ def test_3_the_anchor_tends_to_the_mode():
     chains = 500  # independent copies of the problem, side by side in one worker
     x = nn.Parameter(torch.zeros(chains, 2))
     core = ServerCore(torch.zeros(chains * 2), ServerSettings(TAU, anchor_lr=0.2, anchor_momentum_correction=0.3))
-    worker = Worker([("x", x)], LocalLink(core), WorkerSettings(TAU, COUPLING, "decoupled"))
+    worker = Worker([("x", x)], InProcessLink(core), WorkerSettings(TAU, COUPLING, "decoupled"))
     late = []
     for step in range(6000):
         with torch.no_grad():
@@ -237,7 +237,8 @@ def test_4_processes_in_lock_step_are_one_process_that_simulates_them_bit_for_bi
     core = ServerCore(torch.cat([p.detach().flatten() for p in initial_parameters()]), settings)
     problems = [LockstepProblem(rank) for rank in range(workers)]
     simulated = [
-        problem.make_worker(LocalLink(core, rank), WorkerSettings(SYNC_STEPS)) for rank, problem in enumerate(problems)
+        problem.make_worker(InProcessLink(core, rank), WorkerSettings(SYNC_STEPS))
+        for rank, problem in enumerate(problems)
     ]
     for order in orders:
         for rank in order:
@@ -327,7 +328,7 @@ def test_6_the_offset_contracts_inside_the_stability_bound_and_grows_outside(cou
         x = nn.Parameter(torch.ones(1))
         optimizer = "nesterov" if momentum else "sgd"
         core = ServerCore(torch.zeros(1), ServerSettings(sync_steps, lr, beta, optimizer, momentum))
-        worker = Worker([("x", x)], LocalLink(core), WorkerSettings(sync_steps, coupling_strength, "decoupled"))
+        worker = Worker([("x", x)], InProcessLink(core), WorkerSettings(sync_steps, coupling_strength, "decoupled"))
         for _ in range(250 * sync_steps):
             worker.after_optimizer_step([0.0])
         return (x.detach() - worker.anchor).abs().item()

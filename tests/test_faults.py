@@ -29,13 +29,16 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import SERVER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from hf_lsam.identity import Identity
+from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.run import Patience, Run
+from hf_lsam.run import Run
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import run_server
-from hf_lsam.server.local import LocalLink
-from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
-from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, dead_launches, is_served, make_launch_folder
+from hf_lsam.transport.base import RefusedError, ServerGone
+from hf_lsam.transport.in_process import InProcessLink
+from hf_lsam.transport.mailbox import RunFolder, dead_launches, is_served, make_launch_folder
+from hf_lsam.transport.messages import ANY_NUMBER, Snapshot
+from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -159,7 +162,7 @@ def test_a_guest_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
 
 def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tuple[Run, Worker]:
     """Joins the run in `folder` from the test's own process, with the settings of chaos.py's workers."""
-    run = Run(Identity(), folder, folder / "log", str(folder), Patience(**{"server_timeout": PATIENCE, **patience}))
+    run = Run(Identity(), folder, folder / "log", str(folder), Timeouts(**{"server_timeout": PATIENCE, **patience}))
     settings = ServerSettings(sync_steps, anchor_momentum_correction=0.0)
     try:
         worker = run.join([("x", nn.Parameter(torch.zeros(numel)))], WorkerSettings(sync_steps), settings)
@@ -261,8 +264,8 @@ class Served:
         while not is_served(self.path) and self.server.is_alive():
             time.sleep(0.01)
 
-    def join(self, **options) -> MailboxLink:
-        return MailboxLink(self.folder, 0, self.layout, CPU, server_timeout=PATIENCE, **options)
+    def join(self, **options) -> SharedMemoryLink:
+        return SharedMemoryLink(self.folder, 0, self.layout, CPU, server_timeout=PATIENCE, **options)
 
     def kill(self) -> None:
         self.server.kill()
@@ -277,7 +280,7 @@ class Served:
         self.folder.remove()
 
 
-def finish(link: MailboxLink) -> torch.Tensor:
+def finish(link: SharedMemoryLink) -> torch.Tensor:
     final = torch.empty(NUMEL)
     link.finish(False, -1, final)
     link.close()
@@ -295,10 +298,10 @@ def test_a_push_that_a_killed_server_had_not_counted_is_handed_in_again(tmp_path
         link.poll(1, torch.empty(NUMEL))  # sends the frame, which nobody reads
         run.kill()
         assert link.poll(1, torch.empty(NUMEL)) is None
-        assert link.away
+        assert not link.status.connected
         run.start(True)
         link.settle()
-        assert link.accepted == 2
+        assert link.status.accepted == 2
         assert finish(link).tolist() == [4.0] * NUMEL  # 1 + 12 / 4, neither 1 nor 7
         assert load_tensors(tmp_path / "first.safetensors")["counted"].tolist() == [[link._process, 1]]
 
@@ -310,17 +313,17 @@ def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_
         link._progress(0.0)
         while run.folder.version == 0:  # it is counted; its answer is not read
             time.sleep(0.01)
-        while link._send(Message(Kind.SNAPSHOT, 0)) and not snapshot_holds(run, link):
+        while link._send(Snapshot()) and not snapshot_holds(run, link):
             time.sleep(0.01)
         link._lose_server()  # and is lost with the connection
         run.kill()
         run.start(True)
         link.settle()
-        assert link.accepted == 1
+        assert link.status.accepted == 1
         assert finish(link).tolist() == [1.0] * NUMEL
 
 
-def snapshot_holds(run: Served, link: MailboxLink) -> bool:
+def snapshot_holds(run: Served, link: SharedMemoryLink) -> bool:
     path = run.folder.snapshot_path
     return path.exists() and load_tensors(path)["counted"].tolist() == [[link._process, 1]]
 
@@ -369,7 +372,7 @@ def test_a_server_killed_while_it_publishes_leaves_the_last_anchor_readable(tmp_
 def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_path):
     with Served(tmp_path) as run:
         link = run.join()
-        guest = MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=PATIENCE)
+        guest = SharedMemoryLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=PATIENCE)
         assert guest.worker == 1
         for who in (link, guest):
             who.push(torch.ones(NUMEL) * 4, 4, 0)
@@ -378,7 +381,7 @@ def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_p
         results = []
         waiting = threading.Thread(target=lambda: results.append(finish(link)))
         waiting.start()
-        while not guest.stop_requested:
+        while not guest.status.stop_requested:
             guest.poll(1, torch.empty(NUMEL))
         guest.push(torch.ones(NUMEL) * 4, 4, 1)  # of the steps it made meanwhile
         guest.settle()
@@ -390,14 +393,14 @@ def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_p
 def test_a_worker_of_a_launch_that_ends_with_an_error_does_not_harm_a_guest_and_a_guest_nobody(tmp_path):
     with Served(tmp_path) as run:
         link = run.join()
-        first, second = (MailboxLink(run.folder, ANY_NUMBER, run.layout, CPU) for _ in range(2))
+        first, second = (SharedMemoryLink(run.folder, ANY_NUMBER, run.layout, CPU) for _ in range(2))
         first.close(failed=True)
         while "worker 1 is gone" not in run.log.read_text():
             link.poll(0, torch.empty(NUMEL))
         link.push(torch.ones(NUMEL) * 4, 4, 0)
         link.settle()
         link.close(failed=True)
-        while not second.save_requested:
+        while not second.status.save_requested:
             second.poll(0, torch.empty(NUMEL))
         finish(second)
     assert "worker 0 ended with an error: the launch ends" in run.log.read_text()
@@ -414,7 +417,7 @@ def test_a_server_without_room_for_its_snapshot_says_so_and_goes_on(tmp_path):
             link.snapshot(tmp_path / "state.safetensors")
         link.push(torch.ones(numel), 1, 0)
         link.settle()
-        assert link.accepted == 1
+        assert link.status.accepted == 1
         link.finish(False, -1, torch.empty(numel))
         link.close()
     assert "snapshot not written" in run.log.read_text()
@@ -536,7 +539,9 @@ def test_a_run_that_stops_and_resumes_ends_with_the_bits_of_one_that_did_not(tmp
         initial = torch.cat([p.detach().flatten() for p in initial_parameters()])
         core = ServerCore(initial, ServerSettings(SYNC_STEPS, 0.7, 0.3, "nesterov", 0.5))
         problems = [LockstepProblem(rank) for rank in range(3)]
-        workers = [p.make_worker(LocalLink(core, rank), WorkerSettings(SYNC_STEPS)) for rank, p in enumerate(problems)]
+        workers = [
+            p.make_worker(InProcessLink(core, rank), WorkerSettings(SYNC_STEPS)) for rank, p in enumerate(problems)
+        ]
         return core, problems, workers
 
     def advance(problems, workers, orders):

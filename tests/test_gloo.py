@@ -21,8 +21,9 @@ from launch import PATIENCE, free_port
 from netns import machines, why_not
 
 from hf_lsam.transport import gloo, peer
-from hf_lsam.transport.gloo import JoinRefused, Listener, Refusal, connect
-from hf_lsam.transport.peer import Header, Peer
+from hf_lsam.transport.gloo import JoinRefused, Listener, connect
+from hf_lsam.transport.messages import JoinMachine, Live, Message, Refusal, Sum
+from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret, read_secret
 from hf_lsam.transport.wire import MACHINE
 
@@ -35,7 +36,8 @@ SILENCE = 5.0  # seconds; a busy machine may keep a process from running for som
 NODE = """
 import select, sys, time, torch
 from hf_lsam.transport.gloo import Listener, connect
-from hf_lsam.transport.peer import Header, Peer
+from hf_lsam.transport.messages import Live, Sum
+from hf_lsam.transport.peer import Peer
 
 role, host, port, numel = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 run = dict(secret=bytes(range(32)), run_id="run", fingerprint=b"f" * 32, numel=numel, silence=5.0)
@@ -54,24 +56,24 @@ def messages(peer):
         if message is not None:
             yield message
 
-def post(peer, header, vector):
+def post(peer, message, vector):
     while not peer.can_post:
         time.sleep(0.001)
-    peer.post(header, vector)
+    peer.post(message, vector)
 
 def send_back(peer):
-    for header, vector in messages(peer):
-        peer.post(header, None if vector is None else vector.clone())
+    for message, vector in messages(peer):
+        peer.post(message, None if vector is None else vector.clone())
 
 def exchange(peer, stream):
-    peer.post(Header(0), torch.ones(numel))
+    peer.post(Live(0), torch.ones(numel))
     first = True
-    for header, vector in messages(peer):
+    for message, vector in messages(peer):
         if first:
             say("exchanged")
         first = False
         if stream:
-            peer.post(header, vector.clone())
+            peer.post(message, vector.clone())
 
 if role == "global":
     listener = Listener(host, port, allow_remote=True, **run)
@@ -82,8 +84,8 @@ if role == "global":
             send_back(peer)
             peer.close()
 if role == "liar":
-    tell = Peer._tell
-    Peer._tell = lambda self, what, header=Header(0), digest=None: tell(self, what, header, digest and bytes(32))
+    tell = Peer._send_frame
+    Peer._send_frame = lambda self, what, message=None, digest=None: tell(self, what, message, digest and bytes(32))
 peer = connect((host, port), **run)
 say("joined")
 if role == "machine":
@@ -91,22 +93,22 @@ if role == "machine":
 elif role == "mute":
     time.sleep(600)
 elif role == "liar":
-    peer.post(Header(1), torch.ones(numel))
+    peer.post(Live(1), torch.ones(numel))
     send_back(peer)
 elif role == "seeded":
     generator = torch.Generator().manual_seed(1)
     mine = [torch.randn(numel, generator=generator) for _ in range(8)]
-    peer.post(Header(8), mine[0])
+    peer.post(Sum(8, 0), mine[0])
     number = 1
-    for header, vector in messages(peer):
-        if header.kind == 9:
+    for message, vector in messages(peer):
+        if message == Live(9):
             break
-        expected = torch.full((numel,), float(header.a))
-        assert torch.equal(vector, expected), header
+        expected = torch.full((numel,), float(message.steps))
+        assert torch.equal(vector, expected), message
         while not peer.can_post:
             time.sleep(0.001)
         if number < 8:
-            peer.post(Header(8, number), mine[number])
+            peer.post(Sum(8, number), mine[number])
         number += 1
     say("all right", number)
 else:
@@ -170,7 +172,7 @@ def next_peer(listener: Listener) -> Peer:
             return peers[0]
 
 
-def next_message(peer: Peer) -> tuple[Header, torch.Tensor | None]:
+def next_message(peer: Peer) -> tuple[Message, torch.Tensor | None]:
     while True:
         select.select([peer], [], [])
         if (message := peer.poll()) is not None:
@@ -396,8 +398,8 @@ def test_a_stranger_that_says_nothing_or_half_of_it_keeps_nobody_out():
             assert closed_by_listener(listener, half)
 
 
-def test_strangers_are_let_in_by_number():
-    with listening(max_strangers=3) as listener:
+def test_pending_connections_are_limited_in_number():
+    with listening(max_pending=3) as listener:
         inside = [stranger(listener)[0] for _ in range(3)]
         with socket.create_connection(listener.address) as one_more:
             assert closed_by_listener(listener, one_more)
@@ -469,13 +471,13 @@ def test_vectors_arrive_bit_for_bit_in_order_in_both_directions_at_once(listener
     received = []
     for number in range(8):
         arrived(peer)
-        peer.post(Header(1, number), torch.full((NUMEL,), float(number)))
-        header, vector = next_message(peer)
-        assert header == Header(8, number)
+        peer.post(Sum(1, number), torch.full((NUMEL,), float(number)))
+        message, vector = next_message(peer)
+        assert message == Sum(8, number)
         received.append(vector.clone())
     for ours, its in zip(received, expected, strict=True):
         assert torch.equal(ours, its)
-    peer.post(Header(9))
+    peer.post(Live(9))
     assert process.stdout.read() == "joined\nall right 9\n"
     with pytest.raises(ConnectionError, match=r"closed the connection|Connection closed"):
         next_message(peer)
@@ -486,10 +488,10 @@ def test_odd_bits_and_wide_integers_survive(listener, node):
     node("machine", listener.address)
     peer = next_peer(listener)
     bits = torch.arange(NUMEL, dtype=torch.int64).mul(2_654_435_761).to(torch.int32)  # NaNs and denormals among them
-    header = Header(-(2**63), 2**63 - 1, -1, 0)
-    peer.post(header, bits.view(torch.float32))
+    message = JoinMachine(-(2**63), 2**63 - 1, -1, bytes(range(32)))
+    peer.post(message, bits.view(torch.float32))
     answer, vector = next_message(peer)
-    assert answer == header
+    assert answer == message
     assert torch.equal(vector.view(torch.int32), bits)
     peer.close()
 
@@ -497,11 +499,11 @@ def test_odd_bits_and_wide_integers_survive(listener, node):
 def test_messages_without_vectors_keep_their_place_between_those_with(listener, node):
     node("machine", listener.address)
     peer = next_peer(listener)
-    peer.post(Header(1), torch.ones(NUMEL))
+    peer.post(Live(1), torch.ones(NUMEL))
     for kind in range(2, 50):
-        peer.post(Header(kind))
+        peer.post(Live(kind))
     answers = [next_message(peer) for _ in range(49)]
-    assert [header.kind for header, _ in answers] == list(range(1, 50))
+    assert [message.workers for message, _ in answers] == list(range(1, 50))
     assert [vector is None for _, vector in answers] == [False] + [True] * 48
     peer.close()
 
@@ -510,13 +512,13 @@ def test_an_owner_that_does_not_poll_holds_the_other_side_up_and_loses_nothing(l
     node("mute", listener.address)
     peer = next_peer(listener)
     for number in range(2):  # its two buffers
-        peer.post(Header(number), torch.ones(NUMEL))
+        peer.post(Live(number), torch.ones(NUMEL))
         arrived(peer)
-    peer.post(Header(2), torch.ones(NUMEL))
+    peer.post(Live(2), torch.ones(NUMEL))
     time.sleep(0.3)
     assert not peer.can_post
     with pytest.raises(ValueError, match="only when `can_post`"):
-        peer.post(Header(3), torch.ones(NUMEL))
+        peer.post(Live(3), torch.ones(NUMEL))
     peer.close()
 
 
@@ -529,28 +531,28 @@ def test_a_vector_of_another_kind_is_refused(listener, node, vector):
     node("machine", listener.address)
     peer = next_peer(listener)
     with pytest.raises(ValueError, match=r"float32|contiguous"):
-        peer.post(Header(1), vector)
+        peer.post(Live(1), vector)
     peer.close()
 
 
 def test_what_has_arrived_is_delivered_before_the_loss_is_told(listener):
     with serving(listener) as peers:
         machine = join(listener.address)
-        machine.post(Header(1), torch.full((NUMEL,), 7.0))
-        machine.post(Header(2))
+        machine.post(Live(1), torch.full((NUMEL,), 7.0))
+        machine.post(Live(2))
         arrived(machine)
         machine.close()
-        header, vector = next_message(peers[0])
-        assert header == Header(1)
+        message, vector = next_message(peers[0])
+        assert message == Live(1)
         assert vector.eq(7.0).all()
-        assert next_message(peers[0]) == (Header(2), None)
+        assert next_message(peers[0]) == (Live(2), None)
         with pytest.raises(ConnectionError):
             next_message(peers[0])
 
 
 def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(listener, monkeypatch):
     go_on = threading.Event()
-    tell = Peer._tell
+    tell = Peer._send_frame
 
     def pausing(self, what, *rest):
         tell(self, what, *rest)
@@ -559,15 +561,15 @@ def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(l
 
     with serving(listener) as peers:
         machine = join(listener.address)
-        monkeypatch.setattr(Peer, "_tell", pausing)
-        machine.post(Header(1))
+        monkeypatch.setattr(Peer, "_send_frame", pausing)
+        machine.post(Live(1))
         arrived(machine)
         machine.close()
         while peers[0]._lost is None:
             select.select([peers[0]], [], [], 0.01)
         assert peers[0].poll() is None
         go_on.set()
-        assert next_message(peers[0]) == (Header(1), None)
+        assert next_message(peers[0]) == (Live(1), None)
         with pytest.raises(ConnectionError):
             next_message(peers[0])
 
@@ -582,16 +584,16 @@ def test_a_machine_that_dies_or_stops_is_noticed(listener, node, how, state):
     peer = next_peer(listener)
     if state == "in a vector":
         for number in range(2):
-            peer.post(Header(number), torch.ones(NUMEL))
+            peer.post(Live(number), torch.ones(NUMEL))
             arrived(peer)
-        peer.post(Header(2), torch.ones(NUMEL))
+        peer.post(Live(2), torch.ones(NUMEL))
         time.sleep(0.2)
     process.send_signal(how)
     with pytest.raises(ConnectionError, match="no sign of life" if how is signal.SIGSTOP else "[Cc]onnection"):
         next_message(peer)
     assert peer.poll() is None  # told once
     assert not peer.can_post
-    peer.post(Header(4), torch.ones(NUMEL))
+    peer.post(Live(4), torch.ones(NUMEL))
     peer.close()
     peer.close()
 
@@ -605,7 +607,7 @@ def test_a_machine_that_was_stopped_finds_itself_alone_and_others_go_on(listener
     with pytest.raises(ConnectionError, match="no sign of life"):
         next_message(peer)
     peer.close()
-    other.post(Header(1), torch.ones(NUMEL))
+    other.post(Live(1), torch.ones(NUMEL))
     assert next_message(other)[1].sum() == NUMEL
     stopped.send_signal(signal.SIGCONT)
     assert "lost:" in stopped.stdout.read()
@@ -644,10 +646,10 @@ def test_a_changed_frame_ends_the_connection(listener):
         machine = join(front.getsockname())
         while not peers:
             time.sleep(0.01)
-        machine.post(Header(1))
-        assert next_message(peers[0])[0] == Header(1)
+        machine.post(Live(1))
+        assert next_message(peers[0])[0] == Live(1)
         flip.set()
-        machine.post(Header(1))
+        machine.post(Live(1))
         with pytest.raises(ConnectionError, match="not the other side's"):
             next_message(peers[0])
         machine.close()

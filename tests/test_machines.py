@@ -26,16 +26,21 @@ from netns import Machine, machines, why_not
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
 from hf_lsam.identity import Identity
+from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.run import Patience, Run
-from hf_lsam.server.core import ServerCore
+from hf_lsam.run import Run
+from hf_lsam.server.core import RelayCore, ServerCore
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.server.machines import GlobalServer, MachineSettings, Say
-from hf_lsam.server.relay import RelayCore, RelayServer
-from hf_lsam.transport.link import MailboxLink, ServerGone
+from hf_lsam.server.machines import MachineSettings
+from hf_lsam.server.relay import Relay
+from hf_lsam.server.root import Root, listen
+from hf_lsam.server.service import Service
+from hf_lsam.transport.base import ServerGone
 from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.messages import Message, Sum
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
+from hf_lsam.transport.shared_memory import SharedMemoryLink
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -59,23 +64,23 @@ def test_a_relay_sums_until_each_live_worker_has_done_its_steps_and_goes_on_unti
     core.join(0)
     core.join(1)
     assert core.push(torch.tensor([1.0, 2.0]), TAU)
-    assert core.take() is None
+    assert core.claim() is None
     assert core.push(torch.tensor([10.0, 20.0]), TAU)
-    vector, steps, number = core.take()
+    vector, steps, number = core.claim()
     assert (vector.tolist(), steps, number) == ([11.0, 22.0], 2 * TAU, 1)
     for _ in range(3):
         core.push(torch.ones(2), TAU)
-    assert core.take() is None  # not answered
+    assert core.claim() is None  # not answered
     core.answered(1)
     assert vector.tolist() == [11.0, 22.0]
-    vector, steps, number = core.take()
+    vector, steps, number = core.claim()
     assert (vector.tolist(), steps, number) == ([3.0, 3.0], 3 * TAU, 2)
     core.answered(2)
     assert core.is_empty
     core.push(torch.ones(2), TAU)
-    assert core.take() is None
+    assert core.claim() is None
     core.leave(1)
-    assert core.take()[1] == TAU
+    assert core.claim()[1] == TAU
 
 
 @pytest.mark.parametrize(("last_counted", "left"), [(0, 5.0), (1, 2.0)])
@@ -83,10 +88,10 @@ def test_a_sum_under_way_is_handed_in_again_unless_it_was_counted(last_counted, 
     core = RelayCore(torch.zeros(1), SETTINGS)
     core.join(0)
     core.push(torch.tensor([3.0]), TAU)
-    core.take()
+    core.claim()
     core.push(torch.tensor([2.0]), TAU)
     core.settle(last_counted)
-    vector, steps, number = core.take()
+    vector, steps, number = core.claim()
     assert (vector.item(), steps, number) == (left, TAU * (2 - last_counted), 2)
 
 
@@ -94,7 +99,7 @@ def test_a_relay_refuses_what_is_not_finite_and_takes_no_older_anchor():
     core = RelayCore(torch.zeros(2), SETTINGS)
     assert not core.push(torch.tensor([1.0, math.nan]), TAU)
     assert core.refused_pushes == 1
-    assert core.take(True) is None
+    assert core.claim(True) is None
     core.adopt(torch.ones(2), 5)
     core.adopt(torch.zeros(2), 4)
     assert core.anchor.version == 5
@@ -128,19 +133,19 @@ def test_versions_that_are_left_out_never_write_over_what_is_read(tmp_path):
 # --- servers of several machines in threads of the test's own process ---
 
 
-class CountingGlobal(GlobalServer):
+class CountingRoot(Root):
     """Notes what machines say."""
 
-    def __init__(self, *rest, **options):
-        self.said: list[tuple[int, int, int]] = []  # machine, kind, a
-        super().__init__(*rest, **options)
+    def __init__(self, folder, listener):
+        self.said: list[tuple[int, Message]] = []  # machine, what
+        super().__init__(folder, listener)
 
-    def _handle_machine(self, machine, header, vector):
-        self.said.append((machine.number, header.kind, header.a))
-        super()._handle_machine(machine, header, vector)
+    def _handle(self, machine, message, vector):
+        self.said.append((machine.number, message))
+        super()._handle(machine, message, vector)
 
     def pushes_of(self, machine: int) -> list[int]:
-        return [steps for number, kind, steps in self.said if (number, kind) == (machine, Say.PUSH)]
+        return [said.steps for number, said in self.said if number == machine and isinstance(said, Sum)]
 
 
 class Cluster:
@@ -154,13 +159,16 @@ class Cluster:
 
     def __init__(self, folder: Path, workers: list[int], **across):
         self.folders = [self._make_folder(folder, m, workers, across) for m in range(len(workers))]
-        self.top = CountingGlobal(self.folders[0], address=("127.0.0.1", 0), secret=SECRET)
-        address = self.top._gate.address
-        self.relays = [RelayServer(made, address=address, secret=SECRET) for made in self.folders[1:]]
-        self.threads = [threading.Thread(target=server.serve) for server in (self.top, *self.relays)]
+        listener = listen(self.folders[0], ("127.0.0.1", 0), SECRET)
+        self.address = listener.address
+        self.top = CountingRoot(self.folders[0], listener)
+        self.relays = [Relay(made, self.address, SECRET) for made in self.folders[1:]]
+        services = [Service(made, role) for made, role in zip(self.folders, (self.top, *self.relays), strict=True)]
+        self.top_service = services[0]
+        self.threads = [threading.Thread(target=service.serve) for service in services]
         for thread in self.threads:
             thread.start()
-        self.links: dict[tuple[int, int], MailboxLink] = {}
+        self.links: dict[tuple[int, int], SharedMemoryLink] = {}
         self.all_at_once(self._join, [(m, w) for m, count in enumerate(workers) for w in range(count)])
 
     def _make_folder(self, folder: Path, machine: int, workers: list[int], across: dict) -> RunFolder:
@@ -176,7 +184,7 @@ class Cluster:
         return RunFolder.create(path, first, workers[machine], LAYOUT.manifest, contents)
 
     def _join(self, machine: int, worker: int) -> None:
-        self.links[machine, worker] = MailboxLink(self.folders[machine], worker, LAYOUT, CPU)
+        self.links[machine, worker] = SharedMemoryLink(self.folders[machine], worker, LAYOUT, CPU)
 
     def all_at_once(self, work: Callable, arguments: list[tuple]) -> None:
         threads = [threading.Thread(target=work, args=each) for each in arguments]
@@ -197,7 +205,7 @@ class Cluster:
 
     def period(self, difference: float = 0.1) -> None:
         """Every worker hands in TAU steps at a distance of `difference`; all have the anchor that follows."""
-        version = self.top._core.anchor.version
+        version = self.top.core.anchor.version
         for link in self.links.values():
             self.until(lambda link=link: link.can_push)
             link.push(torch.full((NUMEL,), TAU * difference), TAU, version)
@@ -223,7 +231,7 @@ class Cluster:
             thread.join()
 
 
-def poll_for_ever(link: MailboxLink) -> None:
+def poll_for_ever(link: SharedMemoryLink) -> None:
     while True:
         link.poll(0, torch.empty(NUMEL))
         time.sleep(0.01)
@@ -259,7 +267,7 @@ def test_an_early_stop_on_one_machine_reaches_the_workers_of_all(tmp_path):
         stopper = run.links.pop((2, 0))
         thread = threading.Thread(target=stopper.finish, args=(True, -1, torch.empty(NUMEL)))
         thread.start()
-        run.until(lambda: all(link.stop_requested for link in run.links.values()))
+        run.until(lambda: all(link.status.stop_requested for link in run.links.values()))
         run.finish()
         thread.join()
         stopper.close()
@@ -269,7 +277,7 @@ def test_a_worker_that_dies_leaves_n_on_all_machines(tmp_path):
     with cluster(tmp_path, [1, 2]) as run:
         run.period()
         run.links.pop((1, 1)).close()
-        run.until(lambda: run.top._core.live_workers == 2)
+        run.until(lambda: run.top.core.live_workers == 2)
         run.period()
         assert run.top.pushes_of(1) == [2 * TAU, TAU]
         run.finish()
@@ -310,14 +318,14 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
             link = run.links[1, 0]
             link.push(torch.full((NUMEL,), TAU * 0.1), TAU, 0)  # into whatever is left of the link
             run.until(lambda relay=relay, lost=lost: relay._linked and relay._peer is not lost)
-            run.until(lambda: run.top._core.live_workers == 2)
-            run.until(lambda relay=relay: relay._core.is_empty)
-        assert not run.links[1, 0].away
+            run.until(lambda: run.top.core.live_workers == 2)
+            run.until(lambda relay=relay: relay.core.is_empty)
+        assert run.links[1, 0].status.connected
         run.period()
         ends = run.finish()
         assert ends[0] == ends[1]
         assert sum(run.top.pushes_of(1)) == 5 * TAU
-        assert run.top._core.accepted_pushes == len(run.top.pushes_of(1)) + 2
+        assert run.top.core.accepted_pushes == len(run.top.pushes_of(1)) + 2
 
 
 def test_a_global_server_that_is_told_to_end_waits_until_all_machines_have_the_final_anchor(tmp_path):
@@ -330,8 +338,8 @@ def test_a_global_server_that_is_told_to_end_waits_until_all_machines_have_the_f
             can_post = property(lambda self: hold.is_set() and Peer.can_post.fget(self))
 
         peer.__class__ = Slow
-        run.top.terminating = True
-        run.until(lambda: all(link.save_requested for link in run.links.values()))
+        run.top_service.terminating = True
+        run.until(lambda: all(link.status.save_requested for link in run.links.values()))
         ended = threading.Thread(target=run.finish)
         ended.start()
         run.threads[0].join(1.0)
@@ -346,8 +354,8 @@ def test_a_machine_ends_with_its_last_anchor_if_the_global_server_was_told_to_en
         run.period()
         relay = run.relays[0]
         relay._address = ("127.0.0.1", 1)  # where nobody listens
-        run.top.terminating = True
-        run.until(lambda: run.links[1, 0].save_requested)
+        run.top_service.terminating = True
+        run.until(lambda: run.links[1, 0].status.save_requested)
         relay._peer._wire.socket.shutdown(socket.SHUT_RDWR)
         assert run.finish()[1][0] == 1
 
@@ -362,7 +370,7 @@ def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_pat
         with pytest.raises(ServerGone, match="has lost the one of all machines"):
             poll_for_ever(lost)
         lost.close()
-        run.until(lambda: run.top._core.live_workers == 1)
+        run.until(lambda: run.top.core.live_workers == 1)
         run.links[0, 0].push(torch.ones(NUMEL), TAU, 1)
         assert run.finish()[0][0] == 2
 
@@ -373,11 +381,11 @@ def test_a_relay_with_another_secret_is_refused_and_its_workers_are_told(tmp_pat
         path.mkdir()
         contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
         folder = RunFolder.create(path, torch.zeros(NUMEL), 1, LAYOUT.manifest, contents)
-        relay = RelayServer(folder, address=run.top._gate.address, secret=bytes(32))
+        relay = Service(folder, Relay(folder, run.address, bytes(32)))
         thread = threading.Thread(target=relay.serve)
         thread.start()
         with pytest.raises(ServerGone):
-            MailboxLink(folder, 0, LAYOUT, CPU)
+            SharedMemoryLink(folder, 0, LAYOUT, CPU)
         thread.join()
         run.finish()
 
@@ -389,11 +397,11 @@ def test_a_relay_with_other_settings_is_refused(tmp_path, caplog):
         contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
         contents["settings"] = {**contents["settings"], "sync_steps": 8}
         folder = RunFolder.create(path, torch.zeros(NUMEL), 1, LAYOUT.manifest, contents)
-        relay = RelayServer(folder, address=run.top._gate.address, secret=SECRET)
+        relay = Service(folder, Relay(folder, run.address, SECRET))
         thread = threading.Thread(target=relay.serve)
         thread.start()
         with pytest.raises(ServerGone):
-            MailboxLink(folder, 0, LAYOUT, CPU)
+            SharedMemoryLink(folder, 0, LAYOUT, CPU)
         thread.join()
         assert "The settings of this machine are not those of the run" in caplog.text
         run.finish()
@@ -403,10 +411,10 @@ def test_what_cannot_work_across_machines_is_an_error_at_the_start(tmp_path):
     contents = {"fingerprint": LAYOUT.fingerprint.hex(), "settings": {**SETTINGS.as_dict(), "algorithm": "lsgd"}}
     folder = RunFolder.create(tmp_path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
     with pytest.raises(RuntimeError, match=r"algorithm=.lsgd. works on one machine only"):
-        RelayServer(folder, address=("127.0.0.1", 1), secret=SECRET)
+        Relay(folder, ("127.0.0.1", 1), SECRET)
     folder.run["settings"]["algorithm"] = "lsam"
     with pytest.raises(RuntimeError, match=r"vectors cross the network unencrypted.*allow_remote"):
-        GlobalServer(folder, address=("0.0.0.0", 0), secret=SECRET)
+        listen(folder, ("0.0.0.0", 0), SECRET)
 
 
 # --- whole runs, through the real launcher ---
@@ -529,8 +537,8 @@ def launches(*arguments, **fields) -> Iterator[Launches]:
             process.wait()
 
 
-def sums_handed_on(log: str) -> list[int]:
-    return [int(steps) for steps in re.findall(r"handed on sum \d+ of (\d+) steps", log)]
+def sums_forwarded(log: str) -> list[int]:
+    return [int(steps) for steps in re.findall(r"forwarded sum \d+ of (\d+) steps", log)]
 
 
 def test_two_launches_on_loopback_are_one_run(tmp_path):
@@ -542,9 +550,9 @@ def test_two_launches_on_loopback_are_one_run(tmp_path):
     assert all(report["steps"] == 40 and report["error"] is None for report in reports), (reports, run.story())
     assert len({report["end"] for report in reports}) == 1
     assert all(report["versions"] == sorted(report["versions"]) for report in reports)
-    assert sum(sums_handed_on(run.log(1))) == 2 * 40
+    assert sum(sums_forwarded(run.log(1))) == 2 * 40
     # One a period of 2 * 4 steps, until the first of the two has finished.
-    assert min(sums_handed_on(re.split(r"worker \d+ finished", run.log(1))[0])) >= 2 * 4
+    assert min(sums_forwarded(re.split(r"worker \d+ finished", run.log(1))[0])) >= 2 * 4
 
 
 def test_sigterm_to_the_global_server_has_the_workers_of_all_machines_save_and_leave(tmp_path):
@@ -605,7 +613,7 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
         "c": ["--connect", address, "--secret_file", str(tmp_path / "wrong")],
     }
     servers, links = {}, {}
-    patience = Patience(server_timeout=60.0)
+    timeouts = Timeouts(server_timeout=60.0)
     try:
         for name, options in places.items():
             servers[name] = start_server(tmp_path / name / "run", tmp_path / f"{name}.log", None, options)
@@ -613,7 +621,7 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
             while not is_served(tmp_path / name / "run"):
                 assert servers[name].poll() is None, (tmp_path / f"{name}.log").read_text()
                 time.sleep(0.05)
-            run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / name / "run"), patience)
+            run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / name / "run"), timeouts)
             x = torch.nn.Parameter(torch.full((NUMEL,), float(len(links))))
             links[name] = (run, None)
             if name == "c":
@@ -676,9 +684,9 @@ def test_a_link_that_is_slow_and_then_cut_comes_back_and_all_machines_end_at_one
     assert all(report["versions"] == sorted(report["versions"]) for report in reports)
     assert "did not come back" not in run.log(0)
     for machine in (1, 2):
-        sums = sums_handed_on(run.log(machine))
+        sums = sums_forwarded(run.log(machine))
         assert len(sums) <= 400 // 4
-    assert sum(sums_handed_on(run.log(1))) == 400  # each of its steps crossed once, in one push a period
+    assert sum(sums_forwarded(run.log(1))) == 400  # each of its steps crossed once, in one push a period
 
 
 @needs_networks

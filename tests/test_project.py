@@ -28,6 +28,7 @@ ROOMS = [
     "arguments",
     "failure_signatures",
     "run",
+    "joining",
     "identity",
     "data",
     "metrics",

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from launch import PATIENCE, wait_until
+from links import SlowServerLink
 from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
@@ -25,9 +26,12 @@ from hf_lsam.checkpoint import load_tensors, save_tensors
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.server.local import LocalLink
-from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
-from hf_lsam.transport.mailbox import Channel, Kind, Message, RunFolder
+from hf_lsam.server.root import Root
+from hf_lsam.server.service import Service
+from hf_lsam.transport.base import RefusedError, ServerGone
+from hf_lsam.transport.mailbox import Channel, RunFolder
+from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Push
+from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
 # Forked children run nothing.
@@ -117,24 +121,19 @@ def test_a_core_goes_on_from_its_state():
 # --- worker.py with a server that is busy ---
 
 
-class BusyLink(LocalLink):
-    """A server that has not yet taken the last push."""
-
-    can_push = False
-
-
 def test_a_push_that_finds_the_mailbox_full_is_skipped_and_its_sum_goes_out_with_the_next():
     x = nn.Parameter(torch.full((2,), 3.0))
     core = ServerCore(torch.zeros(2), SETTINGS)
-    link = BusyLink(core)
+    link = SlowServerLink(core)
+    link.busy = True
     worker = Worker([("x", x)], link, WorkerSettings(4, 0.0, "decoupled"))
     for _ in range(6):
         worker.after_optimizer_step([0.1])
-    assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 0, 6)
-    link.can_push = True
+    assert (worker.skipped_pushes, link.status.accepted, worker.steps_in_total) == (1, 0, 6)
+    link.busy = False
     for _ in range(2):
         worker.after_optimizer_step([0.1])
-    assert (worker.skipped_pushes, link.accepted, worker.steps_in_total) == (1, 1, 0)
+    assert (worker.skipped_pushes, link.status.accepted, worker.steps_in_total) == (1, 1, 0)
     assert worker.anchor.tolist() == [3.0, 3.0]  # the mean of eight steps
 
 
@@ -221,12 +220,12 @@ def test_no_room_in_shared_memory_is_an_error_that_names_the_bytes_and_leaves_no
 def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     near, far = socket.socketpair()
     channel = Channel(near)
-    frame = struct.pack("<IHHqqd32s", 0x4C53414D, Kind.PUSH, 3, 16, -1, 0.5, bytes(range(32)))
+    frame = struct.pack("<IHqqd", 0x4C53414D, 2, 3, 16, 0.5).ljust(WORKER_MESSAGES.size, b"\0")
     assert channel.receive() is None
     far.sendall(frame[:11])
     assert channel.receive() is None
     far.sendall(frame[11:])
-    assert channel.receive() == Message(Kind.PUSH, 3, 16, -1, 0.5, bytes(range(32)))
+    assert channel.receive() == Push(number=3, steps=16, loss=0.5)
     assert channel.receive() is None
     far.sendall(b"GET / HTTP/1.1\r\n" * 8)
     with pytest.raises(ValueError, match="not a frame"):
@@ -235,7 +234,7 @@ def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     channel.close()
 
 
-# --- process.py and link.py: a real server process ---
+# --- service.py and shared_memory.py: a real server process ---
 
 
 @pytest.fixture
@@ -253,11 +252,13 @@ def served(tmp_path):
     assert not folder.path.exists()
 
 
-def join_all(folder, layout, workers=(0, 1)) -> list[MailboxLink]:
+def join_all(folder, layout, workers=(0, 1)) -> list[SharedMemoryLink]:
     """Joins several workers at once: each is welcomed only when all are there."""
-    links: dict[int, MailboxLink] = {}
+    links: dict[int, SharedMemoryLink] = {}
     threads = [
-        threading.Thread(target=lambda n=n: links.__setitem__(n, MailboxLink(folder, n, layout, CPU)), name=f"join-{n}")
+        threading.Thread(
+            target=lambda n=n: links.__setitem__(n, SharedMemoryLink(folder, n, layout, CPU)), name=f"join-{n}"
+        )
         for n in workers
     ]
     for thread in threads:
@@ -293,10 +294,10 @@ def test_pushes_move_the_anchor_of_a_server_process(served):
     second.settle()
     assert first.poll(0, out) == 1
     assert torch.equal(out, start + 2.0)
-    assert (first.accepted, first.staleness, first.bytes_pushed) == (1, [0], 20)
+    assert (first.status.accepted, first.status.staleness_sum, first.status.bytes_pushed) == (1, 0, 20)
     first.push(torch.full((5,), 0.0), 4, 0)  # still around version 0
     first.settle()
-    assert first.staleness == [0, 1]
+    assert (first.status.staleness_sum, first.status.staleness_max) == (1, 1)
     finish_all([first, second])
 
 
@@ -305,7 +306,7 @@ def test_a_server_process_refuses_what_is_not_finite_and_says_so(served):
     first, second = join_all(folder, layout)
     first.push(torch.tensor([0.0, math.nan, 0.0, 0.0, 0.0]), 4, 0)
     first.settle()
-    assert (first.refused, first.accepted) == (1, 0)
+    assert (first.status.refused, first.status.accepted) == (1, 0)
     for link in (first, second):
         link.push(torch.ones(5) * 4, 4, 0)
         link.settle()
@@ -319,7 +320,7 @@ def test_a_worker_that_does_not_match_is_refused_with_the_first_difference(serve
     folder, layout, _ = served
     other = ParameterLayout([("v", torch.zeros(5))])
     with pytest.raises(RefusedError, match=r"Worker 1's.*`v` \[5\] torch.float32 here, `w` \[5\]"):
-        MailboxLink(folder, 1, other, CPU)
+        SharedMemoryLink(folder, 1, other, CPU)
     finish_all(join_all(folder, layout))
 
 
@@ -327,7 +328,7 @@ def test_a_second_worker_with_the_same_number_is_refused(served):
     folder, layout, _ = served
     links = join_all(folder, layout)
     with pytest.raises(RefusedError, match="already takes part as worker 1"):
-        MailboxLink(folder, 1, layout, CPU)
+        SharedMemoryLink(folder, 1, layout, CPU)
     finish_all(links)
 
 
@@ -360,7 +361,7 @@ def test_a_killed_worker_is_dropped_although_a_child_of_its_process_lives_on(ser
     near, far = multiprocessing.get_context("fork").Pipe()
 
     def body():
-        MailboxLink(folder, 1, layout, CPU)
+        SharedMemoryLink(folder, 1, layout, CPU)
         with forked_child() as child:
             far.send(child)
             signal.pause()
@@ -396,7 +397,7 @@ def forked_child() -> Iterator[int]:
 def test_garbage_on_the_socket_changes_nothing(served):
     folder, layout, _ = served
     links = join_all(folder, layout)
-    unknown_kind = struct.pack("<IHHqqd32s", 0x4C53414D, 99, 0, 0, 0, 0.0, b"")
+    unknown_kind = struct.pack("<IH", 0x4C53414D, 99).ljust(WORKER_MESSAGES.size, b"\0")
     for garbage in (b"GET / HTTP/1.0\r\n\r\n" * 10, os.urandom(1000), unknown_kind):
         channel = folder.connect(lambda: True, PATIENCE)
         channel._socket.sendall(garbage)
@@ -415,7 +416,7 @@ def test_an_early_stop_and_the_best_step_reach_the_others(served):
     results = {}
     stopper = threading.Thread(target=lambda: results.update(first=first.finish(True, 40, torch.empty(5))))
     stopper.start()
-    while not second.stop_requested:
+    while not second.status.stop_requested:
         second.poll(0, torch.empty(5))
     results["second"] = second.finish(False, -1, torch.empty(5))
     stopper.join()
@@ -445,7 +446,7 @@ def test_a_server_that_stays_away_is_an_error_that_says_where_to_look(tmp_path):
     server.wait()
     for _ in range(3):  # the worker trains on, around the last anchor
         assert first.poll(0, torch.empty(5)) is None
-    assert first.away
+    assert not first.status.connected
     assert not first.can_push
     second._server_timeout = 0.0
     second.poll(0, torch.empty(5))
@@ -461,10 +462,10 @@ def test_sigterm_ends_a_server_and_its_folder(tmp_path):
     server = start_server(folder.path, tmp_path / "server.log")
     links = join_all(folder, layout)
     server.terminate()
-    while not all(link.save_requested for link in links):
+    while not all(link.status.save_requested for link in links):
         for link in links:
             link.poll(0, torch.empty(5))
-    assert all(link.stop_requested for link in links)
+    assert all(link.status.stop_requested for link in links)
     finish_all(links)
     assert server.wait() == 143
     assert not folder.path.exists()
@@ -473,7 +474,36 @@ def test_sigterm_ends_a_server_and_its_folder(tmp_path):
 def test_a_worker_whose_server_never_comes_is_told(tmp_path):
     folder, layout = make_folder(tmp_path)
     with pytest.raises(ServerGone, match="found no server"):
-        MailboxLink(folder, 0, layout, CPU, server_alive=lambda: False)
+        SharedMemoryLink(folder, 0, layout, CPU, server_alive=lambda: False)
+
+
+def test_what_an_evicted_worker_had_half_handed_in_is_dropped_though_it_holds_the_newest_anchor(tmp_path):
+    folder, layout = make_folder(tmp_path, workers=0)
+    service = Service(folder, Root(folder))
+    links, incoming = [], torch.empty(5)
+    with service.listening():
+        joining = threading.Thread(target=lambda: links.append(SharedMemoryLink(folder, ANY_NUMBER, layout, CPU)))
+        joining.start()
+        while joining.is_alive():
+            service.turn(0.01)
+        (link,) = links
+        link.push(torch.ones(5) * 4, 4, 0)  # its frame goes out with the next poll, which comes too late
+        (connection,) = service._workers.values()
+        connection.last_heard, service._sweep_at = -math.inf, 0.0
+        service.turn(0.0)
+        while not (link.status.evictions and link.status.connected):
+            link.poll(0, incoming)
+            service.turn(0.01)
+        assert link.can_push
+        assert folder.version == 0
+        link.push(torch.ones(5) * 8, 4, 0)
+        while not link.can_push:
+            link.poll(0, incoming)
+            service.turn(0.01)
+        assert (link.status.evictions, link.status.accepted, folder.version) == (1, 1, 1)
+        assert torch.equal(folder.slot(1), torch.arange(5.0) + 2)
+        link.close()
+        service.turn(0.0)
 
 
 # --- checkpoint.py ---

@@ -15,7 +15,7 @@ from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.metrics import WorkerMetrics
 from hf_lsam.server.core import ServerCore
-from hf_lsam.server.local import LocalLink
+from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.worker import Worker
 
 
@@ -124,12 +124,13 @@ def test_the_totals_of_a_run_are_there_while_it_goes_on_and_after():
 
 def test_totals_take_nothing_away_from_the_next_log_point():
     x = nn.Parameter(torch.zeros(3))
-    link = LocalLink(ServerCore(torch.zeros(3), ServerSettings(2)))
+    link = InProcessLink(ServerCore(torch.zeros(3), ServerSettings(2)))
     metrics = WorkerMetrics(Worker([("x", x)], link, WorkerSettings(2)))
-    link.staleness = [1, 3]
+    for staleness in (1, 3):
+        link._status = link.status.after_answer(True, 0, staleness)
     assert metrics.of_run()["staleness_mean"] == 2
     assert metrics.since_last_log()["lsam/staleness"] == 2
-    link.staleness = [8]
+    link._status = link.status.after_answer(True, 0, 8)
     assert metrics.since_last_log()["lsam/staleness"] == 8
     assert metrics.of_run()["staleness_mean"] == 4
     assert metrics.of_run()["staleness_max"] == 8

@@ -1,1 +1,1 @@
-"""The server that owns the anchor: `core` (arithmetic), `process` (sockets, lifetime), `local` (no process at all)."""
+"""The server that owns the anchor: `core` (arithmetic), `service` (the workers of a machine), `root` and `relay`."""

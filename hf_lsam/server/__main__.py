@@ -16,9 +16,8 @@ from pathlib import Path
 
 from ..transport.secret import read_secret
 from .lifetime import run_server
-from .machines import GlobalServer, refuse_taken_port
-from .process import Server
-from .relay import RelayServer
+from .relay import Relay
+from .root import Root, listen, refuse_taken_port
 
 
 def address(text: str) -> tuple[str, int]:
@@ -47,19 +46,26 @@ parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
 if (arguments.listen or arguments.connect) and not arguments.secret_file:
     parser.error("--listen and --connect need --secret_file: it decides which machines take part")
+if arguments.connect and isinstance(arguments.resume, Path):
+    parser.error("--resume FILE is for the server of all machines: a relay begins with the anchor that it has")
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 try:
-    make = Server
-    if arguments.listen or arguments.connect:
-        secret = read_secret(arguments.secret_file)
+    make_role = Root
     if arguments.listen:
         refuse_taken_port(arguments.listen)
-        remote = arguments.allow_remote
-        make = functools.partial(GlobalServer, address=arguments.listen, secret=secret, allow_remote=remote)
+        secret = read_secret(arguments.secret_file)
+
+        def make_role(folder):
+            return Root(folder, listen(folder, arguments.listen, secret, arguments.allow_remote))
+
     elif arguments.connect:
-        make = functools.partial(RelayServer, address=arguments.connect, secret=secret)
+        make_role = functools.partial(Relay, address=arguments.connect, secret=read_secret(arguments.secret_file))
     run_server(
-        arguments.run_dir, arguments.resume, idle_timeout=arguments.idle_timeout, parent=arguments.parent, make=make
+        arguments.run_dir,
+        arguments.resume,
+        idle_timeout=arguments.idle_timeout,
+        parent=arguments.parent,
+        make_role=make_role,
     )
 except (RuntimeError, ValueError) as error:
     sys.exit(str(error))

@@ -1,7 +1,8 @@
-"""The server's arithmetic: pushes in, anchor out.
+"""The arithmetic of servers: pushes in, anchor out; and which pushes are counted.
 
-Pure: no socket, no clock, no process. The same object runs in the server process, inside a worker that is alone, and
-in simulations of a cluster.
+Pure: no socket, no clock, no process. `ServerCore` moves the anchor: in the server process, inside a worker that is
+alone, and in simulations of a cluster. `RelayCore` adds up what one machine forwards to it. Both are what
+`transport.in_process.Aggregator` asks for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from ..algorithms import ALGORITHMS, ServerHalf, ServerSettings
 from ..anchor import Anchor
+
+REMEMBERED = 4096  # processes whose last counted push is kept
+UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
 
 
 class ServerCore:
@@ -94,3 +98,145 @@ class ServerCore:
         """Takes over what `state_tensors` gave."""
         self.anchor.load_state_tensors(state)
         self._algorithm.load_state_tensors(state)
+
+
+class RelayCore:
+    """What `ServerCore` is to the global server: sums go in, and come out again once a period is complete.
+
+    Args:
+        vector: the anchor to begin with, float32 [d]; owned from here on.
+        settings: of the run.
+
+    State: the sum of the period under way, the sum that was forwarded and has no answer yet, the last anchor.
+    Process: one; not thread-safe.
+    """
+
+    def __init__(self, vector: Tensor, settings: ServerSettings):
+        self.settings = settings
+        self.anchor = Anchor(vector)  # moved by `adopt` only
+        self._live: set[int] = set()
+        self.accepted_pushes = 0
+        self.refused_pushes = 0
+        self.forwarded = 0
+        self._sum = torch.zeros_like(vector)
+        self._steps = 0
+        self._under_way = torch.zeros_like(vector)
+        self._steps_under_way = 0
+
+    def join(self, worker: int) -> None:
+        """Counts `worker` as live."""
+        self._live.add(worker)
+
+    def leave(self, worker: int) -> None:
+        """Counts `worker` as gone; what it pushed stays."""
+        self._live.discard(worker)
+
+    @property
+    def live_workers(self) -> int:
+        """n of this machine."""
+        return len(self._live)
+
+    @torch.no_grad()
+    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool:
+        """Adds the sum of x - y over `steps` local steps of one worker, float32 [d]; read, not kept.
+
+        Returns:
+            False if it is not finite, as `ServerCore.push`.
+        """
+        if not torch.isfinite(torch.dot(vector, vector)):
+            self.refused_pushes += 1
+            return False
+        self.accepted_pushes += 1
+        self._add(vector, steps)
+        return True
+
+    def claim(self, all_of_it: bool = False) -> tuple[Tensor, int, int] | None:
+        """The sum to forward, if a period is complete and the last one has been answered.
+
+        Args:
+            all_of_it: whatever there is; at the end.
+
+        Returns:
+            (sum float32 [d], to be left as it is until answered; steps in it; its number, from 1), or None.
+        """
+        complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
+        if self._steps_under_way or not self._steps or not (complete or all_of_it):
+            return None
+        self._sum, self._under_way = self._under_way, self._sum
+        self._steps, self._steps_under_way = 0, self._steps
+        self.forwarded += 1
+        return self._under_way, self._steps_under_way, self.forwarded
+
+    def answered(self, number: int) -> None:
+        """The global server has counted, or refused, the sum that was forwarded as `number`."""
+        if number == self.forwarded:
+            self._steps_under_way = 0
+
+    @torch.no_grad()
+    def settle(self, last_counted: int) -> None:
+        """After a lost link: what was under way, if it was not counted, goes back into the sum."""
+        if self._steps_under_way and last_counted < self.forwarded:
+            self._add(self._under_way, self._steps_under_way)
+        self._steps_under_way = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that came in has been forwarded, and answered."""
+        return not self._steps and not self._steps_under_way
+
+    @torch.no_grad()
+    def adopt(self, vector: Tensor, version: int) -> None:
+        """Takes the global anchor [d]; an older one than it has is left alone."""
+        if version >= self.anchor.version:
+            self.anchor.vector.copy_(vector)
+            self.anchor.version = version
+
+    def flush(self) -> None:
+        """The end: nothing to do here, the global server flushes."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The last anchor; sums are not taken up again."""
+        return self.anchor.state_tensors()
+
+    def _add(self, vector: Tensor, steps: int) -> None:
+        if self._steps:
+            self._sum.add_(vector)
+        else:
+            self._sum.copy_(vector)
+        self._steps += steps
+
+
+class CountedPushes:
+    """The last push of each process that was counted: none counts twice, whatever connections are lost.
+
+    State: (process, push) pairs of the processes that were heard of last.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}
+        self.unless_known = 0  # "the last push that was counted" of a process that is not known
+
+    def last(self, process: int) -> int:
+        """What a process that joins is told."""
+        return self._last.get(process, self.unless_known)
+
+    def note(self, process: int, push: int, steps: int) -> None:
+        """Counts `push` of `steps` steps.
+
+        Raises:
+            ValueError: if it is replayed, comes out of order or covers no sensible number of steps.
+        """
+        last = self._last.get(process, 0)
+        if not 0 < steps < 2**31 or push <= last:
+            raise ValueError(f"push {push} of {steps} steps after push {last}")
+        self._last.pop(process, None)  # the newest last: the oldest is forgotten first
+        self._last[process] = push
+        if len(self._last) > REMEMBERED:
+            del self._last[next(iter(self._last))]
+
+    def state_tensor(self) -> Tensor:
+        """int64 [processes, 2]."""
+        return torch.tensor([*self._last.items()], dtype=torch.int64).reshape(-1, 2)
+
+    def load_state_tensor(self, state: Tensor) -> None:
+        self._last = dict(state.tolist())

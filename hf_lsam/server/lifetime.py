@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from ..transport.mailbox import RunFolder, served_by_this_process
-from .process import Server
+from .root import Root
+from .service import Role, Service
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +28,14 @@ def run_server(
     join_timeout: float = 600.0,
     idle_timeout: float = 600.0,
     parent: int | None = None,
-    make: Callable[..., Server] = Server,
+    make_role: Callable[[RunFolder], Role] = Root,
 ) -> None:
-    """Serves the run in `run_dir` in this process; waits for its first worker to found it, if there is none yet.
+    """Serves the run in `run_dir` in this process; waits for its first worker to create it, if there is none yet.
 
     At the end the folder of a launch is removed. A folder that others join keeps its last snapshot.
 
     Args:
-        make: called with the run folder and `Server`'s other arguments.
+        make_role: given the run folder, what this server is in the run.
 
     Raises:
         RuntimeError: if another process serves the folder, or if it holds a run that is not to be resumed.
@@ -45,7 +46,7 @@ def run_server(
     with served_by_this_process(run_dir):
         folder = _open(run_dir, resume is True, idle_timeout)
         launched = bool(folder.run["num_workers"])
-        server = make(folder, resume, join_timeout, idle_timeout, parent)
+        server = Service(folder, make_role(folder), resume, join_timeout, idle_timeout, parent)
 
         def end(*_) -> None:
             server.terminating = True
@@ -62,7 +63,7 @@ def run_server(
 
 
 def _open(run_dir: Path, resume: bool, idle_timeout: float) -> RunFolder:
-    """The run in `run_dir`; where there is none yet, the one that its first worker will found."""
+    """The run in `run_dir`; where there is none yet, the one that its first worker will create."""
     if resume and (run_dir / "run.json").exists():
         return RunFolder.reopen(run_dir)
     if (run_dir / "run.json").exists():

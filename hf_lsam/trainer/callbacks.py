@@ -13,7 +13,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..record import Tail, worker_file
 from ..session import Session
-from ..transport.link import ServerGone
+from ..transport.base import ServerGone
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class LSAMCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._leave_evaluation_to_worker_0(control)
-        link = self._session.worker.link
+        link = self._session.worker.link.status
         if link.save_requested or self.server_gone is not None or self._session.signals.received is not None:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False

@@ -34,7 +34,7 @@ from ..identity import data_sharding, is_pinned
 from ..parameters import in_stored_types, trainable_parameters
 from ..record import read_record
 from ..session import Session
-from ..transport.link import ServerGone
+from ..transport.base import ServerGone
 from ..worker import Worker
 from .callbacks import LSAMCallback, OtherWorkers
 from .checkpoints import Checkpoints

@@ -38,8 +38,9 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
 
+from .base import RefusedError
+from .messages import Refusal
 from .peer import HEARTBEAT, Peer
 from .secret import SECRET_BYTES
 from .wire import GLOBAL, MAC_BYTES, MACHINE, Wire, make_pair
@@ -56,15 +57,6 @@ _ANSWER_BYTES = _ANSWER.size + MAC_BYTES
 _ROLES = (b"global..", b"machine.")  # in every proof, so that none is one of the other side
 
 
-class Refusal(IntEnum):
-    """Why a machine may not join."""
-
-    SECRET = 1
-    RUN = 2
-    FINGERPRINT = 3
-    LENGTH = 4
-
-
 _REFUSALS = {
     Refusal.SECRET: "One of the two does not know the secret of the other. Copy the secret file of the global server "
     "to this machine (scp -p).",
@@ -76,7 +68,7 @@ _REFUSALS = {
 }
 
 
-class JoinRefused(ValueError):
+class JoinRefused(RefusedError):
     """The global server does not take this machine, or is not the one that this machine may trust."""
 
     def __init__(self, reason: Refusal, address: tuple[str, int]):
@@ -101,7 +93,7 @@ class Listener:
         allow_remote: listen beyond this machine; read the module's trust boundary first.
         silence: seconds without a sign of life, or for 16 MiB of a vector, after which a machine is lost.
         handshake_timeout: seconds a connection has to prove itself, and again to make the Gloo pair.
-        max_strangers: connections that may be open without proof; more are closed at once.
+        max_pending: connections that may be open without proof; more are closed at once.
 
     Raises:
         ValueError: if the host is not loopback and `allow_remote` is not set, or if an argument is out of range.
@@ -121,7 +113,7 @@ class Listener:
         allow_remote: bool = False,
         silence: float = 30.0,
         handshake_timeout: float = 10.0,
-        max_strangers: int = 64,
+        max_pending: int = 64,
     ):
         _check(secret, fingerprint, numel, silence)
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -137,8 +129,8 @@ class Listener:
         self._numel = numel
         self._silence = silence
         self._handshake_timeout = handshake_timeout
-        self._max_strangers = max_strangers
-        self._strangers: dict[socket.socket, _Stranger] = {}
+        self._max_pending = max_pending
+        self._pending: dict[socket.socket, _PendingConnection] = {}
         self._joining: dict[threading.Thread, socket.socket] = {}
         self._joined: deque[Peer] = deque()
         self._closed = False
@@ -159,13 +151,13 @@ class Listener:
         """Goes on with all handshakes as far as it can without waiting; returns the machines that have joined."""
         for key, _ in self._selector.select(0):
             if key.fileobj is self._socket:
-                self._welcome_strangers()
+                self._accept_connections()
             elif key.fileobj is self._wakeup:
                 os.eventfd_read(self._wakeup)
             else:
-                self._listen_to(key.fileobj)
+                self._read(key.fileobj)
         now = time.monotonic()
-        for connection in [each for each, stranger in self._strangers.items() if stranger.deadline < now]:
+        for connection in [each for each, pending in self._pending.items() if pending.deadline < now]:
             self._drop(connection, "it did not complete the handshake in time")
         self._joining = {thread: connection for thread, connection in self._joining.items() if thread.is_alive()}
         peers = []
@@ -187,11 +179,11 @@ class Listener:
         for peer in self._joined:
             peer.close()
         self._selector.close()
-        for connection in (self._socket, *self._strangers):
+        for connection in (self._socket, *self._pending):
             connection.close()
         os.close(self._wakeup)
 
-    def _welcome_strangers(self) -> None:
+    def _accept_connections(self) -> None:
         while True:
             try:
                 connection, address = self._socket.accept()
@@ -200,11 +192,11 @@ class Listener:
             except OSError as error:  # it has gone again, or this process has no file descriptor left
                 logger.warning("could not take in a connection: %s", error)
                 return
-            if len(self._strangers) >= self._max_strangers:
+            if len(self._pending) >= self._max_pending:
                 logger.info(
                     "closed a connection from %s: %d others have yet to prove themselves",
                     address[0],
-                    len(self._strangers),
+                    len(self._pending),
                 )
                 connection.close()
                 continue
@@ -212,13 +204,15 @@ class Listener:
             nonce = secrets.token_bytes(_NONCE_BYTES)
             with suppress(OSError):
                 connection.send(_CHALLENGE.pack(_MAGIC, nonce))
-            self._strangers[connection] = _Stranger(address[:2], nonce, time.monotonic() + self._handshake_timeout)
+            self._pending[connection] = _PendingConnection(
+                address[:2], nonce, time.monotonic() + self._handshake_timeout
+            )
             self._selector.register(connection, selectors.EVENT_READ)
 
-    def _listen_to(self, connection: socket.socket) -> None:
-        stranger = self._strangers[connection]
+    def _read(self, connection: socket.socket) -> None:
+        pending = self._pending[connection]
         try:
-            chunk = connection.recv(_JOIN_BYTES - len(stranger.said))
+            chunk = connection.recv(_JOIN_BYTES - len(pending.received))
         except BlockingIOError:
             return
         except OSError:
@@ -226,15 +220,15 @@ class Listener:
         if not chunk:
             self._drop(connection, "it closed the connection before it had proved itself")
             return
-        stranger.said += chunk
-        if not _MAGIC.startswith(stranger.said[: len(_MAGIC)]):
+        pending.received += chunk
+        if not _MAGIC.startswith(pending.received[: len(_MAGIC)]):
             self._drop(connection, "it does not speak this protocol, or another version of it")
-        elif len(stranger.said) == _JOIN_BYTES:
-            self._judge(connection, stranger)
+        elif len(pending.received) == _JOIN_BYTES:
+            self._verify(connection, pending)
 
-    def _judge(self, connection: socket.socket, stranger: _Stranger) -> None:
-        join, proof = stranger.said[: _JOIN.size], stranger.said[_JOIN.size :]
-        transcript = stranger.nonce + join
+    def _verify(self, connection: socket.socket, pending: _PendingConnection) -> None:
+        join, proof = pending.received[: _JOIN.size], pending.received[_JOIN.size :]
+        transcript = pending.nonce + join
         if not hmac.compare_digest(proof, _proof(self._secret, MACHINE, transcript)):
             answer, mac = _ANSWER.pack(_MAGIC, Refusal.SECRET), bytes(MAC_BYTES)
         else:
@@ -242,7 +236,7 @@ class Listener:
             mac = _proof(self._secret, GLOBAL, transcript + answer)
         refusal = answer[-1]
         if refusal:
-            logger.warning("refused a machine at %s: %s", stranger.address[0], Refusal(refusal).name)
+            logger.warning("refused a machine at %s: %s", pending.address[0], Refusal(refusal).name)
         with suppress(OSError):
             connection.send(answer + mac)
         if refusal:
@@ -251,7 +245,7 @@ class Listener:
         self._forget(connection)
         wire = Wire(connection, _session_key(self._secret, transcript), GLOBAL)
         thread = threading.Thread(
-            target=self._join, args=(wire, stranger.address), name=f"hf_lsam-joining-{stranger.address[0]}", daemon=True
+            target=self._join, args=(wire, pending.address), name=f"hf_lsam-joining-{pending.address[0]}", daemon=True
         )
         self._joining[thread] = connection
         thread.start()
@@ -274,13 +268,13 @@ class Listener:
         os.eventfd_write(self._wakeup, 1)
 
     def _drop(self, connection: socket.socket, reason: str) -> None:
-        logger.info("closed a connection from %s: %s", self._strangers[connection].address[0], reason)
+        logger.info("closed a connection from %s: %s", self._pending[connection].address[0], reason)
         self._forget(connection)
         connection.close()
 
     def _forget(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
-        del self._strangers[connection]
+        del self._pending[connection]
 
 
 def connect(
@@ -354,13 +348,13 @@ def _connect_once(
 
 
 @dataclass
-class _Stranger:
+class _PendingConnection:
     """A connection that has proved nothing yet."""
 
     address: tuple[str, int]
     nonce: bytes
     deadline: float
-    said: bytes = b""
+    received: bytes = b""
 
 
 def _read_exactly(connection: socket.socket, size: int, deadline: float) -> bytes:

@@ -6,9 +6,9 @@ A run folder (mode 0700) holds
     parameters.json  the manifest of names, shapes and dtypes, for the error of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [2]: (last version complete, last version begun)
-    mailbox_T        float32 [d], written by the worker that joined with ticket T, read by the server
-    socket           Unix stream socket; every message is one fixed `Message` frame, nothing is ever unpickled
-    snapshot.safetensors, lock, founding, server.json    the server's last saved state; who serves the folder
+    mailbox_N        float32 [d], the Nth join's: written by its worker, read by the server
+    socket           Unix stream socket; its frames are those of `messages`
+    snapshot.safetensors, lock, create, server.json    the server's last saved state; who serves the folder
 
 Who may touch what, and when. A worker writes its mailbox only while the mailbox is its own: from the server's reply to
 one push until it sends the next. The server reads it only in between. The frames cross in order, so neither ever sees
@@ -42,20 +42,19 @@ import os
 import secrets
 import shutil
 import socket
-import struct
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import Tensor
+
+from .messages import WORKER_MESSAGES, Message
 
 logger = logging.getLogger(__name__)
 
@@ -65,63 +64,10 @@ LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
 # open, and the process would not be known to have left, or died, before all its children have.
 _signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(_signs_of_life)])
-ANY_NUMBER = 0xFFFF  # what a worker calls itself that joins by address; the server gives it a number
-
-
-ELSEWHERE = -1  # stands for the number of a worker on another machine
-
-
-class Kind(IntEnum):
-    """What a message says. Workers send the first group, the server the second."""
-
-    JOIN = 1  # digest: fingerprint; a: vector length; b: random number of the process
-    PUSH = 2  # a: local steps in the sum; b: which push of this process it is, from 1; loss: their mean
-    FINISH = 3  # a: 1 if all are to stop (early stopping); b: best step, or -1
-    SNAPSHOT = 4  # the server is to write its state into the run folder
-    PING = 5  # the process lives, whatever it does
-    FAILED = 6  # ends with an error; a launch ends with it
-
-    WELCOME = 11  # worker: the number given; a: the last push of this process that was counted; b: ticket
-    REFUSED = 12  # a: Refusal
-    ACCEPTED = 13  # a: anchor version when the push came in
-    REJECTED = 14  # a push with NaN or infinity
-    STOP = 15  # the run ends early; a: 1 if by a signal, and a checkpoint is to be saved
-    FINISHED = 16  # all have finished, the anchor is final; b: best step, or -1
-    SNAPSHOT_DONE = 17  # a: 1 if written, 0 if it failed
-    EVICTED = 18  # nothing was heard for `worker_timeout`; the worker may join again
-    GONE = (
-        19  # no server from here on. a: 0 if that of all machines is lost, 1 if a worker has failed; b: see ELSEWHERE
-    )
-
-
-class Refusal(IntEnum):
-    """Why a JOIN was refused."""
-
-    FINGERPRINT = 1
-    TAKEN = 2
-    TIMEOUT = 3
-    NO_ROOM = 4
-    ENDED = 5
-
-
-@dataclass(frozen=True)
-class Message:
-    """One control frame: a kind, the worker it is from or for, two integers, a loss and 32 bytes."""
-
-    kind: Kind
-    worker: int
-    a: int = 0
-    b: int = 0
-    loss: float = 0.0
-    digest: bytes = bytes(32)
-
-
-_FRAME = struct.Struct("<IHHqqd32s")
-_MAGIC = 0x4C53414D  # "LSAM"
 
 
 class Channel:
-    """A stream socket that carries `Message` frames.
+    """A stream socket that carries `WORKER_MESSAGES`.
 
     Process: any; two threads may `send`, of which the one that does all else may `close`.
     Blocking: `wait` until a frame or `timeout`; all else never.
@@ -142,10 +88,9 @@ class Channel:
             ConnectionError: if the peer is gone.
             BlockingIOError: if it has left some hundred frames unread.
         """
-        fields = (message.kind, message.worker, message.a, message.b, message.loss, message.digest)
         with self._sending:
             self._socket.settimeout(0.0)
-            self._socket.sendall(_FRAME.pack(_MAGIC, *fields))
+            self._socket.sendall(WORKER_MESSAGES.pack(message))
 
     def receive(self) -> Message | None:
         """The next frame if one is there, else None.
@@ -161,7 +106,7 @@ class Channel:
         return self._read(timeout)
 
     def _read(self, timeout: float | None) -> Message | None:
-        while len(self._unread) < _FRAME.size:
+        while len(self._unread) < WORKER_MESSAGES.size:
             self._socket.settimeout(timeout)
             try:
                 chunk = self._socket.recv(4096)
@@ -170,11 +115,9 @@ class Channel:
             if not chunk:
                 raise ConnectionError("the other side closed the connection")
             self._unread += chunk
-        frame, self._unread = self._unread[: _FRAME.size], self._unread[_FRAME.size :]
-        magic, kind, *fields = _FRAME.unpack(frame)
-        if magic != _MAGIC:
-            raise ValueError("not a frame of this protocol")
-        return Message(Kind(kind), *fields)
+        size = WORKER_MESSAGES.size
+        frame, self._unread = self._unread[:size], self._unread[size:]
+        return WORKER_MESSAGES.unpack(frame)
 
     def shut(self) -> None:
         """Makes both sides read an end of file."""
@@ -291,7 +234,7 @@ class RunFolder:
         """Opens a folder whose server has ended; makes the shared files again if it ended cleanly.
 
         Raises:
-            FileNotFoundError: if no run was ever founded in it.
+            FileNotFoundError: if no run was ever created in it.
             RuntimeError: if nothing is left of its anchor.
         """
         numel = int(json.loads((path / "run.json").read_text())["numel"])
@@ -308,14 +251,14 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def found_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
-        """Opens the run in `path`; the first worker that comes founds it, with `create`'s arguments.
+    def create_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
+        """Opens the run in `path`; the first worker that comes creates it, with `create`'s arguments.
 
         Raises:
             FileNotFoundError: if there is a run whose server has ended, or not yet opened it again.
         """
-        with (path / "founding").open("a") as gate:
-            fcntl.flock(gate, fcntl.LOCK_EX)
+        with (path / "create").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not (path / "run.json").exists():
                 return cls.create(path, initial, 0, manifest, run)
         return cls(path)
@@ -331,13 +274,13 @@ class RunFolder:
 
     # --- mailboxes: one a join ---
 
-    def make_mailbox(self, ticket: int) -> Tensor:
+    def make_mailbox(self, number: int) -> Tensor:
         """Server only: allocates and maps the mailbox of one join, float32 [d].
 
         Raises:
             OSError: if there is no room; nothing is left behind.
         """
-        path = self.path / f"mailbox_{ticket}"
+        path = self.path / f"mailbox_{number}"
         try:
             _allocate(path, self.numel * FLOAT_BYTES)
         except OSError:
@@ -345,13 +288,13 @@ class RunFolder:
             raise
         return _map(path, self.numel)
 
-    def drop_mailbox(self, ticket: int) -> None:
+    def drop_mailbox(self, number: int) -> None:
         """Server only: takes the name away; who has it mapped keeps a file of its own."""
-        (self.path / f"mailbox_{ticket}").unlink(missing_ok=True)
+        (self.path / f"mailbox_{number}").unlink(missing_ok=True)
 
-    def mailbox(self, ticket: int) -> Tensor:
+    def mailbox(self, number: int) -> Tensor:
         """Maps the mailbox of one join, float32 [d]."""
-        return _map(self.path / f"mailbox_{ticket}", self.numel)
+        return _map(self.path / f"mailbox_{number}", self.numel)
 
     # --- the anchor: one writer ---
 

@@ -20,35 +20,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
 
+from .messages import MACHINE_MESSAGES, Message
 from .wire import Wire
 
 HEARTBEAT = 0.5  # seconds
 
-_FRAME = struct.Struct("<BBqqqq32s")  # what, whether a vector comes with it, header, SHA-256 of the vector
+_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s32s")  # what, whether a vector comes with it, message, its SHA-256
 _BEAT, _MESSAGE, _READY, _ARRIVED = range(4)  # what a frame is; the receiver of a vector is ready before it is sent
 _VECTOR_TAG, _ABORT_TAG = 1, 2
 _CHUNK = 1 << 22  # elements; a vector crosses in pieces, so that one that stands still is told from one that is large
 _CLOSING = 1.5  # seconds
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a message says: four signed 64-bit integers, whose meaning is up to the two sides."""
-
-    kind: int
-    a: int = 0
-    b: int = 0
-    c: int = 0
-
-
-_NO_HEADER = Header(0)
 
 
 class Peer:
@@ -70,18 +57,18 @@ class Peer:
         self._silence = silence
         self._changed = threading.Condition()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._outbox: deque[tuple[Header, Tensor | None]] = deque()
-        self._announced: deque[tuple[Header, bool, bytes]] = deque()  # messages whose vectors are still to come
-        self._inbox: deque[tuple[Header, Tensor | None]] = deque()
+        self._outbox: deque[tuple[Message, Tensor | None]] = deque()
+        self._announced: deque[tuple[Message, bool, bytes]] = deque()  # messages whose vectors are still to come
+        self._inbox: deque[tuple[Message, Tensor | None]] = deque()
         self._free = [torch.empty(numel, dtype=torch.float32) for _ in range(2)]
         self._held: Tensor | None = None
         self._posted = 0
         self._arrived = 0
-        self._ready = False  # the other side has a free buffer for the vector it was told of
-        self._delivering = False  # told the other side that a message has arrived, and about to put it into the inbox
+        self._ready = False  # the other side has a free buffer for the vector that was announced
+        self._delivering = False  # acknowledged a message, and about to put it into the inbox
         self._lost: str | None = None  # why
         self._closed = False
-        self._told = False  # whether `poll` has raised the error
+        self._error_raised = False  # whether `poll` has raised the error
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=f"hf_lsam-peer-{work.__name__}", daemon=True)
             for work in (self._watch, self._send, self._receive)
@@ -100,11 +87,11 @@ class Peer:
         with self._changed:
             return self._posted == self._arrived and self._lost is None
 
-    def post(self, header: Header, vector: Tensor | None = None) -> None:
+    def post(self, message: Message, vector: Tensor | None = None) -> None:
         """Sends a message. Dropped if the connection is lost: the next `poll` says so.
 
         Args:
-            header: what it says. Without a vector it may be posted at any time.
+            message: one of `MACHINE_MESSAGES`. Without a vector it may be posted at any time.
             vector: float32 [d] on CPU, contiguous; to be left as it is until `can_post`.
 
         Raises:
@@ -124,10 +111,10 @@ class Peer:
             if vector is not None and self._posted != self._arrived:
                 raise ValueError("The last message has not arrived yet. Post a vector only when `can_post`.")
             self._posted += 1
-            self._outbox.append((header, None if vector is None else vector.detach()))
+            self._outbox.append((message, None if vector is None else vector.detach()))
             self._changed.notify_all()
 
-    def poll(self) -> tuple[Header, Tensor | None] | None:
+    def poll(self) -> tuple[Message, Tensor | None] | None:
         """The next message, if one has arrived. Its vector float32 [d] may be read and written until the next call.
 
         Raises:
@@ -142,12 +129,12 @@ class Peer:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._wakeup)
             if self._inbox:
-                header, self._held = self._inbox.popleft()
+                message, self._held = self._inbox.popleft()
                 if self._lost is not None:
                     os.eventfd_write(self._wakeup, 1)
-                return header, self._held
-            if self._lost is not None and not self._told and not self._delivering:
-                self._told = True
+                return message, self._held
+            if self._lost is not None and not self._error_raised and not self._delivering:
+                self._error_raised = True
                 raise ConnectionError(f"Lost the machine at {self.address[0]}:{self.address[1]}: {self._lost}.")
             return None
 
@@ -175,7 +162,7 @@ class Peer:
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except (OSError, RuntimeError) as error:  # RuntimeError: Gloo's, whose texts do not tell more
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: Gloo's, whose texts do not tell more
             self._lose(str(error).partition(". This is typically")[0])
 
     def _lose(self, reason: str) -> None:
@@ -203,7 +190,7 @@ class Peer:
                 if time.monotonic() - beaten >= HEARTBEAT:
                     beaten = time.monotonic()
                     with suppress(OSError):  # reading tells, and first brings in what came before the end
-                        self._tell(_BEAT)
+                        self._send_frame(_BEAT)
                 selector.select(HEARTBEAT / 2)
                 while (body := self._wire.receive(_FRAME.size)) is not None:
                     heard = time.monotonic()
@@ -212,10 +199,10 @@ class Peer:
                 if time.monotonic() - heard > self._silence:
                     raise TimeoutError(f"no sign of life in {self._silence:g} s")
 
-    def _take(self, what: int, carries: int, kind: int, a: int, b: int, c: int, digest: bytes) -> None:
+    def _take(self, what: int, carries: int, frame: bytes, digest: bytes) -> None:
         with self._changed:
             if what == _MESSAGE:
-                self._announced.append((Header(kind, a, b, c), bool(carries), digest))
+                self._announced.append((MACHINE_MESSAGES.unpack(frame), bool(carries), digest))
             elif what == _READY:
                 self._ready = True
             elif what == _ARRIVED:
@@ -225,14 +212,14 @@ class Peer:
 
     def _send(self) -> None:
         while self._until(lambda: self._outbox):
-            header, vector = self._outbox.popleft()
+            message, vector = self._outbox.popleft()
             if vector is None:
-                self._tell(_MESSAGE, header)
+                self._send_frame(_MESSAGE, message)
                 continue
             digest = hashlib.sha256()
             for chunk in vector.split(_CHUNK):
                 digest.update(chunk.numpy())
-            self._tell(_MESSAGE, header, digest.digest())
+            self._send_frame(_MESSAGE, message, digest.digest())
             if not self._until(lambda: self._ready):
                 return
             self._ready = False
@@ -241,23 +228,25 @@ class Peer:
 
     def _receive(self) -> None:
         while self._until(lambda: self._announced and (self._free or not self._announced[0][1])):
-            header, carries, announced = self._announced.popleft()
+            message, carries, announced = self._announced.popleft()
             vector = None
             if carries:
                 vector = self._free.pop()
                 digest = hashlib.sha256()
-                self._tell(_READY)
+                self._send_frame(_READY)
                 for chunk in self._cross(self._group.recv, vector):
                     digest.update(chunk.numpy())
                 if digest.digest() != announced:
                     raise ConnectionAbortedError("a vector arrived changed")
-            self._delivering = True  # the other side may close as soon as it is told, and the message is to be read
+            self._delivering = (
+                True  # the other side may close once it has the acknowledgement, and the message is to be read
+            )
             try:
-                self._tell(_ARRIVED)  # before the owner sees it, who may then close
+                self._send_frame(_ARRIVED)  # before the owner sees it, who may then close
             finally:
                 with self._changed:
                     self._delivering = False
-                    self._inbox.append((header, vector))
+                    self._inbox.append((message, vector))
                     os.eventfd_write(self._wakeup, 1)
 
     def _until(self, condition: Callable[[], object]) -> bool:
@@ -266,8 +255,9 @@ class Peer:
             self._changed.wait_for(lambda: condition() or self._lost is not None)
             return self._lost is None
 
-    def _tell(self, what: int, header: Header = _NO_HEADER, digest: bytes | None = None) -> None:
-        self._wire.send(_FRAME.pack(what, digest is not None, *astuple(header), digest or bytes(32)))
+    def _send_frame(self, what: int, message: Message | None = None, digest: bytes | None = None) -> None:
+        frame = b"" if message is None else MACHINE_MESSAGES.pack(message)
+        self._wire.send(_FRAME.pack(what, digest is not None, frame, digest or bytes(32)))
 
     def _cross(self, way: Callable[[list[Tensor], int, int], Work], vector: Tensor) -> Iterator[Tensor]:
         """Sends or receives a vector; yields its pieces as they have crossed.

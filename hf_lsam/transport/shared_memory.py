@@ -1,4 +1,4 @@
-"""A worker's end of the exchange with the server process of its machine."""
+"""A worker's link to the server process of its machine: vectors through shared memory, control through a socket."""
 
 from __future__ import annotations
 
@@ -16,24 +16,38 @@ from torch import Tensor
 
 from ..checkpoint import load_tensors, save_tensors
 from ..parameters import ParameterLayout, first_difference
+from .base import NOTHING_UNCOUNTED, FinalAnchor, Link, LinkStatus, RefusedError, ServerGone
 from .copier import Copier
-from .mailbox import ANY_NUMBER, ELSEWHERE, Channel, Kind, Message, Refusal, RunFolder
+from .mailbox import Channel, RunFolder
+from .messages import (
+    ANY_NUMBER,
+    ELSEWHERE,
+    Answer,
+    Evicted,
+    Failed,
+    Finish,
+    Finished,
+    Heartbeat,
+    Join,
+    Message,
+    Push,
+    Refusal,
+    Refused,
+    RootLost,
+    Snapshot,
+    SnapshotDone,
+    Stop,
+    Welcome,
+    WorkerFailed,
+)
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2  # between two attempts to find the server again
-PING_SECONDS = 1.0  # or less, where the server is less patient
+HEARTBEAT_SECONDS = 1.0  # or less, where the server's timeout is short
 
 
-class ServerGone(RuntimeError):
-    """The server process ended while a worker still needed it: none took its place, or the whole launch ends."""
-
-
-class RefusedError(ValueError):
-    """The server does not take this worker."""
-
-
-class MailboxLink:
+class SharedMemoryLink(Link):
     """Pushes sums and pulls anchors through a run folder.
 
     A push goes through three hands: `push` starts the copy into the mailbox, the next `poll` after its end sends the
@@ -61,7 +75,7 @@ class MailboxLink:
         RefusedError: if the server refuses this worker.
         ServerGone: if the server is not there.
 
-    Process: a worker's training thread, and the one that pings. Blocking: construction, `finish`, `snapshot` and
+    Process: a worker's training thread, and the one of the heartbeat. Blocking: construction, `finish`, `snapshot` and
     `settle` only.
     """
 
@@ -77,16 +91,17 @@ class MailboxLink:
         revive: Callable[[], None] = lambda: None,
     ):
         self._folder = folder
-        self.worker = worker
+        self._worker = worker
+        self._status = LinkStatus(connected=False)
         self._layout = layout
         self._device = device
         self._server_timeout = server_timeout
         self._revive = revive
         self._left = threading.Event()
-        self._pings: threading.Thread | None = None
+        self._heartbeat: threading.Thread | None = None
         self._process = secrets.randbits(63)  # by which a server knows again whose pushes it has counted
         self._pushes = 0
-        self._push_frame: Message | None = None  # of the push that has no answer yet
+        self._push_frame: Push | None = None  # of the push that has no answer yet
         self._push_sent = False
         self._pushed_version = 0
         self._mailbox: Tensor | None = None
@@ -94,23 +109,12 @@ class MailboxLink:
         self._incoming = Copier(device, [folder.slot(0), folder.slot(1)])
         self._pulling: int | None = None  # version whose copy is under way
         self._channel: Channel | None = None
-        self._welcomed = False
         self._away_since = time.monotonic()
         self._next_attempt = 0.0
         self._evicted_at: int | None = None  # the newest anchor version then
-        self._notices: dict[Kind, Message] = {}
         self._gone: ServerGone | None = None  # what the server has ended with, until a call that may raise it
-        self.evicted = False
-        self.stop_requested = False
-        self.save_requested = False
-        self.finished = False
-        self.counted_at: int | None = -1  # nothing was handed in that an anchor might not count
-        self.staleness: list[int] = []  # of each accepted push since it was last taken
-        self.accepted = 0
-        self.refused = 0
-        self.refused_in_a_row = 0
-        self.bytes_pushed = 0
-        self.bytes_pulled = 0
+        self._final: Finished | None = None
+        self._snapshot_done: SnapshotDone | None = None
         try:
             self._join_first(server_alive, timeout)
         except OSError as error:
@@ -121,50 +125,29 @@ class MailboxLink:
         except BaseException:
             self.close()
             raise
-        self._pings = threading.Thread(target=self._ping, name="hf_lsam-ping", daemon=True)
-        self._pings.start()
+        self._heartbeat = threading.Thread(target=self._send_heartbeats, name="hf_lsam-heartbeat", daemon=True)
+        self._heartbeat.start()
 
     @property
-    def version(self) -> int:
-        """The newest anchor version the server has published."""
-        return self._folder.version
+    def worker(self) -> int:
+        return self._worker
 
     @property
-    def away(self) -> bool:
-        """Whether the worker is alone at the moment, without a server."""
-        return not self._welcomed
+    def status(self) -> LinkStatus:
+        return self._status
 
     @property
     def can_push(self) -> bool:
-        """Whether there is a server, and the mailbox is this worker's to write."""
-        return self._push_frame is None and self._welcomed and self._evicted_at is None
+        return self._push_frame is None and self._status.connected and self._evicted_at is None
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
-        """Starts to hand `total` [d], of `steps` steps of mean `loss` around anchor `version`, to the server.
-
-        `total` must stay as it is until `can_push` again; on CPU it may be reused at once.
-        """
         self._outgoing.start(self._mailbox, total)
-        self._announce(steps, version, loss)
-        self.bytes_pushed += total.nbytes
+        self._announce(steps, version, loss, total.nbytes)
 
     def poll(self, held: int, incoming: Tensor) -> int | None:
-        """Does whatever can be done without waiting.
-
-        Args:
-            held: the anchor version the worker holds.
-            incoming: float32 [d] on the worker's device: a newer anchor is copied into it. Half-written between two
-                polls on an accelerator, never on CPU.
-
-        Returns:
-            the version now whole in `incoming`, or None if there is none yet.
-
-        Raises:
-            ServerGone: if there has been no server for `server_timeout`.
-        """
         self._progress(0.0)
         self._raise_if_gone()
-        if self._pulling is None and self.version != held:
+        if self._pulling is None and self._folder.version != held:
             self._start_pull(incoming)
         version = None
         while self._pulling is not None and self._incoming.finished():
@@ -173,67 +156,46 @@ class MailboxLink:
                 break
             self._start_pull(incoming)  # the server has begun to write over that slot; a newer version is there
         if self._evicted_at is not None and (held if version is None else version) >= self._evicted_at:
-            self._evicted_at, self.evicted = None, True
+            self._evicted_at = None
+            self._status = replace(self._status, evictions=self._status.evictions + 1)
         return version
 
     def settle(self) -> None:
-        """Blocks until there is a server and the push under way, if any, has been answered; or the run has ended."""
         self._outgoing.wait()
-        while Kind.FINISHED not in self._notices and (self._push_frame is not None or not self._welcomed):
+        while self._final is None and (self._push_frame is not None or not self._status.connected):
             self._progress(1.0)
             self._raise_if_gone()
 
-    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> tuple[int, int]:
-        """Reports that this worker has done its steps, and waits until all have (a guest for nobody).
-
-        Args:
-            stop_all: ask the other workers to stop as well (early stopping).
-            best_step: the step of the best checkpoint, where this worker knows one, else -1.
-            incoming: float32 [d]; receives the final anchor.
-
-        Returns:
-            (final anchor version, best step or -1).
-
-        Raises:
-            ServerGone: if there has been no server for `server_timeout`.
-        """
-        frame = Message(Kind.FINISH, self.worker, a=int(stop_all), b=best_step)
+    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
+        frame = Finish(stop_all, best_step)
         asked, waited_from = None, time.monotonic()
-        while Kind.FINISHED not in self._notices:
-            if self._welcomed and asked is not self._channel and self._send(frame):
+        while self._final is None:
+            if self._status.connected and asked is not self._channel and self._send(frame):
                 asked = self._channel  # a server that comes in its place is asked again
             self._progress(1.0)
             self._raise_if_gone()
             if time.monotonic() - waited_from > 30:
                 waited_from += 30
-                logger.info("worker %d: waiting for the other workers to finish", self.worker)
-        final = self._notices.pop(Kind.FINISHED)
+                logger.info("worker %d: waiting for the other workers to finish", self._worker)
         self._start_pull(incoming)
         self._incoming.wait()
         while not self._folder.is_whole(self._pulling):
             self._start_pull(incoming)
             self._incoming.wait()
         version, self._pulling = self._pulling, None
-        self.finished = True
-        return version, final.b
+        self._status = replace(self._status, finished=True)
+        return FinalAnchor(version, self._final.best_step)
 
     def snapshot(self, path: Path) -> bool:
-        """Has the server write its state and puts the file at `path`; False if there is no server to do it.
-
-        A server that says meanwhile that it ends still answers: the checkpoint is saved, and the next `poll` raises.
-
-        Raises:
-            OSError: if the server could not write it.
-        """
-        self._notices.pop(Kind.SNAPSHOT_DONE, None)
+        self._snapshot_done = None
         channel = self._channel
-        if not self._welcomed or not self._send(Message(Kind.SNAPSHOT, self.worker)):
+        if not self._status.connected or not self._send(Snapshot()):
             return False
-        while Kind.SNAPSHOT_DONE not in self._notices:
+        while self._snapshot_done is None:
             if self._channel is not channel:
                 return False
             self._progress(1.0)
-        if not self._notices.pop(Kind.SNAPSHOT_DONE).a:
+        if not self._snapshot_done.written:
             raise OSError(
                 f"The server could not write its snapshot into {self._folder.path} (no room?); see server.log. The "
                 "training state is unharmed, this checkpoint lacks the server's part."
@@ -242,49 +204,44 @@ class MailboxLink:
         return True
 
     def close(self, failed: bool = False) -> None:
-        """Leaves; the server takes the closed connection for the worker's end.
-
-        Args:
-            failed: with an error: a launch ends, the others with an error as well.
-        """
-        if failed and self._welcomed and not self.finished:
-            self._send(Message(Kind.FAILED, self.worker))
+        if failed and self._status.connected and not self._status.finished:
+            self._send(Failed())
         self._left.set()
-        if self._pings is not None:
-            self._pings.join()
+        if self._heartbeat is not None:
+            self._heartbeat.join()
         self._outgoing.close()
         self._incoming.close()
         self._hang_up()
 
     # --- what each poll does ---
 
-    def _progress(self, patience: float) -> None:
-        """Looks for the server if there is none, sends what waits, handles what came; waits `patience` at most."""
-        if not self._welcomed:
+    def _progress(self, timeout: float) -> None:
+        """Looks for the server if there is none, sends what waits, handles what came; waits `timeout` s at most."""
+        if not self._status.connected:
             self._try_to_return()
         elif self._push_frame is not None and not self._push_sent and self._outgoing.finished():
             self._push_sent = self._send(self._push_frame)
         if self._channel is None:
-            if patience:
+            if timeout:
                 time.sleep(0.02)
             return
-        message = self._receive(patience if self._welcomed else min(patience, RETRY_SECONDS))
+        message = self._receive(timeout if self._status.connected else min(timeout, RETRY_SECONDS))
         while message is not None:
             self._handle(message)
             message = self._receive(0.0)
 
-    def _announce(self, steps: int, version: int, loss: float = 0.0) -> None:
+    def _announce(self, steps: int, version: int, loss: float = 0.0, size: int = 0) -> None:
         """The mailbox holds, or will, a push that the next polls hand in."""
         self._pushes += 1
-        self._push_frame = Message(Kind.PUSH, self.worker, a=steps, b=self._pushes, loss=loss)
+        self._push_frame = Push(self._pushes, steps, loss)
         self._push_sent = False
         self._pushed_version = version
-        self.counted_at = None
+        self._status = self._status.after_push(size)
 
     def _start_pull(self, incoming: Tensor) -> None:
-        self._pulling = self.version
+        self._pulling = self._folder.version
         self._incoming.start(incoming, self._folder.slot(self._pulling))
-        self.bytes_pulled += incoming.nbytes
+        self._status = self._status.after_pull(incoming.nbytes)
 
     def _send(self, message: Message) -> bool:
         """Whether the server's socket took the frame. One that did not is dead, which is read, or has stopped."""
@@ -294,14 +251,14 @@ class MailboxLink:
             return False
         return True
 
-    def _ping(self) -> None:
-        """Its own thread. Before the welcome the server expects nothing but a JOIN."""
-        patience = self._folder.run.get("service", {}).get("worker_timeout", PING_SECONDS * 4)
-        while not self._left.wait(min(PING_SECONDS, patience / 4)):
+    def _send_heartbeats(self) -> None:
+        """Its own thread. Before the welcome the server expects nothing but a `Join`."""
+        timeout = self._folder.run.get("service", {}).get("worker_timeout", HEARTBEAT_SECONDS * 4)
+        while not self._left.wait(min(HEARTBEAT_SECONDS, timeout / 4)):
             channel = self._channel  # first: the welcome that is seen next was this channel's, or an older one's
-            if self._welcomed and channel is not None:
+            if self._status.connected and channel is not None:
                 with suppress(OSError):
-                    channel.send(Message(Kind.PING, self.worker))
+                    channel.send(Heartbeat())
 
     def _receive(self, timeout: float) -> Message | None:
         if self._channel is None:
@@ -319,11 +276,11 @@ class MailboxLink:
     # --- without a server ---
 
     def _lose_server(self) -> None:
-        if self._welcomed:
+        if self._status.connected:
             self._away_since = time.monotonic()
             logger.warning(
                 "worker %d has lost the server; it goes on alone, around the last anchor, for up to %.0f s",
-                self.worker,
+                self._worker,
                 self._server_timeout,
             )
         self._hang_up()
@@ -331,19 +288,19 @@ class MailboxLink:
     def _hang_up(self) -> None:
         if self._channel is not None:
             self._channel.close()
-        self._channel, self._welcomed = None, False
+        self._channel, self._status = None, replace(self._status, connected=False)
 
     def _try_to_return(self) -> None:
         if (best_step := self._folder.best_step) is not None:
-            if not self.stop_requested:
-                logger.warning("the run has ended without worker %d: it takes the final anchor, and ends", self.worker)
-            self._notices[Kind.FINISHED] = Message(Kind.FINISHED, self.worker, b=best_step)
-            self._push_frame, self.stop_requested = None, True
+            if not self._status.stop_requested:
+                logger.warning("the run has ended without worker %d: it takes the final anchor, and ends", self._worker)
+            self._final, self._push_frame = Finished(best_step), None
+            self._status = replace(self._status, stop_requested=True)
             return
         now = time.monotonic()
         if now - self._away_since > self._server_timeout:
             raise ServerGone(
-                f"The server process ended while worker {self.worker} was training, and none took its place for "
+                f"The server process ended while worker {self._worker} was training, and none took its place for "
                 f"{self._server_timeout:g} s; the anchor can no longer move. Look into server.log in output_dir for "
                 "the reason, and resume from the last checkpoint."
             )
@@ -357,11 +314,11 @@ class MailboxLink:
         except OSError:
             self._hang_up()
 
-    def _join_frame(self) -> Message:
-        return Message(Kind.JOIN, self.worker, self._layout.numel, self._process, digest=self._layout.fingerprint)
+    def _join_frame(self) -> Join:
+        return Join(self._worker, self._layout.numel, self._process, self._layout.fingerprint)
 
     def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
-        """Connects and waits for the welcome. A guest's server may be killed meanwhile and started again."""
+        """Connects and waits for the welcome. An external worker's server may be killed meanwhile and started again."""
         give_up = time.monotonic() + self._server_timeout
         while True:
             self._channel = self._folder.connect(server_alive, timeout)
@@ -370,22 +327,22 @@ class MailboxLink:
                 self._await_welcome(timeout)
                 return
             except ConnectionError:
-                if self.worker != ANY_NUMBER or time.monotonic() > give_up:
+                if self._worker != ANY_NUMBER or time.monotonic() > give_up:
                     raise
                 self._hang_up()
 
     def _await_welcome(self, timeout: float) -> None:
         """The first join: here a server that ends, or that nobody else joins, is an error."""
         begin = time.monotonic()
-        while not self._welcomed:
+        while not self._status.connected:
             message = self._channel.wait(30.0)
             if message is None:
                 waited = time.monotonic() - begin
-                logger.info("worker %d: waiting for the other workers, %.0f s so far", self.worker, waited)
+                logger.info("worker %d: waiting for the other workers, %.0f s so far", self._worker, waited)
                 if waited >= timeout:
-                    raise ServerGone(f"The server did not welcome worker {self.worker} within {timeout:.0f} s.")
-            elif message.kind is Kind.REFUSED:
-                raise RefusedError(self._refusal(Refusal(message.a)))
+                    raise ServerGone(f"The server did not welcome worker {self._worker} within {timeout:.0f} s.")
+            elif isinstance(message, Refused):
+                raise RefusedError(self._refusal(message.reason))
             else:
                 self._handle(message)
                 self._raise_if_gone()
@@ -393,85 +350,88 @@ class MailboxLink:
     # --- what the server says ---
 
     def _handle(self, message: Message) -> None:
-        if message.kind in (Kind.ACCEPTED, Kind.REJECTED):
-            self._push_frame = None
-            self.counted_at = message.a  # a refused one is as if counted: it will not come again
-            if message.kind is Kind.ACCEPTED:
-                self.accepted += 1
-                self.refused_in_a_row = 0
-                self.staleness.append(message.a - self._pushed_version)
-            else:
-                self.refused += 1
-                self.refused_in_a_row += 1
-        elif message.kind is Kind.STOP:
-            self.stop_requested = True
-            self.save_requested = self.save_requested or bool(message.a)
-        elif message.kind is Kind.WELCOME:
-            self._welcome(message)
-        elif message.kind is Kind.EVICTED:
-            logger.warning(
-                "worker %d was taken for dead by the server: it begins again at the newest anchor", self.worker
-            )
-            self._evicted_at = self.version
-            self._next_attempt = 0.0
-        elif message.kind is Kind.REFUSED:
-            self._refused_return(Refusal(message.a))
-        elif message.kind is Kind.GONE:
-            self._gone = self._gone or ServerGone(self._why_gone(message))  # the first reason is the cause
-        else:
-            self._notices[message.kind] = message
+        match message:
+            case Answer(accepted, version):
+                self._push_frame = None
+                self._status = self._status.after_answer(accepted, version, version - self._pushed_version)
+            case Stop(save):
+                save = save or self._status.save_requested
+                self._status = replace(self._status, stop_requested=True, save_requested=save)
+            case Welcome():
+                self._welcome(message)
+            case Evicted():
+                logger.warning(
+                    "worker %d was taken for dead by the server: it begins again at the newest anchor", self._worker
+                )
+                self._evicted_at = self._folder.version
+                self._next_attempt = 0.0
+                self._drop_push()
+            case Refused(reason):
+                self._refused_return(reason)
+            case WorkerFailed(worker):
+                who = "A worker on another machine" if worker == ELSEWHERE else f"Worker {worker} on this machine"
+                self._note_gone(
+                    f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
+                    "resume from the last checkpoint."
+                )
+            case RootLost():
+                self._note_gone(
+                    f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
+                    f"{self._worker} needed it; the anchor can no longer move. Look into server.log in output_dir for "
+                    "the reason, and resume from the last checkpoint."
+                )
+            case Finished():
+                self._final = message
+            case SnapshotDone():
+                self._snapshot_done = message
+            case _:
+                raise ValueError(f"a server does not say {message}")
 
-    def _why_gone(self, message: Message) -> str:
-        if message.a:
-            who = "A worker on another machine" if message.b == ELSEWHERE else f"Worker {message.b} on this machine"
-            return (
-                f"{who} ended with an error, and the launch ends with it. Look for that error in its output, and "
-                "resume from the last checkpoint."
-            )
-        return (
-            f"The server of this machine has lost the one of all machines, or was refused by it, while worker "
-            f"{self.worker} needed it; the anchor can no longer move. Look into server.log in output_dir for the "
-            "reason, and resume from the last checkpoint."
-        )
+    def _note_gone(self, why: str) -> None:
+        """The first reason is the cause."""
+        self._gone = self._gone or ServerGone(why)
 
-    def _welcome(self, message: Message) -> None:
+    def _welcome(self, message: Welcome) -> None:
         """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
         if self._mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
         try:
-            mailbox = self._folder.mailbox(message.b)
+            mailbox = self._folder.mailbox(message.mailbox)
         except FileNotFoundError:  # this process has slept so long that it was evicted again
             self._hang_up()
             return
-        self.worker = message.worker
+        self._worker = message.worker
         self._outgoing.close()  # waits for a copy into the old mailbox, if there is one
         before, self._mailbox = self._mailbox, mailbox
         self._outgoing = Copier(self._device, [self._mailbox])
-        self._welcomed = True
+        self._status = replace(self._status, connected=True)
         if self._push_frame is None:
             return
-        if self._push_sent and self._push_frame.b <= message.a:
-            self.accepted += 1
+        if self._push_sent and self._push_frame.number <= message.last_counted:
             self._push_frame = None
-            self.counted_at = -1
-        elif self._evicted_at is not None or self.evicted:
-            self._push_frame = None  # of differences from long ago; what came after them is dropped as well
-            self._pushes -= 1
+            self._status = self._status.after_answer(True, NOTHING_UNCOUNTED)
         else:
             self._mailbox.copy_(before)
-            self._push_frame = replace(self._push_frame, worker=self.worker)
             self._push_sent = False
+
+    def _drop_push(self) -> None:
+        """What was under way when the worker was taken for dead is of long ago, and was not counted: the server answers
+        a push before it evicts. What the worker has done since is dropped when it begins again."""
+        if self._push_frame is not None:
+            self._push_frame = None
+            self._pushes -= 1
+            self._status = replace(self._status, counted_at=NOTHING_UNCOUNTED)
 
     def _refused_return(self, reason: Refusal) -> None:
         """A number that is still taken, by this process's own lost connection for one, may be free in a moment."""
         self._hang_up()
         if reason is Refusal.FINGERPRINT:
             raise RefusedError(self._refusal(reason))
-        logger.warning("worker %d may not join again yet: %s", self.worker, reason.name)
+        logger.warning("worker %d may not join again yet: %s", self._worker, reason.name)
 
     def _refusal(self, reason: Refusal) -> str:
         if reason is Refusal.TAKEN:
-            return f"Another process already takes part as worker {self.worker}. Give every worker a rank of its own."
+            return f"Another process already takes part as worker {self._worker}. Give every worker a rank of its own."
         if reason is Refusal.TIMEOUT:
             return (
                 f"Fewer than {self._folder.run['num_workers']} workers joined in time. Look for the error that ended "
@@ -484,7 +444,7 @@ class MailboxLink:
                 f"{self._folder.path.parent} has no room for one more mailbox of "
                 f"{self._folder.numel * 4 / 2**20:.1f} MiB. Enlarge it, or let fewer workers take part."
             )
-        who = "This worker" if self.worker == ANY_NUMBER else f"Worker {self.worker}"
+        who = "This worker" if self._worker == ANY_NUMBER else f"Worker {self._worker}"
         return (
             f"{who}'s trainable parameters are not worker 0's: "
             f"{first_difference(self._layout.manifest, self._folder.manifest)}. Their sums cannot share an anchor. "

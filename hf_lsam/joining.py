@@ -1,0 +1,282 @@
+"""The ways into a run: alone, as one of a launch, or by the address of a server that others have started.
+
+Each is a `Transport` (see `transport.base`). One that joins by another kind of address is a line in `TRANSPORTS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .checkpoint import load_tensors
+from .identity import Identity, LaunchStore
+from .server.core import ServerCore
+from .server.lifetime import SIGTERM_CODE, start_server
+from .server.machines import MachineSettings, address_file
+from .server.service import ServiceSettings
+from .transport.base import JoinRequest, RefusedError, ServerGone, Transport
+from .transport.in_process import InProcessLink
+from .transport.mailbox import RunFolder, is_served, make_launch_folder
+from .transport.messages import ANY_NUMBER
+from .transport.secret import new_secret
+from .transport.shared_memory import SharedMemoryLink
+
+logger = logging.getLogger(__name__)
+
+SERVER_RESTARTS = 3
+CPU = torch.device("cpu")
+SECRET = "secret"  # in the run folder; whose mode is 0700, and the file's 0600
+
+# Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
+_runs_joined = itertools.count()
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a run waits for processes that do not answer.
+
+    Args:
+        service: of the server (see `ServiceSettings`).
+        server_timeout: seconds that a worker goes on without a server, and a machine without the global one.
+        machine_timeout: seconds without a sign of life after which a machine is lost.
+    """
+
+    service: ServiceSettings = field(default_factory=ServiceSettings)
+    server_timeout: float = 120.0
+    machine_timeout: float = 30.0
+
+
+class Alone(Transport):
+    """One worker without a server process: nothing to start, nothing to wait for."""
+
+    def join(self, request: JoinRequest) -> InProcessLink:
+        core = ServerCore(request.first_anchor(request.device), request.settings)
+        if request.server_state is not None:
+            core.load_state_tensors(load_tensors(request.server_state))
+        return InProcessLink(core)
+
+    def leave(self, finished: bool) -> None:
+        pass
+
+
+class Launch(Transport):
+    """The workers that one launcher has started: the first on each machine starts its server, and sees it off.
+
+    Args:
+        identity: this process among the workers.
+        store: of the launch.
+        shared_memory_dir: where vectors are exchanged.
+        server_log: file that receives the log of the server process, if this worker starts it.
+        timeouts: see `Timeouts`.
+
+    Blocking: `join` until all workers of the launch are there; `leave` until the server has ended, 10 s at most, or
+    `server_timeout` where it still hands the final anchor to other machines.
+    """
+
+    def __init__(
+        self, identity: Identity, store: LaunchStore, shared_memory_dir: Path, server_log: Path, timeouts: Timeouts
+    ):
+        self._identity = identity
+        self._store = store
+        self._shared_memory_dir = shared_memory_dir
+        self._server_log = server_log
+        self._timeouts = timeouts
+        self._restarts_left = SERVER_RESTARTS
+        self.folder: RunFolder | None = None
+        self._made: tuple[Path, TextIO] | None = None  # the folder, if this worker has made it, and its lock
+        self._server: subprocess.Popen | None = None
+        self._server_options: list[str] = []
+
+    def join(self, request: JoinRequest) -> SharedMemoryLink:
+        number = next(_runs_joined)
+        key = f"run_dir/{number}/{self._identity.machine}"
+        if self._identity.local_rank == 0:
+            self._open_folder(request, number)
+            if self._identity.local_workers > 1:
+                self._store.set(key, str(self.folder.path))
+        else:
+            self.folder = RunFolder(Path(self._store.get(key)))
+        return SharedMemoryLink(
+            self.folder,
+            self._identity.local_rank,
+            request.layout,
+            request.device,
+            self._server_may_come,
+            server_timeout=self._timeouts.server_timeout,
+            revive=self._revive_server,
+        )
+
+    def leave(self, finished: bool) -> None:
+        if self._server is not None:
+            # The server goes on until the final anchor has reached the other machines.
+            others_wait = self._identity.num_machines > 1 and finished
+            try:
+                self._server.wait(timeout=self._timeouts.server_timeout if others_wait else 10)
+            except subprocess.TimeoutExpired:  # it has not heard of the error that this worker ends with
+                self._server.terminate()
+                self._server.wait()
+            self._server = None
+        if self._made is not None:
+            path, lock = self._made
+            shutil.rmtree(path, ignore_errors=True)
+            lock.close()
+            self._made = None
+        self.folder = None
+
+    def _open_folder(self, request: JoinRequest, number: int) -> None:
+        """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
+        here, key = self._identity, f"machines/{number}"
+        contents = _contents(request, self._timeouts)
+        meeting = None
+        if here.num_machines > 1:
+            run_id = secrets.token_hex(8)
+            if here.machine > 0:
+                meeting = self._store.get(key)
+                run_id = meeting["run_id"]
+            timeouts = self._timeouts
+            across = MachineSettings(
+                here.num_machines, here.machine, run_id, timeouts.machine_timeout, timeouts.server_timeout
+            )
+            contents = {**contents, "machines": across.as_dict()}
+        path, _ = self._made = make_launch_folder(self._shared_memory_dir)
+        first = request.first_anchor(CPU)
+        self.folder = RunFolder.create(path, first, here.local_workers, request.layout.manifest, contents)
+        self._restarts_left = SERVER_RESTARTS
+        self._server_options = []
+        if here.num_machines > 1:
+            self._server_options = self._options_across(path, meeting)
+        state = request.server_state if here.machine == 0 else None
+        self._server = start_server(path, self._server_log, state, self._server_options)
+        if here.num_machines > 1 and here.machine == 0:
+            host, port = self._await_address(path)
+            self._server_options[1] = f"{host}:{port}"  # one that is started again listens where it is looked for
+            secret = (path / SECRET).read_text()
+            self._store.set(key, {"address": [host, port], "run_id": run_id, "secret": secret})
+
+    def _options_across(self, path: Path, meeting: dict[str, Any] | None) -> list[str]:
+        """What tells the server of this machine its place among them. The secret goes into a file only."""
+        if meeting is None:
+            new_secret(path / SECRET)
+            where = ["--listen", f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:0", "--allow_remote"]
+        else:
+            (path / SECRET).touch(0o600, exist_ok=False)
+            (path / SECRET).write_text(meeting["secret"])
+            host, port = meeting["address"]
+            where = ["--connect", f"{host}:{port}"]
+        return [*where, "--secret_file", str(path / SECRET)]
+
+    def _await_address(self, path: Path) -> tuple[str, int]:
+        while not address_file(path).exists():
+            if not self._server_may_come():
+                raise ServerGone(
+                    f"The server of the launch ended at its start; see {self._server_log}. Does MASTER_ADDR "
+                    "(--main_process_ip) name an address of machine 0?"
+                )
+            time.sleep(0.02)
+        return tuple(json.loads(address_file(path).read_text()))
+
+    def _server_may_come(self) -> bool:
+        return self._server is None or self._server.poll() is None
+
+    def _revive_server(self) -> None:
+        """Worker 0 starts the server anew if it has died; one that was told to end stays away."""
+        if self._server is None or self._server.poll() in (None, 0, SIGTERM_CODE) or not self._restarts_left:
+            return
+        self._restarts_left -= 1
+        logger.warning("the server process ended with code %d: it is started again", self._server.returncode)
+        self._server = start_server(self.folder.path, self._server_log, True, self._server_options)
+
+
+class ServedFolder(Transport):
+    """A run that workers join and leave as they like: its address is the run folder of a server on this machine.
+
+    Args:
+        address: the folder.
+        timeouts: see `Timeouts`.
+
+    Blocking: `join` until there is a server, `server_timeout` at most.
+    """
+
+    def __init__(self, address: str, timeouts: Timeouts):
+        self._path = Path(address)
+        self._timeouts = timeouts
+
+    def join(self, request: JoinRequest) -> SharedMemoryLink:
+        path, seconds = self._path, self._timeouts.server_timeout
+        contents = _contents(request, self._timeouts)
+        give_up = time.monotonic() + seconds
+        if not is_served(path):
+            logger.info("waiting for a server in server_address=%s", path)
+        while not is_served(path) and not (path / "run.json").exists():  # it may be about to start
+            if time.monotonic() > give_up:
+                raise ServerGone(
+                    f"No server runs in server_address={path}, and none was started there within {seconds:g} s. "
+                    f"Start one: python -m hf_lsam.server --run_dir {path}"
+                )
+            time.sleep(0.05)
+        while True:  # its server may have died a moment ago, and be started again
+            try:
+                first = request.first_anchor(CPU)
+                folder = RunFolder.create_or_open(path, first, request.layout.manifest, contents)
+                break
+            except FileNotFoundError as error:
+                if time.monotonic() > give_up:
+                    raise ServerGone(f"The server of {path} has ended. Start it again with --resume.") from error
+                time.sleep(0.05)
+        for name, here in contents["settings"].items():
+            there = folder.run["settings"][name]
+            if here != there:
+                raise RefusedError(
+                    f"{name} is {here!r} here and {there!r} in the run in {path}: one server cannot follow both. Give "
+                    "every worker of a run the same settings."
+                )
+        return SharedMemoryLink(
+            folder, ANY_NUMBER, request.layout, request.device, timeout=seconds, server_timeout=seconds
+        )
+
+    def leave(self, finished: bool) -> None:
+        pass
+
+
+# What joins by `server_address="scheme://rest"`; called with "rest" and the timeouts. Without a scheme: "file".
+TRANSPORTS: dict[str, Callable[[str, Timeouts], Transport]] = {
+    "file": ServedFolder,
+}
+
+
+def transport_of(address: str, timeouts: Timeouts) -> Transport:
+    """The transport that joins a run by its address.
+
+    Raises:
+        ValueError: if none has this scheme.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        scheme, rest = "file", address
+    if scheme not in TRANSPORTS:
+        raise ValueError(
+            f"`server_address` is {address!r}, and no transport joins a run by {scheme}://. Use the folder of a "
+            f"running server, or one of {', '.join(f'{known}://' for known in TRANSPORTS)}."
+        )
+    return TRANSPORTS[scheme](rest, timeouts)
+
+
+def _contents(request: JoinRequest, timeouts: Timeouts) -> dict[str, Any]:
+    """What run.json says of a run that this worker creates."""
+    return {
+        "fingerprint": request.layout.fingerprint.hex(),
+        "settings": request.settings.as_dict(),
+        "service": timeouts.service.as_dict(),
+    }

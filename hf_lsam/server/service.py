@@ -1,0 +1,583 @@
+"""What every server does for the workers of its machine: one thread, one selector. `lifetime` makes a process of it.
+
+What sets a server apart from others in the run is its `Role`: `root.Root` moves the anchor, `relay.Relay` forwards what
+its workers push to the one that does. The service calls the role, at the points that `Role` names.
+
+Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
+on nobody waits for anybody until the end. External workers, which join by the folder's address, are welcomed as they
+come and leave when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One whose
+process is not heard of for `worker_timeout` is evicted, and may join again; the end waits for it as long again. When
+every worker of the launch has finished, the anchor is final and all are told.
+
+The server saves its state every `snapshot_seconds`, and with it, of each process, the last push it has counted. One
+that is started with --resume takes up the newest snapshot; its versions go on above all that were ever published.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import selectors
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import save_tensors
+from ..transport.in_process import Aggregator
+from ..transport.mailbox import Channel, RunFolder
+from ..transport.messages import (
+    Answer,
+    Evicted,
+    Failed,
+    Finish,
+    Finished,
+    Heartbeat,
+    Join,
+    Message,
+    Push,
+    Refusal,
+    Refused,
+    RootLost,
+    Snapshot,
+    SnapshotDone,
+    Stop,
+    Welcome,
+    WorkerFailed,
+)
+from .core import UNKNOWN_PUSHES, CountedPushes
+
+logger = logging.getLogger(__name__)
+
+MAX_PENDING = 64  # connections at a time that have not joined yet
+JOIN_SECONDS = 10.0  # how long they may take
+MAX_WORKERS = 4096
+GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """The server's timeouts, and how often it saves.
+
+    Args:
+        worker_timeout: seconds without a word after which a worker is evicted: its process is frozen.
+        snapshot_seconds: seconds between two saves of the server's state into the run folder; 0 saves none.
+    """
+
+    worker_timeout: float = 600.0
+    snapshot_seconds: float = 30.0
+
+    as_dict = asdict
+
+
+@dataclass(eq=False)
+class _Connection:
+    """One connected process; a worker once it has joined."""
+
+    channel: Channel
+    last_heard: float
+    worker: int = -1
+    process: int = 0
+    mailbox_number: int = 0
+    mailbox: Tensor | None = None
+    finished: bool = False
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+class Role(ABC):
+    """What sets one server of a run apart from the others: what its aggregator is, and how it stands to other machines.
+
+    The service calls it from its own thread alone; nothing here may wait. A role calls back what the service offers
+    below "what a role may ask for".
+
+    Attributes:
+        core: takes the pushes of this machine's workers, and holds the anchor that they are given.
+        keeps_state: the state of the run is this server's, to be saved now and then and taken up again.
+    """
+
+    core: Aggregator
+    keeps_state: bool
+
+    @abstractmethod
+    def attach(self, service: Service) -> None:
+        """Called once, before any worker is let in."""
+
+    @abstractmethod
+    def take_up(self, resume: Path | bool) -> dict[str, Tensor] | None:
+        """Sets core and folder to where the run goes on, after `attach`.
+
+        Args:
+            resume: a server state of another run to begin with, or True for what this folder holds.
+
+        Returns:
+            the newest snapshot of this folder, or None if the run does not go on from one.
+        """
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether the workers here may be welcomed, once they are here: the other machines are."""
+
+    @property
+    @abstractmethod
+    def is_needed(self) -> bool:
+        """Whether other machines still need this server when its own workers have left."""
+
+    @property
+    @abstractmethod
+    def others_finished(self) -> bool:
+        """Whether the workers of this machine are the last that train."""
+
+    @abstractmethod
+    def tick(self, now: float) -> None:
+        """What is due without a message, at every turn of the loop."""
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """Pushes came, workers did, or the anchor moved: says to other machines what can be said without waiting."""
+
+    @abstractmethod
+    def stop_all(self) -> None:
+        """A worker asks that all stop; those of this machine know."""
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """The server was told to end, or a worker of the launch has failed: those of this machine will be told."""
+
+    @abstractmethod
+    def conclude(self) -> bool:
+        """All workers here have finished: whether the anchor, once it has been flushed, is final. Asked until it is."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The loop has ended."""
+
+
+class Service:
+    """Serves the workers of one machine.
+
+    Args:
+        folder: the run folder, already created; run.json holds settings and fingerprint.
+        role: of this server in the run.
+        resume: a server state from another run's checkpoint to begin with, True to go on from the folder's own newest
+            snapshot, or None.
+        join_timeout: seconds until the workers that have joined are told that others never came.
+        idle_timeout: seconds without a worker after which a server without a launch of its own ends.
+        parent: the process that started this one and will be its first worker; None by hand.
+
+    State: the core's, the last counted push of each process, and who took part.
+    Process: its own, see `lifetime`.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        role: Role,
+        resume: Path | bool | None = None,
+        join_timeout: float = 600.0,
+        idle_timeout: float = 600.0,
+        parent: int | None = None,
+    ):
+        self.folder = folder
+        self.expected = int(folder.run["num_workers"])
+        self._role = role
+        self._core = role.core
+        self._fingerprint = bytes.fromhex(folder.run["fingerprint"])
+        self._settings = ServiceSettings(**folder.run.get("service", {}))
+        self.counted = CountedPushes()
+        self._absent: set[int] = set()  # workers of the launch that were evicted, or there before a restart
+        now = time.monotonic()
+        self.join_by = now + join_timeout
+        self._absent_until = now + self._settings.worker_timeout
+        self._idle_timeout = idle_timeout
+        self._idle_since = now
+        self._snapshot_at = now if self._settings.snapshot_seconds and role.keeps_state else float("inf")
+        self._sweep_at = now
+        self._leave_by = float("inf")
+        self._parent = parent
+        self._selector = selectors.DefaultSelector()
+        self._workers: dict[int, _Connection] = {}
+        self._mailbox_numbers = itertools.count()
+        self._joined = False  # whether any worker has; when the last one leaves, the server ends
+        self.resumed = resume is True
+        self.started = False
+        self.ended = False  # the anchor is final
+        self._anyone_finished = False
+        self._given_up = False
+        self.best_step = -1
+        self.failed: int | None = None  # the worker of the launch that ended with an error
+        seconds = [1.0, self._settings.worker_timeout / 4, self._settings.snapshot_seconds or 1.0]
+        self._longest_wait = max(0.01, min(seconds))
+        self.terminating = False
+        role.attach(self)
+        if resume is not None:
+            self._take_up(resume)
+        self.start_if_ready()
+
+    def _take_up(self, resume: Path | bool) -> None:
+        snapshot = self._role.take_up(resume)
+        if snapshot is not None:
+            self._core.accepted_pushes, self._core.refused_pushes = snapshot["pushes"].tolist()
+            self.counted.load_state_tensor(snapshot["counted"])
+            self._absent = set(snapshot["workers"].tolist())
+        elif resume is True:
+            self.counted.unless_known = UNKNOWN_PUSHES
+            self._absent = set(range(self.expected))
+
+    # --- the loop ---
+
+    def serve(self) -> None:
+        """Runs until the last worker has left."""
+        with self.listening():
+            while self.turn():
+                pass
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, workers can connect."""
+        self._listener = self.folder.listen()
+        self._listener.settimeout(0.0)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        try:
+            yield
+        finally:
+            self._role.close()
+            for connection in self._connections():
+                connection.channel.close()
+            self._listener.close()
+            self._selector.close()
+
+    def turn(self, timeout: float | None = None) -> bool:
+        """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
+        for key, _ in self._selector.select(self._longest_wait if timeout is None else timeout):
+            if not isinstance(key.data, _Connection):
+                key.data()
+            elif key.fileobj.fileno() >= 0:  # not hung up on a moment ago
+                self._read(key.data)
+        return self._look_after(time.monotonic())
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # gone again, or no descriptor left
+            logger.error("a connection was not accepted: %s", error)
+            return
+        pending = sum(other.worker < 0 for other in self._connections())
+        if pending >= MAX_PENDING:
+            logger.error("%d connections have not joined yet: one more is refused", pending)
+            connection.close()
+            return
+        channel = Channel(connection)
+        self._selector.register(channel, selectors.EVENT_READ, _Connection(channel, time.monotonic()))
+
+    def _read(self, connection: _Connection) -> None:
+        """Handles every whole frame of one connection."""
+        try:
+            while (message := connection.channel.receive()) is not None:
+                connection.last_heard = time.monotonic()
+                if connection.worker < 0:
+                    self._join(message, connection)
+                else:
+                    self._handle(connection, message)
+        except (OSError, ValueError) as reason:
+            self._hang_up(connection, reason)
+
+    def _look_after(self, now: float) -> bool:
+        """What is due without a message: evictions, snapshots, the end."""
+        self._role.tick(now)
+        for connection in self._connections() if now >= self._sweep_at else ():
+            self._sweep_at = now + self._longest_wait
+            silent = now - connection.last_heard
+            if connection.worker < 0 and silent > JOIN_SECONDS:
+                self._hang_up(connection, "it never joined")
+            elif self.started and silent > self._settings.worker_timeout and not connection.finished:
+                if 0 <= connection.worker < self.expected:  # the end waits as long again for it to wake
+                    self._absent.add(connection.worker)
+                    self._absent_until = now + self._settings.worker_timeout
+                self._tell(connection, Evicted())
+                self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
+        if self.started and now >= self._snapshot_at:
+            self._snapshot_at = now + self._settings.snapshot_seconds
+            self.save()
+        if self._absent and now > self._absent_until:
+            logger.warning("workers %s did not come back", sorted(self._absent))
+            for worker in self._absent:
+                self._core.leave(worker)
+            self._absent.clear()
+            self.end_if_all_finished()
+        if self.terminating and self._leave_by == float("inf"):
+            self._leave_by = now + GRACE_SECONDS
+            self._role.terminate()
+            for connection in self._workers.values():
+                self._tell_to_leave(connection)
+        if self._workers or self._role.is_needed:
+            self._idle_since = now
+        return not self._is_over(now)
+
+    def _is_over(self, now: float) -> bool:
+        if self._given_up:
+            return True
+        if self.terminating:
+            return now > self._leave_by or not (self._workers or self._role.is_needed)
+        if not self.started and now > self.join_by:
+            logger.error("only %d of %d workers joined in time", len(self._workers), self.expected)
+            for connection in self._workers.values():
+                self._tell(connection, Refused(Refusal.TIMEOUT))
+            return True
+        if self._workers or self._role.is_needed:
+            return False
+        if not self.expected:
+            return now - self._idle_since > self._idle_timeout
+        if not self._joined and not self.ended:  # whoever started this server may have died before it could join
+            return self._parent not in (None, os.getppid()) or now > self.join_by
+        return not self._absent
+
+    def _connections(self) -> list[_Connection]:
+        return [key.data for key in self._selector.get_map().values() if isinstance(key.data, _Connection)]
+
+    # --- who takes part ---
+
+    def _join(self, message: Message, connection: _Connection) -> None:
+        if not isinstance(message, Join):
+            raise ValueError(f"the first message was {message}")
+        number, refusal = message.worker, None
+        beyond = number < 0 or number >= self.expected + MAX_WORKERS
+        if beyond or (number >= self.expected and number in self._workers):
+            number = next(n for n in itertools.count(self.expected) if n not in self._workers)
+        if message.fingerprint != self._fingerprint or message.numel != self.folder.numel:
+            refusal = Refusal.FINGERPRINT
+        elif number in self._workers:
+            refusal = Refusal.TAKEN
+        elif self.ended:
+            refusal = Refusal.ENDED
+        else:
+            connection.mailbox_number = next(self._mailbox_numbers)
+            try:
+                connection.mailbox = self.folder.make_mailbox(connection.mailbox_number)
+            except OSError as error:
+                logger.error("no room for the mailbox of worker %d: %s", number, error)
+                refusal = Refusal.NO_ROOM
+        if refusal is not None:
+            logger.error("refused worker %d: %s", number, refusal.name)
+            connection.channel.send(Refused(refusal))
+            raise ValueError("refused")
+        connection.worker, connection.process = number, message.process
+        self._joined = True
+        self._absent.discard(number)
+        self._workers[number] = connection
+        self._core.join(number)
+        logger.info(
+            "worker %d joined with mailbox %d; %d take part", number, connection.mailbox_number, len(self._workers)
+        )
+        if self.started:
+            self._welcome(connection)
+        else:
+            self.start_if_ready()
+
+    @property
+    def workers_are_here(self) -> bool:
+        """Whether the workers that begin together have joined."""
+        return self.resumed or all(worker in self._workers for worker in range(self.expected))
+
+    def start_if_ready(self) -> None:
+        if self.started or not (self._role.ready and self.workers_are_here):
+            return
+        self.started = True
+        for joined in self._workers.values():
+            joined.last_heard = time.monotonic()  # they were waiting, not silent
+            self._welcome(joined)
+        self._role.exchange()
+
+    def _welcome(self, connection: _Connection) -> None:
+        last = self.counted.last(connection.process)
+        self._tell(connection, Welcome(connection.worker, last, connection.mailbox_number))
+        if self.terminating:
+            self._tell_to_leave(connection)
+
+    def _hang_up(self, connection: _Connection, reason: object) -> None:
+        """Ends a connection, whoever was at its other end; a worker's mailbox goes with it."""
+        self._selector.unregister(connection.channel)
+        connection.channel.close()
+        worker = connection.worker
+        if worker < 0:
+            logger.warning("a connection that had not joined was closed: %s", reason)
+            return
+        del self._workers[worker]
+        connection.mailbox = None
+        self.folder.drop_mailbox(connection.mailbox_number)
+        if connection.finished:
+            return
+        logger.warning("worker %d is gone (%s); %d workers go on", worker, reason, len(self._workers))
+        self._core.leave(worker)
+        self.publish_if_newer()
+        self.end_if_all_finished()
+
+    # --- what workers say ---
+
+    def _handle(self, connection: _Connection, message: Message) -> None:
+        if not self.started:
+            raise ValueError(f"{message} before the start")
+        match message:
+            case Push():
+                self._push(connection, message)
+            case Finish():
+                self._finish(connection, message)
+            case Snapshot():
+                self._tell(connection, SnapshotDone(self.save()))
+            case Heartbeat():
+                pass
+            case Failed():
+                self.fail(connection.worker)
+            case _:
+                raise ValueError(f"unexpected {message}")
+
+    def _push(self, connection: _Connection, message: Push) -> None:
+        if connection.finished:
+            raise ValueError("a push after the last")
+        worker = connection.worker
+        self.counted.note(connection.process, message.number, message.steps)
+        version = self._core.anchor.version
+        accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss)
+        self.publish_if_newer()
+        # The reply comes last: a worker that has read it finds the anchor its push completed.
+        self._tell(connection, Answer(accepted, version))
+        if not accepted:
+            logger.warning("refused a push of worker %d: NaN or infinity", worker)
+
+    def _finish(self, connection: _Connection, message: Finish) -> None:
+        if connection.finished:
+            raise ValueError("finished twice")
+        worker = connection.worker
+        connection.finished = self._anyone_finished = True
+        self.note_best_step(message.best_step)
+        if message.stop_all and worker < self.expected:
+            self.stop_all()
+        self._core.leave(worker)
+        self.publish_if_newer()
+        logger.info("worker %d finished", worker)
+        if worker >= self.expected:  # an external one waits for nobody
+            self._tell_final(connection)
+        self.end_if_all_finished()
+
+    def save(self) -> bool:
+        """Writes the server's state into the run folder; False, and training goes on, if there is no room."""
+        state = {
+            **self._core.state_tensors(),
+            "pushes": torch.tensor([self._core.accepted_pushes, self._core.refused_pushes]),
+            "counted": self.counted.state_tensor(),
+            "workers": torch.tensor([n for n in self._workers if n < self.expected], dtype=torch.int64),
+        }
+        try:
+            save_tensors(self.folder.snapshot_path, state)
+        except OSError as error:
+            logger.error("snapshot not written: %s", error)
+            return False
+        return True
+
+    def _tell_to_leave(self, connection: _Connection) -> None:
+        """A worker is to save and leave: one of the launch with an error, if another had one."""
+        if self.failed is not None and connection.worker < self.expected:
+            self._tell(connection, WorkerFailed(self.failed))
+        else:
+            self._tell(connection, Stop(save=True))
+
+    def _end(self) -> None:
+        """All that train here have finished, and the anchor is final once what is pending has been taken."""
+        self.ended = True
+        self._core.flush()
+        self.publish_if_newer()
+        if self._anyone_finished:  # else all hang, and what there is of an anchor is not the run's result
+            self.folder.end(self.best_step)
+        for connection in self._workers.values():
+            if connection.worker < self.expected:
+                self._tell_final(connection)
+
+    def _tell_final(self, connection: _Connection) -> None:
+        self._tell(connection, Finished(self.best_step))
+
+    def _tell(self, connection: _Connection, message: Message) -> None:
+        """Sends to a worker; one that has died, or reads nothing, is dropped when its connection is next read."""
+        try:
+            connection.channel.send(message)
+        except OSError:
+            logger.debug("worker %d did not take %s", connection.worker, message)
+            connection.channel.shut()
+
+    # --- what a role may ask for, beside `folder`, `counted`, `start_if_ready` and what is said of the run above ---
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether any is connected."""
+        return bool(self._workers)
+
+    def watch(self, source: int | HasFileno, heard: Callable[[], None]) -> None:
+        """Calls `heard` whenever `source` is readable."""
+        self._selector.register(source, selectors.EVENT_READ, heard)
+
+    def unwatch(self, source: int | HasFileno) -> None:
+        self._selector.unregister(source)
+
+    def publish_if_newer(self) -> None:
+        """To be called whenever the core may have changed: workers see its anchor, then other machines hear of it."""
+        if self._core.anchor.version > self.folder.version:
+            self.folder.publish(self._core.anchor.vector, self._core.anchor.version)
+        self._role.exchange()
+
+    def note_best_step(self, step: int) -> None:
+        """The best step that a worker knows of, or -1."""
+        self.best_step = max(self.best_step, step)
+
+    def stop_workers(self, save: bool = False) -> None:
+        """Asks the workers of this machine to end at their next step, with a checkpoint or without."""
+        for connection in self._workers.values():
+            if not connection.finished:
+                self._tell(connection, Stop(save))
+
+    def stop_all(self) -> None:
+        """A worker has asked that all stop."""
+        self.stop_workers()
+        self._role.stop_all()
+
+    def fail(self, worker: int) -> None:
+        """A worker ends with an error. If it is one of the launch, so do the others; an external
+        worker's is nobody else's."""
+        if worker < self.expected and self.failed is None and not self.ended:
+            logger.error("worker %d ended with an error: the launch ends", worker)
+            self.failed = worker
+            self.terminating = True
+
+    def pass_failure_on(self, worker: int) -> None:
+        """A worker of the launch has failed on another machine, whose server ends the launch."""
+        self.failed = worker
+        for connection in self._workers.values():
+            self._tell_to_leave(connection)
+
+    def give_up(self, reason: object) -> None:
+        """This machine can take part no longer: its workers, and whoever waits to join, end with an error."""
+        logger.error("%s: this machine ends", reason)
+        self._given_up = True
+        for connection in self._connections():
+            self._tell(connection, RootLost())
+
+    def end_if_all_finished(self) -> None:
+        """The launch is over when all its workers have finished or died; external
+        ones are asked to stop, and waited for."""
+        if self.ended or not self.expected or not self.started or self._absent or self.failed is not None:
+            return
+        training = [c for c in self._workers.values() if not c.finished]
+        if any(connection.worker < self.expected for connection in training) or not self._role.others_finished:
+            return
+        if training:
+            self.stop_workers()
+        elif self._role.conclude():
+            self._end()

@@ -1,0 +1,86 @@
+"""The exchange of a worker that is alone (LSAM, Algorithm 1): its server is an object in the same process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from ..anchor import Anchor
+from ..checkpoint import save_tensors
+from .base import FinalAnchor, Link, LinkStatus
+
+
+class Aggregator(Protocol):
+    """Pushes in, anchor out: what a link in the same process, and a server, need of `server.core`'s classes."""
+
+    anchor: Anchor
+    accepted_pushes: int
+    refused_pushes: int
+
+    @property
+    def live_workers(self) -> int: ...
+    def join(self, worker: int) -> None: ...
+    def leave(self, worker: int) -> None: ...
+    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool: ...
+    def flush(self) -> None: ...
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+
+class InProcessLink(Link):
+    """Hands each push to the server's arithmetic at once; nothing waits, nothing leaves the process, nothing is lost.
+
+    Args:
+        core: the server; several links may share one.
+        worker: this worker's number.
+    """
+
+    def __init__(self, core: Aggregator, worker: int = 0):
+        self._core = core
+        self._worker = worker
+        self._status = LinkStatus()
+        core.join(worker)
+
+    @property
+    def worker(self) -> int:
+        return self._worker
+
+    @property
+    def status(self) -> LinkStatus:
+        return self._status
+
+    @property
+    def can_push(self) -> bool:
+        return True
+
+    def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
+        came_to = self._core.anchor.version
+        accepted = self._core.push(total, steps, self._worker, loss)
+        self._status = self._status.after_answer(accepted, came_to, came_to - version)
+
+    def poll(self, held: int, incoming: Tensor) -> int | None:
+        anchor = self._core.anchor
+        if anchor.version == held:
+            return None
+        incoming.copy_(anchor.vector)
+        return anchor.version
+
+    def settle(self) -> None:
+        pass
+
+    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
+        self._core.leave(self._worker)
+        if not self._core.live_workers:
+            self._core.flush()
+        incoming.copy_(self._core.anchor.vector)
+        self._status = replace(self._status, finished=True)
+        return FinalAnchor(self._core.anchor.version, best_step)
+
+    def snapshot(self, path: Path) -> bool:
+        save_tensors(path, self._core.state_tensors())
+        return True
+
+    def close(self, failed: bool = False) -> None:
+        pass

@@ -1,0 +1,285 @@
+"""What processes say to each other: every message is a class, its fields have names, and all frames have one size.
+
+Workers and the server of their machine talk in `WORKER_MESSAGES`, servers of different machines in `MACHINE_MESSAGES`.
+A frame holds numbers and fingerprints only; nothing is ever unpickled. Vectors travel beside: through shared memory,
+or over Gloo.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import astuple, dataclass, fields
+from enum import IntEnum
+
+ELSEWHERE = -1  # stands for the number of a worker on another machine
+ANY_NUMBER = -1  # what a worker or a machine calls itself that is not of a launch; it is given a number
+
+
+class Refusal(IntEnum):
+    """Why a worker, or a machine, may not take part."""
+
+    SECRET = 1  # one side does not know the other's
+    RUN = 2  # another run
+    FINGERPRINT = 3  # other trainable parameters
+    LENGTH = 4  # another number of trainable values
+    SETTINGS = 5  # of the server, on another machine
+    TAKEN = 6  # somebody has that number
+    TIMEOUT = 7  # others never came
+    NO_ROOM = 8  # for a mailbox
+    ENDED = 9  # the run has
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one process says to another. Fields are int and bool, float, `Refusal`, or 32 bytes."""
+
+
+# --- either way, or in both ---
+
+
+@dataclass(frozen=True)
+class Refused(Message):
+    """To a worker or a machine that wants to join."""
+
+    reason: Refusal
+
+
+@dataclass(frozen=True)
+class Failed(Message):
+    """A worker ends with an error; a launch ends with it."""
+
+
+# --- from a worker ---
+
+
+@dataclass(frozen=True)
+class Join(Message):
+    """The first message of a connection."""
+
+    worker: int  # or ANY_NUMBER
+    numel: int  # vector length d
+    process: int  # a random number, by which a server knows again whose pushes it has counted
+    fingerprint: bytes  # of the trainable parameters
+
+
+@dataclass(frozen=True)
+class Push(Message):
+    """The mailbox holds a push."""
+
+    number: int  # which push of this process it is, from 1
+    steps: int  # local steps in it
+    loss: float  # their mean
+
+
+@dataclass(frozen=True)
+class Finish(Message):
+    """All local steps are done."""
+
+    stop_all: bool  # the others are to stop (early stopping)
+    best_step: int  # or -1
+
+
+@dataclass(frozen=True)
+class Snapshot(Message):
+    """The server is to write its state into the run folder."""
+
+
+@dataclass(frozen=True)
+class Heartbeat(Message):
+    """Still there, in a long step."""
+
+
+# --- to a worker ---
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """The worker takes part."""
+
+    worker: int  # the number given
+    last_counted: int  # push of this process
+    mailbox: int  # its number; each join has one of its own
+
+
+@dataclass(frozen=True)
+class Answer(Message):
+    """To a push."""
+
+    accepted: bool  # False: NaN or infinity
+    version: int  # of the anchor when the push came in
+
+
+@dataclass(frozen=True)
+class Stop(Message):
+    """The run ends early."""
+
+    save: bool  # by a signal: a checkpoint is to be saved
+
+
+@dataclass(frozen=True)
+class Finished(Message):
+    """All have finished, and the shared anchor is final."""
+
+    best_step: int  # or -1
+
+
+@dataclass(frozen=True)
+class SnapshotDone(Message):
+    """To `Snapshot`."""
+
+    written: bool
+
+
+@dataclass(frozen=True)
+class Evicted(Message):
+    """Nothing was heard for `worker_timeout`; the worker may join again."""
+
+
+@dataclass(frozen=True)
+class RootLost(Message):
+    """This machine's server has lost the root, or was refused by it: there is no server from here on."""
+
+
+@dataclass(frozen=True)
+class WorkerFailed(Message):
+    """A worker of the launch ended with an error: there is no server from here on."""
+
+    worker: int  # or ELSEWHERE
+
+
+# --- from a machine, to the root ---
+
+
+@dataclass(frozen=True)
+class JoinMachine(Message):
+    """The first message of a machine's link."""
+
+    machine: int  # or ANY_NUMBER
+    process: int  # a random number of the relay
+    live: int  # workers on the machine
+    settings: bytes  # SHA-256 of the server's
+
+
+@dataclass(frozen=True)
+class Live(Message):
+    """How many workers are live on the machine."""
+
+    workers: int
+
+
+@dataclass(frozen=True)
+class Sum(Message):
+    """With a vector: the sum of what the machine's workers have pushed."""
+
+    number: int  # which sum of this relay it is, from 1
+    steps: int
+
+
+@dataclass(frozen=True)
+class StopAll(Message):
+    """A worker asks that all stop."""
+
+
+@dataclass(frozen=True)
+class FinishMachine(Message):
+    """All workers of the machine have finished."""
+
+    nobody_waits: bool  # for the final anchor
+    best_step: int  # or -1
+
+
+# --- from the root, to a machine ---
+
+
+@dataclass(frozen=True)
+class WelcomeMachine(Message):
+    """With a vector: the anchor."""
+
+    version: int
+    last_counted: int  # sum of this relay
+
+
+@dataclass(frozen=True)
+class NewAnchor(Message):
+    """With a vector: the newest anchor."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class SumAnswer(Message):
+    """To a sum."""
+
+    number: int
+    accepted: bool  # False: NaN or infinity, or too late
+
+
+@dataclass(frozen=True)
+class StopMachine(Message):
+    """The run ends early."""
+
+    save: bool  # a checkpoint is to be saved
+    failed: bool  # a worker of the launch ended with an error
+
+
+@dataclass(frozen=True)
+class FinishedAnchor(Message):
+    """With a vector: the final anchor."""
+
+    version: int
+    best_step: int  # or -1
+
+
+_CODES = {"int": "q", "bool": "?", "float": "d", "bytes": "32s", "Refusal": "q"}
+_HEAD = struct.Struct("<IH")  # the protocol, the kind of the message
+
+
+class Vocabulary:
+    """The messages of one protocol, as frames of one size.
+
+    Args:
+        magic: begins every frame; 32 bits.
+        kinds: classes; their order is part of the protocol.
+    """
+
+    def __init__(self, magic: int, *kinds: type[Message]):
+        self._magic = magic
+        self._kinds = dict(enumerate(kinds, 1))
+        self._numbers = {kind: number for number, kind in self._kinds.items()}
+        self._bodies = {
+            kind: struct.Struct("<" + "".join(_CODES[str(field.type)] for field in fields(kind))) for kind in kinds
+        }
+        self.size = _HEAD.size + max(body.size for body in self._bodies.values())  # bytes
+
+    def pack(self, message: Message) -> bytes:
+        """One frame."""
+        kind = type(message)
+        frame = _HEAD.pack(self._magic, self._numbers[kind]) + self._bodies[kind].pack(*astuple(message))
+        return frame.ljust(self.size, b"\0")
+
+    def unpack(self, frame: bytes) -> Message:
+        """The message in one frame.
+
+        Raises:
+            ValueError: if it is none of this protocol.
+        """
+        magic, number = _HEAD.unpack_from(frame)
+        if magic != self._magic or number not in self._kinds:
+            raise ValueError("not a frame of this protocol")
+        kind = self._kinds[number]
+        values = self._bodies[kind].unpack_from(frame, _HEAD.size)
+        if kind is Refused:
+            return Refused(Refusal(values[0]))
+        return kind(*values)
+
+
+WORKER_MESSAGES = Vocabulary(
+    0x4C53414D,  # "LSAM"
+    *(Join, Push, Finish, Snapshot, Heartbeat, Failed),
+    *(Welcome, Refused, Answer, Stop, Finished, SnapshotDone, Evicted, RootLost, WorkerFailed),
+)
+MACHINE_MESSAGES = Vocabulary(
+    0x4C53414E,
+    *(JoinMachine, Live, Sum, StopAll, FinishMachine, Failed),
+    *(WelcomeMachine, Refused, NewAnchor, SumAnswer, StopMachine, FinishedAnchor),
+)
