@@ -106,12 +106,12 @@ class LSAMArguments:
         shared_memory_dir (`str`, defaults to "/dev/shm"): where workers and server of a machine exchange vectors. Needs
             room for num_workers + 2 of them.
         server_address (`str`, *optional*): the folder of a running server (`python -m hf_lsam.server --run_dir DIR`)
-            to join as a guest, and to leave when this launch has done its steps; n counts the workers that are there.
-            Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed. max_steps is
-            the budget of each worker.
+            to join as an external worker, and to leave when this launch has done its steps; n counts the workers that
+            are there. Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed.
+            max_steps is the budget of each worker. "scheme://..." joins by a transport of your own.
         server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
-            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. A guest waits
-            as long for a server that has not started yet.
+            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. An external
+            worker waits as long for a server that has not started yet.
         worker_timeout (`float`, defaults to 600.0): seconds after which a worker whose process is frozen is dropped;
             one that evaluates, saves or compiles is not. When it wakes, it begins again at the anchor; the end of the
             run waits for it as long again.

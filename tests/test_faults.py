@@ -147,7 +147,7 @@ def test_a_guest_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
         except ServerGone as error:
             results.append(error)
 
-    with caplog.at_level(logging.INFO, "hf_lsam.run"):
+    with caplog.at_level(logging.INFO, "hf_lsam.joining"):
         guest = threading.Thread(target=body)
         guest.start()
         wait_until(lambda: "waiting for a server in server_address=" in caplog.text or results)

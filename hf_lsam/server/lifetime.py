@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from ..transport.mailbox import RunFolder, served_by_this_process
+from .role import Role
 from .root import Root
-from .service import Role, Service
+from .service import Service
 
 logger = logging.getLogger(__name__)
 

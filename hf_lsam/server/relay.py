@@ -46,7 +46,8 @@ from ..transport.messages import (
 from ..transport.peer import Peer
 from .core import RelayCore
 from .machines import machine_settings, settings_digest
-from .service import Role, Service
+from .role import Role
+from .service import Service
 
 logger = logging.getLogger(__name__)
 

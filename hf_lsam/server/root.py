@@ -44,7 +44,8 @@ from ..transport.messages import (
 from ..transport.peer import Peer
 from .core import ServerCore
 from .machines import MOST_WORKERS, MachineSettings, address_file, machine_settings, settings_digest
-from .service import Role, Service
+from .role import Role
+from .service import Service
 
 logger = logging.getLogger(__name__)
 
