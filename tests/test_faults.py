@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -36,10 +35,8 @@ from hf_lsam.server.local import LocalLink
 from hf_lsam.transport.link import MailboxLink, RefusedError, ServerGone
 from hf_lsam.transport.mailbox import ANY_NUMBER, Kind, Message, RunFolder, dead_launches, is_served, make_launch_folder
 from hf_lsam.worker import Worker
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import chaos
-from chaos import Cluster, Fault, processes, run_schedule
+from scripts.stress import chaos
+from scripts.stress.chaos import Cluster, Fault, processes, run_schedule
 
 # Forked children run neither autograd nor threads of the parent.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -64,7 +61,7 @@ def signal_handlers_stay():
         signal.signal(number, handler)
 
 
-# --- guests: scripts/chaos.py's workers, one schedule each ---
+# --- guests: scripts/stress/chaos.py's workers, one schedule each ---
 
 
 def outcome_of(*faults: Fault) -> chaos.Outcome:
