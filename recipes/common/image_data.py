@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from recipes.common.configuration import resolve
 from recipes.common.image_batches import generator_for
 from recipes.common.image_formats import PickledArray, read_matlab, read_plain_pickle
+from recipes.common.labels import natural_order
 
 # What each kind of data set takes to say where it lies.
 SOURCES = {
@@ -102,7 +103,7 @@ def load_images(args: ImageDataArguments) -> ImageSet:
     _check(args)
     reader = {"svhn": _svhn, "parquet": _parquet, "folder": _folder, "hub": _hub}.get(args.dataset, _cifar)
     train, held_out, names = reader(args)
-    names = names or sorted(set(train.labels), key=_natural)
+    names = names or sorted(set(train.labels), key=natural_order)
     train_labels = _number(train, names)
     chosen = _stratified(train_labels, args.data_seed)
     if held_out is None:
@@ -194,7 +195,7 @@ def _stratified(labels: Tensor, seed: int) -> list[int]:
 def _number(split: Split, names: list[str]) -> Tensor:
     """The labels as numbers of `names`, int64 [N]."""
     numbers = {name: number for number, name in enumerate(names)}
-    unseen = sorted(set(split.labels) - set(names), key=_natural)
+    unseen = sorted(set(split.labels) - set(names), key=natural_order)
     if unseen:
         raise ValueError(
             f"{split.source} has labels that the training images never have: {', '.join(map(repr, unseen[:10]))} "
@@ -204,11 +205,6 @@ def _number(split: Split, names: list[str]) -> Tensor:
     if not split.labels:
         raise ValueError(f"{split.source} has no images. Add some.")
     return torch.tensor([numbers[label] for label in split.labels])
-
-
-def _natural(label: str) -> tuple[bool, int, str]:
-    """Sorts "2" before "10"."""
-    return (False, int(label), "") if label.isdecimal() else (True, 0, label)
 
 
 def _decode(split: Split, chosen: list[int], size: int | None) -> Tensor:
@@ -501,7 +497,7 @@ def _folder_split(folder: Path) -> tuple[Split, list[str]]:
             f"There is no folder {folder}. For folder: {_wanted('folder')} Without a test folder, hold out a part of "
             "the training images with validation_fraction."
         )
-    classes = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
+    classes = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name))
     files = [path for kind in classes for path in sorted(kind.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise ValueError(f"{folder} has no folders with images ({', '.join(IMAGE_SUFFIXES)}). {_wanted('folder')}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset, Features, Value
 
+from recipes.common.labels import natural_order
 from recipes.common.records import RecordArguments, first, load_splits, parse_rows, read_text, refuse_two_sources
 
 
@@ -46,7 +47,7 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
     """
     train, held_out = _read_files(args) if args.train_file else _read_dataset(args)
     train = _keep(train, args)
-    names = args.keep_labels or sorted(set(train.labels), key=_natural)
+    names = args.keep_labels or sorted(set(train.labels), key=natural_order)
     if len(names) < 2:
         raise ValueError(
             f"{train.source} has one label only in column `{args.label_column}`, {names[0]!r}: there is nothing to "
@@ -56,7 +57,7 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
         training, evaluation = _split(_dataset(train, names), train.source, args)
     else:
         held_out = _keep(held_out, args)
-        unseen = sorted(set(held_out.labels) - set(names), key=_natural)
+        unseen = sorted(set(held_out.labels) - set(names), key=natural_order)
         if unseen:
             raise ValueError(
                 f"{held_out.source} has labels in column `{args.label_column}` that {train.source} never has: "
@@ -131,7 +132,7 @@ def _keep(examples: Examples, args: DataArguments) -> Examples:
     if absent:
         raise ValueError(
             f"{examples.source} has no example labelled {absent[0]!r} in column `{args.label_column}`; its labels are "
-            f"{', '.join(map(repr, sorted(present, key=_natural)))}. Correct keep_labels."
+            f"{', '.join(map(repr, sorted(present, key=natural_order)))}. Correct keep_labels."
         )
     kept = [(t, label) for t, label in zip(examples.texts, examples.labels, strict=True) if label in args.keep_labels]
     return Examples(examples.source, examples.columns, [text for text, _ in kept], [label for _, label in kept])
@@ -168,8 +169,3 @@ def _split(dataset: Dataset, source: str, args: DataArguments) -> tuple[Dataset,
 
 def _normal(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _natural(label: str) -> tuple[bool, int, str]:
-    """Sorts "2" before "10"."""
-    return (False, int(label), "") if label.isdecimal() else (True, 0, label)
