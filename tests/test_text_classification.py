@@ -464,6 +464,10 @@ def test_labels_that_do_not_match_the_head_of_the_model(folder, tmp_path):
         (["--method", "ddp_sam", "--sam_rho", "-1"], r"`sam_rho` must be finite and >= 0"),
         (["--method", "ddp_sam", "--sam_interval", "2"], r"method ddp_sam perturbs at every step.*sam_interval=2"),
         (["--method", "ddp_sam", "--sam_ascent_fraction", "0.5"], r"whole batch, got sam_ascent_fraction=0\.5"),
+        (
+            ["--method", "ddp_sam", "--sam_direction", "anchor"],
+            r"along the gradient.*sam_direction=anchor. Set it to grad",
+        ),
     ],
 )
 def test_bad_arguments_of_a_method(folder, tmp_path, arguments, message):

@@ -89,11 +89,12 @@ def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, t
     if values["method"] == "ddp_sam":
         if not 0 <= values["sam_rho"] < math.inf:
             raise ValueError(f"`sam_rho` must be finite and >= 0, got {values['sam_rho']}. Use method ddp for none.")
-        for key, only in (("sam_interval", 1), ("sam_ascent_fraction", 1.0)):
+        for key, only in (("sam_interval", 1), ("sam_ascent_fraction", 1.0), ("sam_direction", "gradient")):
             if values[key] != only:
                 raise ValueError(
-                    f"method ddp_sam perturbs at every step on the whole batch, got {key}={values[key]}. Set it to "
-                    f"{only}, or use method lsam (with one worker and coupling_strength=0 it is SAM)."
+                    f"method ddp_sam perturbs at every step along the gradient of the whole batch, got {key}="
+                    f"{values[key]}. Set it to {only}, or use method lsam (with one worker and coupling_strength=0 "
+                    "it is SAM)."
                 )
     return pick(trainers[values["method"]][1], values)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from recipes.common.card import exchanged_bytes
 from recipes.common.results import write_atomically, write_json
-from recipes.common.tables import markdown_table
+from recipes.common.tables import markdown_table, mean_and_spread
 
 OWN_TO_A_RUN = ("seed", "output_dir")
 # Where these lie is one machine's affair; their names are kept.
@@ -95,14 +95,14 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
         runs, metric = summary["runs"], summary["metric"]
         asynchronous = summary["method"] == "lsam"
         at_workers = [value for run in runs for value in run[f"eval_{metric}_workers"] or ()]
-        reached, seconds = summary[f"eval_{metric}"], summary["train_runtime_s"]
+        seconds = summary["train_runtime_s"]
         data_parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
         rows.append(
             (
                 summary["method"],
                 str(summary["num_workers"]),
                 ", ".join(str(run["seed"]) for run in runs),
-                f"{reached['mean']:.4f} ± {reached['std']:.4f}",
+                mean_and_spread([run[f"eval_{metric}"] for run in runs], 4),
                 f"{statistics.fmean(at_workers):.4f}" if asynchronous else "-",
                 f"{seconds['mean']:.0f} s",
                 f"{statistics.fmean(step for run in runs for step in run['median_step_s']):.2f} s",

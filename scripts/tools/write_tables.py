@@ -72,7 +72,8 @@ def write_experiments(folder: Path) -> None:
 def write_recipes(recipes: Path) -> None:
     """The tables of summarize_results.py, compare_text.py and measure_recipe.py."""
     sentences = recipes / "text_classification"
-    write_between(sentences / "README.md", "quickstart", table(load_results(sentences / "results/quickstart.json")))
+    for name in ("short", "quickstart"):
+        write_between(sentences / "README.md", name, table(load_results(sentences / f"results/{name}.json")))
     for name in COMPARISONS:
         write_between(sentences / "README.md", name, text(load_results(sentences / f"results/{name}.json")))
     for path in sorted(recipes.glob("*/results/methods.json")):
