@@ -8,16 +8,16 @@ TORCH_FOR_TESTS ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast style quality docs clean
+.PHONY: help setup quickstart test test-fast style quality docs wheel release clean
 
 help:  ## Lists the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 setup: .venv/.recipes  ## Installs everything into .venv, for runs of your own
 
-quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (5 minutes on 2 cores)
-	$(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/train_text_classification.py --config recipes/text_classification/quickstart.yaml
+quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (2 minutes on 2 cores)
+	$(BIN)/accelerate launch --config_file recipes/accelerate.yaml recipes/text_classification/train.py \
+		--config recipes/text_classification/quickstart.yaml
 
 test: .venv/.test  ## Runs the tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -39,8 +39,15 @@ quality: .venv/.quality  ## Checks format and style
 docs: .venv/.docs  ## Builds the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean:  ## Removes .venv and site/
-	rm -rf .venv site
+wheel: .venv/.release  ## Builds the source distribution and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+release: wheel  ## The same, and checks what an index would check before an upload
+	$(BIN)/twine check --strict dist/*
+
+clean:  ## Removes .venv, site/ and dist/
+	rm -rf .venv site dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -52,6 +59,11 @@ clean:  ## Removes .venv and site/
 .venv/.docs: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet $$($(BIN)/python -c \
 		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+.venv/.release: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["release"])')
 	touch $@
 
 .venv/.recipes: pyproject.toml | .venv/bin/python

@@ -1,6 +1,7 @@
-"""The model card of a run for the Hub, from what the run has left: results.json, its record, the saved model.
+"""The model card of a run for the Hub, from what the run has left: its record and the saved model.
 
-The template is model_card.md beside this module.
+A script that knows more of its run leaves it as `card.json` (`save_facts`), which then goes before the record. The
+template is model_card.md beside this module.
 """
 
 from __future__ import annotations
@@ -8,35 +9,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .loading import saved_model
 from .parameters import data_parallel_bytes
 from .record import Record, read_record
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+FACTS = "card.json"  # in the folder of a run
 MARK = "<!-- written by hf-lsam -->"  # in every card; one without it was written by hand
-METHODS = {
-    "lsam": "LSAM",
-    "sam": "data-parallel SAM",
-    "sgd": "data-parallel training without SAM",
-    "easgd": "EASGD",
-    "lsgd": "LSGD",
-}
-# Of the model classes of transformers how their names end, the task on the Hub, and peft's name of the task.
-TASKS = (
-    ("ForSequenceClassification", "text-classification", "SEQ_CLS"),
-    ("ForTokenClassification", "token-classification", "TOKEN_CLS"),
-    ("ForImageClassification", "image-classification", None),
-    ("ForConditionalGeneration", None, "SEQ_2_SEQ_LM"),
-    ("ForCausalLM", "text-generation", "CAUSAL_LM"),
-    ("LMHeadModel", "text-generation", None),
-)
-AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForCausalLM"}
 # Fields of a configuration that say nothing of how a model was trained.
 NOT_TOLD = ("output_dir", "shared_memory_dir", "server_address")
 
@@ -47,7 +33,7 @@ class CardFacts:
 
     Args:
         name: of the model.
-        method: a key of `METHODS`.
+        method: its short name: a tag of the card, where it is not LSAM.
         num_workers: n.
         metrics: (name, value) of the held-out results.
         results: (what, value) rows of the table of results.
@@ -64,6 +50,7 @@ class CardFacts:
         provenance: one line: hardware, versions, commit, date.
         curves: whether curves.png lies beside the card.
         seeds: over which the results are means.
+        method_name: the method in words.
     """
 
     name: str
@@ -84,6 +71,7 @@ class CardFacts:
     loading: str | None = None
     curves: bool = False
     seeds: list[int] = field(default_factory=list)
+    method_name: str = "LSAM"
 
 
 def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
@@ -122,9 +110,6 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
         mark=MARK,
         facts=facts,
         base=told(facts.base),
-        method=METHODS.get(facts.method, facts.method),
-        table=markdown_table(("", ""), facts.results),
-        comparison=markdown_table(*facts.compared) if facts.compared else None,
         configuration=json.dumps(known, indent=2, sort_keys=True, default=str),
     )
 
@@ -132,65 +117,34 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
 # --- what a run has left ---
 
 
+def save_facts(run_dir: Path, facts: CardFacts) -> None:
+    """Leaves `facts` in the folder of a run, for `facts_of_run`."""
+    path = run_dir / FACTS
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(asdict(facts), indent=1, default=str) + "\n")
+    beside.replace(path)
+
+
 def facts_of_run(run_dir: Path) -> CardFacts:
-    """Reads results.json, the record and the saved model.
+    """What a script has left of its run with `save_facts`, or else what the run's record and the saved model say.
 
     Args:
         run_dir: the run's output_dir.
 
     Raises:
-        FileNotFoundError: if it holds neither results nor a record.
+        FileNotFoundError: if it holds neither.
         ValueError: if one of them is damaged, or of a kind that is not known.
     """
-    path = run_dir / "results.json"
+    path = run_dir / FACTS
     if not path.exists():
         return facts_of_record(run_dir, read_record(run_dir))
     try:
-        results = json.loads(path.read_bytes())
-        return facts_of_results(run_dir, results)
-    except (ValueError, KeyError, TypeError) as error:
+        return CardFacts(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is no results of a run ({error!r}): no card can be made of them. Take it out of the way to have "
-            "one from the run's record alone, or let the script write it again."
+            f"{path} is not what a card can be made of ({error!r}). Take it out of the way to have one from the run's "
+            "record alone, or let the script write it again."
         ) from error
-
-
-def facts_of_results(run_dir: Path, results: dict[str, Any]) -> CardFacts:
-    """What the results of a script say, beside the model in `run_dir`."""
-    configuration = results["configuration"]
-    if "metric" in results:
-        metrics = [(results["metric"], results[f"eval_{results['metric']}"])]
-        if results["metric"] != "loss":
-            metrics.append(("loss", results["eval_loss"]))
-    else:
-        metrics = [("accuracy", results["accuracy"]), ("loss", results["eval_loss"])]
-    base = configuration.get("base_model_id") or configuration.get("model_name_or_path")
-    named = (configuration.get(key) for key in ("dataset_name", "train_file", "data_dir"))
-    data = next(filter(None, named), None)
-    on_hub = bool(configuration.get("dataset_name")) and is_hub_name(data)
-    return CardFacts(
-        run_dir.resolve().name,
-        results["method"],
-        results["num_workers"],
-        metrics,
-        result_rows(results),
-        configuration,
-        provenance_line(results),
-        against=_against(results),
-        base=base,
-        data=data if on_hub or data is None else Path(data).name,
-        on_hub=on_hub,
-        examples=results.get("train_examples", results.get("train_images")),
-        curves=(run_dir / "curves.png").exists(),
-        seeds=[results["seed"]] if "seed" in results else [],
-        **saved_model(run_dir, results.get("labels")),
-    )
-
-
-def _against(results: dict[str, Any]) -> str:
-    alone = "It was compared with no other method."
-    before = results.get(f"eval_{results.get('metric')}_before")
-    return alone if before is None else "It was compared with the model before training, and with nothing else."
 
 
 def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
@@ -214,10 +168,10 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
         ("Method", "LSAM"),
         ("Workers", f"{run['num_workers']}; steps {', '.join(map(str, steps))}"),
         ("Trained parameters", f"{run['model']['trainable_parameters']:,}"),
-        *((f"{_capital(name)} at the anchor", f"{value:.4f}") for name, value in metrics),
+        *((f"{titled(name)} at the anchor", f"{value:.4f}") for name, value in metrics),
         ("Server updates", f"{max((point.get('lsam/anchor_version', 0) for point in last.values()), default=0)}"),
-        ("Bytes exchanged", _megabytes(exchanged)),
-        ("  data-parallel SAM", f"{_megabytes(parallel)} for the same steps"),
+        ("Bytes exchanged", megabytes(exchanged)),
+        ("  data-parallel SAM", f"{megabytes(parallel)} for the same steps"),
     ]
     date = max(entries[-1]["time"] for entries in workers.values()) if workers else run["started"]
     name = run["model"]["name"]
@@ -236,53 +190,6 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
     )
 
 
-def saved_model(run_dir: Path, labels: list[str] | None = None) -> dict[str, str | None]:
-    """Task, library and loading code of the model that lies in a folder.
-
-    Args:
-        labels: of a classifier, where its configuration does not hold them.
-    """
-    adapter, config = run_dir / "adapter_config.json", run_dir / "config.json"
-    if adapter.exists():
-        kind = json.loads(adapter.read_bytes()).get("task_type")
-        ending, task, _ = next((each for each in TASKS if kind is not None and each[2] == kind), (None, None, None))
-        library = "peft"
-    elif config.exists():
-        kind = (json.loads(config.read_bytes()).get("architectures") or [""])[0]
-        ending, task, _ = next((each for each in TASKS if kind.endswith(each[0])), (None, None, None))
-        library = "transformers"
-    elif (run_dir / "model.safetensors").exists():
-        source = (
-            "from safetensors.torch import load_file\n\n"
-            'model.load_state_dict(load_file("model.safetensors"))  # into the class that was trained'
-        )
-        return {"task": None, "library": None, "loading": source}
-    else:
-        return {"task": None, "library": None, "loading": None}
-    return {"task": task, "library": library, "loading": _loading(library, ending, task, labels)}
-
-
-def _loading(library: str, ending: str | None, task: str | None, labels: list[str] | None) -> str:
-    auto = "Auto" if library == "transformers" else "AutoPeft"
-    kind = f"{auto}Model{AUTO_CLASSES.get(ending, ending or '')}"
-    reader = "AutoImageProcessor" if task == "image-classification" else "AutoTokenizer"
-    own = [kind, reader] if library == "transformers" else [reader]
-    lines = [f"from transformers import {', '.join(sorted(own))}"]
-    lines += [] if library == "transformers" else [f"from peft import {kind}"]
-    lines += ["", 'folder = "."  # where this card lies, or its name on the Hub']
-    if labels:
-        lines += [f"labels = {labels}", f"model = {kind}.from_pretrained(folder, num_labels=len(labels))"]
-    else:
-        lines += [f"model = {kind}.from_pretrained(folder)"]
-    lines += [f"{'processor' if reader == 'AutoImageProcessor' else 'tokenizer'} = {reader}.from_pretrained(folder)"]
-    if task == "text-classification" and labels:
-        lines += [
-            'scores = model.eval()(**tokenizer(["A sentence."], return_tensors="pt")).logits',
-            "print(labels[scores.argmax().item()])",
-        ]
-    return "\n".join(lines)
-
-
 def comparison(facts: CardFacts, others: Sequence[CardFacts]) -> dict[str, Any]:
     """The fields of `CardFacts` that compare one run with others, in the metrics that all of them have."""
     everyone = [facts, *others]
@@ -291,9 +198,9 @@ def comparison(facts: CardFacts, others: Sequence[CardFacts]) -> dict[str, Any]:
     for each in everyone:
         values, results = dict(each.metrics), dict(each.results)
         measured = [f"{values[name]:.4f}" for name in shared]
-        rows.append((each.name, METHODS.get(each.method, each.method), str(each.num_workers), *measured))
+        rows.append((each.name, each.method_name, str(each.num_workers), *measured))
         rows[-1] += (results.get("Bytes exchanged", "-"),)
-    header = ("run", "method", "workers", *(_capital(name) for name in shared), "exchanged")
+    header = ("run", "method", "workers", *(titled(name) for name in shared), "exchanged")
     differ = [
         f"`{each.name}` differs in "
         + ", ".join(
@@ -306,63 +213,7 @@ def comparison(facts: CardFacts, others: Sequence[CardFacts]) -> dict[str, Any]:
     return {"compared": (header, rows), "against": f"{'; '.join(differ)}." if differ else ""}
 
 
-# --- tables ---
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without a final newline."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, value) rows of the results of a script."""
-    if "metric" not in results:
-        return _image_rows(results)
-    asynchronous = results["method"] == "lsam"
-    workers = results["num_workers"]
-    steps = ", ".join(map(str, results["steps_per_worker"]))
-    seconds = ", ".join(f"{median:.3f}" for median in results["median_step_s"])
-    where = "at the anchor" if asynchronous else "after"
-    key, name = f"eval_{results['metric']}", _capital(results["metric"])
-    rows = [
-        ("Method", results["method"]),
-        ("Workers", f"{workers} on {results['device']}; steps {steps}; median step {seconds} s"),
-        ("Training time", f"{results['train_runtime_s']:.0f} s"),
-        ("Trained parameters", f"{results['trainable_parameters']:,}"),
-        ("Held-out examples", f"{results['eval_examples']:,}"),
-        (f"{name} before", f"{results[f'{key}_before']:.4f}"),
-        (f"{name} {where}", f"{results[key]:.4f}"),
-    ]
-    exchanged = _megabytes(exchanged_bytes(results))
-    if not asynchronous:
-        return [*rows, ("Bytes exchanged", f"{exchanged} (computed, ring all-reduce)")]
-    return [
-        *rows,
-        (f"{name} at the workers", ", ".join(f"{value:.4f}" for value in results[f"{key}_workers"])),
-        ("Server updates", f"{results['anchor_version']} from {sum(results['pushes_per_worker'])} pushes"),
-        ("Staleness", f"mean {results['staleness']['mean']:.2f}, max {results['staleness']['max']} anchor versions"),
-        ("Bytes exchanged", exchanged),
-        ("  data-parallel SAM", f"{_megabytes(results['bytes_data_parallel'])} for the same steps"),
-    ]
-
-
-def _image_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        ("Method", results["method"]),
-        ("Workers", f"{results['num_workers']} on {results['device']}; {results['steps_per_worker']} steps each"),
-        ("Training time", f"{results['seconds']:.0f} s"),
-        ("Held-out images", f"{results['eval_images']:,} of the {results['evaluated_on']}"),
-        ("Accuracy", f"{results['accuracy']:.4f}"),
-        ("Bytes exchanged", _megabytes(results["bytes"])),
-    ]
-
-
-def exchanged_bytes(results: dict[str, Any]) -> int:
-    """Bytes that all workers of a run sent and received."""
-    if results["bytes_pushed"] is None:
-        return results["bytes_data_parallel"]
-    return sum(results["bytes_pushed"]) + sum(results["bytes_pulled"])
+# --- how figures and names are told ---
 
 
 def provenance_line(origin: dict[str, Any]) -> str:
@@ -391,10 +242,12 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _capital(metric: str) -> str:
+def titled(metric: str) -> str:
+    """The name of a metric at the beginning of a cell."""
     name = metric.replace("_", " ")
     return name[0].upper() + name[1:]
 
 
-def _megabytes(count: float) -> str:
+def megabytes(count: float) -> str:
+    """A number of bytes."""
     return f"{count / 1e6:,.1f} MB"

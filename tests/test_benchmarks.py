@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts/benchmarks"
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -25,7 +26,7 @@ def report_of(script: str, output: Path, *arguments: str) -> dict:
     done = run(script, *arguments, "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
-    assert report["command"].startswith(f"python scripts/{script} {arguments[0]}")
+    assert report["command"].startswith(f"python scripts/benchmarks/{script} {arguments[0]}")
     assert report["provenance"].keys() >= {"commit", "versions", "hardware", "date"}
     assert done.stdout.startswith("| ")
     return report
@@ -34,7 +35,7 @@ def report_of(script: str, output: Path, *arguments: str) -> dict:
 def test_bench_step(tmp_path):
     variants = ["plain", "lsam", "lsam quarter", "lsam server", "davda54"]
     size = ("--batch", "4", "--length", "8", "--rounds", "2", "--steps", "1", "--exchange_steps", "17", "--no_memory")
-    report = report_of("bench_step.py", tmp_path / "step.json", *size, "--variants", *variants)
+    report = report_of("step.py", tmp_path / "step.json", *size, "--variants", *variants)
     assert report["parameters"]["batch"] == 4
     assert report["parameters"]["length"] == 8
     assert report["parameters"]["trainable_parameters"] == 22_713_986
@@ -49,10 +50,10 @@ def test_bench_step(tmp_path):
     assert 0 < rows["lsam server"]["exchange_share"] < 1
 
 
-def test_bench_step_of_an_image_loop(tmp_path):
+def test_bench_images(tmp_path):
     size = ("--batch", "2", "--processes", "1", "--rounds", "1", "--steps", "1")
     size += ("--throughput_rounds", "1", "--throughput_steps", "2")
-    report = report_of("bench_step.py", tmp_path / "images.json", "--vision", *size)
+    report = report_of("images.py", tmp_path / "images.json", *size)
     results = report["results"]
     assert [row["allocator"] for row in results["step"]] == ["default", "keeping"]
     assert all(row["n"] == len(row["ratios"]) == 1 for row in results["step"])
@@ -64,7 +65,7 @@ def test_bench_step_of_an_image_loop(tmp_path):
 
 def test_bench_step_measures_memory(tmp_path):
     size = ("--batch", "2", "--length", "8", "--rounds", "1", "--steps", "1", "--exchange_steps", "0")
-    report = report_of("bench_step.py", tmp_path / "step.json", *size, "--variants", "plain", "lsam")
+    report = report_of("step.py", tmp_path / "step.json", *size, "--variants", "plain", "lsam")
     plain, lsam = report["results"]
     vector = 4 * report["parameters"]["trainable_parameters"]
     assert plain["peak_memory_ratio"] == 1.0
@@ -74,7 +75,7 @@ def test_bench_step_measures_memory(tmp_path):
 
 def test_bench_async(tmp_path):
     size = ("--batch", "1", "--length", "4", "--warmup", "3", "--rounds", "1", "--block_seconds", "3")
-    report = report_of("bench_async.py", tmp_path / "async.json", *size, "--block_steps", "2")
+    report = report_of("asynchrony.py", tmp_path / "async.json", *size, "--block_steps", "2")
     assert [(row["method"], row["worker_1"]) for row in report["results"]] == [
         (method, kind) for method in ("lsam", "ddp") for kind in ("free", "sleep", "busy")
     ]
@@ -91,7 +92,7 @@ def test_bench_async(tmp_path):
 
 def test_bench_server(tmp_path):
     size = ("--senders", "1", "2", "--megabytes", "0.1", "--rounds", "2", "--seconds", "0.8")
-    report = report_of("bench_server.py", tmp_path / "server.json", *size)
+    report = report_of("server.py", tmp_path / "server.json", *size)
     rows = report["results"]
     assert [(row["senders"], row["mode"]) for row in rows] == [
         (senders, mode) for senders in (1, 2) for mode in ("end to end", "absorb", "sum")
@@ -104,23 +105,23 @@ def test_bench_server(tmp_path):
 
 
 def test_bench_server_says_how_much_room_it_needs():
-    done = run("bench_server.py", "--senders", "3", "--megabytes", "1e9")
+    done = run("server.py", "--senders", "3", "--megabytes", "1e9")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "3 senders of 1e+09 MB and two copies of the anchor need 5000000000 MB" in done.stderr
 
 
 def test_gpu_check_without_a_gpu():
-    script = SCRIPTS / "gpu_check.sh"
+    script = ROOT / "scripts/stress/gpu_check.sh"
     done = subprocess.run([str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "gpu_check: no CUDA device is available here, so nothing can be checked.\n"
 
 
-@pytest.mark.parametrize("script", ["bench_step.py", "bench_async.py"])
+@pytest.mark.parametrize("script", ["step.py", "asynchrony.py"])
 def test_bad_arguments_are_refused(script):
-    bad = {"bench_step.py": ("--variants", "lsam"), "bench_async.py": ("--warmup", "2")}[script]
+    bad = {"step.py": ("--variants", "lsam"), "asynchrony.py": ("--warmup", "2")}[script]
     done = run(script, *bad)
     assert done.returncode == 2
     assert "error: --" in done.stderr
@@ -128,7 +129,7 @@ def test_bad_arguments_are_refused(script):
 
 def test_bench_faults(tmp_path):
     size = ("--kills", "2", "--seconds", "0.3", "--numel", "1000")
-    results = report_of("bench_faults.py", tmp_path / "faults.json", *size)["results"]
+    results = report_of("faults.py", tmp_path / "faults.json", *size)["results"]
     assert results["n"] == len(results["kills"]) == 2
     for kill in results["kills"]:
         assert kill["drop_s"] > 0
@@ -137,11 +138,12 @@ def test_bench_faults(tmp_path):
 
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
 def test_long_work_shows_how_long_it_will_take(terminal, quiet):
-    script = f"import time\nfrom progress import track\nfor _ in track(range(4), 'runs', {quiet}): time.sleep(0.2)"
+    script = "import time\nfrom recipes.common.progress import track\n"
+    script += f"for _ in track(range(4), 'runs', {quiet}): time.sleep(0.2)"
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (24, 100))
     errors = theirs if terminal else subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=errors)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
     out, said = process.communicate()
     os.close(theirs)
     if terminal:

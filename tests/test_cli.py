@@ -359,10 +359,10 @@ def test_card_does_not_replace_what_was_written_by_hand(finished, tmp_path):
 
 def test_card_of_what_is_no_run(tmp_path):
     assert "holds no record of a run" in hf_lsam("card", tmp_path).output
-    (tmp_path / "results.json").write_text("[]")
+    (tmp_path / "card.json").write_text("[]")
     result = hf_lsam("card", tmp_path)
     assert result.exit_code == 1
-    assert "is no results of a run" in result.output
+    assert "is not what a card can be made of" in result.output
 
 
 def test_the_trainer_writes_the_same_card_and_its_code_loads_the_model(tmp_path, monkeypatch):
@@ -406,11 +406,8 @@ def test_push_to_hub_pushes_that_card(tmp_path, monkeypatch):
 
 
 def test_the_published_cards_are_valid_and_up_to_date(tmp_path):
-    sys.path.insert(0, str(TESTS.parent / "scripts"))
-    try:
-        import write_cards
-    finally:
-        sys.path.pop(0)
+    from scripts.tools import write_cards
+
     write_cards.main(tmp_path)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     published = {path.name: path.read_text() for path in (TESTS.parent / "model_cards").glob("*-*.md")}

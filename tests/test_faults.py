@@ -40,10 +40,8 @@ from hf_lsam.transport.mailbox import RunFolder, dead_launches, is_served, make_
 from hf_lsam.transport.messages import ANY_NUMBER, Snapshot
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import chaos
-from chaos import Cluster, Fault, processes, run_schedule
+from scripts.stress import chaos
+from scripts.stress.chaos import Cluster, Fault, processes, run_schedule
 
 # Forked children run neither autograd nor threads of the parent.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -68,7 +66,7 @@ def signal_handlers_stay():
         signal.signal(number, handler)
 
 
-# --- guests: scripts/chaos.py's workers, one schedule each ---
+# --- guests: scripts/stress/chaos.py's workers, one schedule each ---
 
 
 def outcome_of(*faults: Fault) -> chaos.Outcome:

@@ -16,13 +16,12 @@ from launch import accelerate_launch, write_script
 from PIL import Image
 from safetensors.torch import load_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import simulate_images
-from configuration import parse_configuration
-from image_data import ImageDataArguments
-from train_image_classification import METHODS, RunArguments, run
-
-from hf_lsam import LSAMArguments, vision
+from hf_lsam import vision
+from recipes.cifar10_resnet20.methods import METHODS
+from recipes.cifar10_resnet20.train import KEYS, run
+from recipes.common.configuration import parse_configuration
+from recipes.common.image_data import ImageDataArguments
+from scripts.experiments import simulate_images
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
@@ -53,7 +52,7 @@ def data(tmp_path_factory) -> dict[str, str]:
 
 def values_of(**settings) -> dict:
     words = [f"--{key}={value}" for key, value in settings.items()]
-    return parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), words)
+    return parse_configuration(KEYS, words)
 
 
 def test_five_methods_with_two_workers_each(tmp_path, data):
@@ -62,13 +61,13 @@ def test_five_methods_with_two_workers_each(tmp_path, data):
     settings = {
         **{method: {"method": method} for method in METHODS},
         "easgd": {"method": "easgd", "coupling_strength": 0.45},
-        "sam twice": {"method": "sam", "ascent_sync": True},
+        "sam twice": {"method": "ddp_sam", "ascent_sync": True},
         "average": {"method": "lsam", "batchnorm_statistics": "average"},
     }
     plan = tmp_path / "plan.json"
     runs = [values_of(**common, **own, output_dir=tmp_path / name) for name, own in settings.items()]
     plan.write_text(json.dumps(runs))
-    accelerate_launch(ROOT / "scripts/reproduce.py", "--runs", str(plan))
+    accelerate_launch(ROOT / "scripts/experiments/reproduce.py", "--runs", str(plan))
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in settings}
     for name, result in results.items():
         assert result["method"] == settings[name]["method"]
@@ -77,26 +76,24 @@ def test_five_methods_with_two_workers_each(tmp_path, data):
         assert [point["step"] for point in result["points"]] == [24, 48]
         assert result["accuracy"] > 0.5, name  # three plain colours
         assert result["points"][0]["bytes"] < result["points"][1]["bytes"]
-    for name in ("easgd", "lsgd", "sgd"):
+    for name in ("easgd", "lsgd", "ddp"):
         assert results[name]["configuration"]["sam_rho"] == 0
     numel = results["lsam"]["workers"][0]["trainable_parameters"]
     statistics = sum(2 * m.num_features for m in vision.resnet20(3, width=4).modules() if hasattr(m, "running_mean"))
     assert results["average"]["workers"][0]["trainable_parameters"] == numel + statistics
     # A ring of two sends and receives each gradient once; with ascent_sync there are two a step.
-    assert results["sgd"]["bytes"] == 48 * 2 * 2 * 4 * numel
-    assert results["sam twice"]["bytes"] == 2 * results["sgd"]["bytes"]
-    assert results["lsam"]["bytes"] < results["sgd"]["bytes"]
+    assert results["ddp"]["bytes"] == 48 * 2 * 2 * 4 * numel
+    assert results["sam twice"]["bytes"] == 2 * results["ddp"]["bytes"]
+    assert results["lsam"]["bytes"] < results["ddp"]["bytes"]
     model = vision.resnet20(3, width=4)
     load_model(model, str(tmp_path / "lsam/model.safetensors"))
 
 
 SAM_OF_TWO = """
-    import sys
-    sys.path.insert(0, {scripts!r})
     import torch
     from torch import nn
-    from train_image_classification import DataParallel
     from hf_lsam.identity import Identity
+    from recipes.cifar10_resnet20.methods import DataParallel
 
     identity = Identity.from_environment()
     torch.manual_seed(0)
@@ -116,7 +113,7 @@ SAM_OF_TWO = """
 def test_data_parallel_sam_against_its_equations(tmp_path, ascent_sync):
     """w <- w - eta mean_i grad f_i(w + eps_i), eps_i = rho g_i / |g_i|; with ascent_sync all use g = mean_i g_i."""
     out = tmp_path / "parameters"
-    source = SAM_OF_TWO.format(scripts=str(ROOT / "scripts"), ascent_sync=ascent_sync, out=str(out))
+    source = SAM_OF_TWO.format(ascent_sync=ascent_sync, out=str(out))
     accelerate_launch(write_script(tmp_path / "sam.py", source), PYTHONPATH=str(ROOT))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
@@ -158,19 +155,19 @@ def test_a_worker_alone_and_a_slow_one(tmp_path, data):
 def test_validation_never_reads_the_test_split(tmp_path, data):
     settings = {**data, "eval_file": None, "validation_fraction": 0.25}
     words = {key: value for key, value in settings.items() if value is not None}
-    results = run(values_of(**words, **TINY, method="sgd", epochs=1, output_dir=tmp_path / "out"))
+    results = run(values_of(**words, **TINY, method="ddp", epochs=1, output_dir=tmp_path / "out"))
     assert (results["evaluated_on"], results["eval_images"], results["train_images"]) == ("validation split", 24, 72)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "adam"}, "`method` must be one of lsam, easgd, lsgd, sam, sgd"),
-        ({"method": "lsam", "ascent_sync": True}, "ascent_sync is for method sam"),
+        ({"method": "adam"}, "`method` must be one of lsam, easgd, lsgd, ddp_sam, ddp"),
+        ({"method": "lsam", "ascent_sync": True}, "ascent_sync is for method ddp_sam"),
         ({"num_workers": 3}, "num_workers=3, but 1 were started"),
         ({"lr_schedule": "linear"}, "`lr_schedule` must be one of cosine, constant"),
         ({"sam_ascent_fraction": 0.5}, "sam_ascent_fraction is for LSAMTrainer"),
-        ({"method": "sam", "sam_interval": 2}, "Set sam_interval to 1"),
+        ({"method": "ddp_sam", "sam_interval": 2}, "Set sam_interval to 1"),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
     ],
 )
@@ -187,7 +184,7 @@ IMAGE_RECIPES = sorted(
 
 @pytest.mark.parametrize("path", IMAGE_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_image_recipe_is_read(path):
-    values = parse_configuration((RunArguments, ImageDataArguments, LSAMArguments), ["--config", str(path)])
+    values = parse_configuration(KEYS, ["--config", str(path)])
     assert values["method"] == path.stem.removesuffix("_paper")
     assert f"{values['dataset']}_{values['model']}" == path.parent.name
     assert (values["epochs"], values["batch_size"], values["learning_rate"], values["num_workers"]) == (
@@ -203,7 +200,7 @@ def test_there_is_a_recipe_for_each_set_model_and_method():
 
 
 def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
-    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), experiment, "--budget", "smoke", *words]
+    command = [sys.executable, str(ROOT / "scripts/experiments/reproduce.py"), experiment, "--budget", "smoke", *words]
     command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables")]
     command += [f"--{key}={value}" for key, value in data.items()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

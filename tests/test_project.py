@@ -22,6 +22,7 @@ ROOMS = [
     "cli",
     "trainer",
     "card",
+    "loading",
     "loop",
     "session",
     "vision",
@@ -174,9 +175,9 @@ def test_the_tree_in_the_documentation_is_the_folder():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {path.split("/")[0] for path in tracked}
     package = {path for path in tracked if path.startswith("hf_lsam/") and not path.endswith("__init__.py")}
-    pages = {path for path in tracked if path.startswith(("docs/", "scripts/"))}
-    package_folders = {str(Path(path).parent) for path in package}
-    assert listed == top | package | package_folders | pages | {"docs", "scripts"}
+    pages = {path for path in tracked if path.startswith(("docs/", "scripts/")) and not path.endswith("__init__.py")}
+    folders = {str(Path(path).parent) for path in package | pages}
+    assert listed == top | package | pages | folders
 
 
 TEXTS = [
@@ -184,7 +185,11 @@ TEXTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *ROOT.glob("docs/*.md"),
+    ROOT / "recipes/README.md",
     *ROOT.glob("recipes/*/README.md"),
+    *ROOT.glob("scripts/**/README.md"),
+    ROOT / "benchmarks/README.md",
+    ROOT / "model_cards/README.md",
 ]
 FOLDERS = "hf_lsam|scripts|recipes|tests|benchmarks|model_cards|docs"
 

@@ -10,24 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
 from launch import accelerate_launch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import example_data
-import train_causal_lm
-import train_seq2seq
-import train_sft
-import train_text_classification
-import train_token_classification
-import train_vision_trainer
-from configuration import parse_configuration
-from datasets import ClassLabel, Dataset, Features, List, Value
-from records import RecordArguments, load_records, read_records
-from training import byte_tokenizer, load_model, training_arguments
+from hf_lsam.card import facts_of_run
+from recipes.causal_lm import train as causal_lm
+from recipes.common import recipe as recipes
+from recipes.common.configuration import parse_configuration
+from recipes.common.methods import METHODS, training_arguments
+from recipes.common.models import byte_tokenizer, load_model
+from recipes.common.records import RecordArguments, load_records, read_records
+from recipes.image_classification import train as image_classification
+from recipes.seq2seq import train as seq2seq
+from recipes.seq2seq.example_data import in_words
+from recipes.sft import train as sft
+from recipes.token_classification import train as token_classification
+from scripts.tools import write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -39,27 +40,12 @@ LLAMA = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
-SCRIPT_OF = {
-    "causal_lm": train_causal_lm,
-    "sft": train_sft,
-    "seq2seq": train_seq2seq,
-    "token_classification": train_token_classification,
-    "image_classification": train_vision_trainer,
-    "text_classification": train_text_classification,
-}
-FEW_STEPS = {"max_steps": 4, "logging_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "learning_rate": 1e-2}
-FEW_STEPS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
-
-# trl's configs switch gradient checkpointing on, by the name that transformers is about to drop; peft asks for it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-]
+THROUGH_TRAINER = [name for name in recipes.names() if hasattr(recipes.load(name), "TRAINERS")]
 
 
 def command_line(recipe: str, method: str, folder: Path, **values) -> list[str]:
     """The recipe's own YAML file, and on top of it what makes its run short."""
-    short = FEW_STEPS | ({"sync_steps": 2} if method == "lsam" else {}) | {"output_dir": folder, **values}
+    short = recipes.FEW_STEPS | ({"sync_steps": 2} if method == "lsam" else {}) | {"output_dir": folder, **values}
     words = ["--config", str(RECIPES / recipe / f"{method}.yaml")]
     for key, value in short.items():
         words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
@@ -67,17 +53,17 @@ def command_line(recipe: str, method: str, folder: Path, **values) -> list[str]:
 
 
 def parse(recipe: str, words: list[str]) -> dict:
-    return parse_configuration(SCRIPT_OF[recipe].KEYS, words)
+    return parse_configuration(recipes.load(recipe).KEYS, words)
 
 
 def start(recipe: str, method: str, folder: Path, **values) -> dict:
     """The results of a run in this process."""
-    return SCRIPT_OF[recipe].run(parse(recipe, command_line(recipe, method, folder, **values)))
+    return recipes.load(recipe).run(parse(recipe, command_line(recipe, method, folder, **values)))
 
 
 def launch(recipe: str, method: str, folder: Path, **values) -> dict:
     """The results of a run of two workers."""
-    script = Path(SCRIPT_OF[recipe].__file__)
+    script = Path(recipes.load(recipe).__file__)
     done = accelerate_launch(script, *command_line(recipe, method, folder, num_workers=2, **values))
     assert str(folder) in done.stdout
     return json.loads((folder / "results.json").read_text())
@@ -103,26 +89,54 @@ def check_lsam(results: dict, workers: int, key: str) -> None:
 # --- the YAML files ---
 
 
-FILES = sorted(path for recipe in SCRIPT_OF for path in RECIPES.glob(f"{recipe}/*.yaml"))
+FILES = sorted(path for recipe in THROUGH_TRAINER for path in RECIPES.glob(f"{recipe}/*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_yaml_file_has_known_keys_and_is_what_its_name_says(path):
     values = parse(path.parent.name, ["--config", str(path)])
-    assert values["method"] == (path.stem if path.stem in ("lsam", "sam", "sgd") else "lsam")
+    assert values["method"] == (path.stem if path.stem in METHODS else "lsam")
     assert values["output_dir"].startswith("runs/")
     if values["num_workers"] is None and not values.get("bf16"):  # bfloat16 asks for a GPU
-        script = SCRIPT_OF[path.parent.name]
-        training_arguments(values, *([script.TRAINERS] if hasattr(script, "TRAINERS") else []))
+        training_arguments(values, recipes.load(path.parent.name).TRAINERS)
 
 
-@pytest.mark.parametrize("recipe", sorted(SCRIPT_OF))
+@pytest.mark.parametrize("recipe", THROUGH_TRAINER)
 def test_the_methods_of_a_recipe_differ_in_the_method_alone(recipe):
     own = ("method", "output_dir", "sam_rho", "sync_steps", "coupling_strength")
-    runs = [parse(recipe, ["--config", str(RECIPES / recipe / f"{name}.yaml")]) for name in ("lsam", "sam", "sgd")]
+    runs = [parse(recipe, ["--config", str(RECIPES / recipe / f"{name}.yaml")]) for name in METHODS]
     common = [{key: value for key, value in run.items() if key not in own} for run in runs]
     assert common[0] == common[1] == common[2]
     assert runs[0]["sam_rho"] == runs[1]["sam_rho"]
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_every_recipe_trains_with_two_workers(tmp_path, recipe):
+    """By the command that it shows, on little data."""
+    values = {**recipes.load(recipe, "smoke").smoke(tmp_path), "num_workers": 2, "output_dir": tmp_path / "out"}
+    words = [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in values.items()]
+    command = recipes.described(recipe)[1].replace("--num_processes 4", "--num_processes 2").split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *command[2:], *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["method"], results["num_workers"]) == ("lsam", 2)
+    assert str(tmp_path / "out") in done.stdout
+    for said in ("Warning", "values were not passed", "it/s"):  # nothing that is not the user's business
+        assert said not in done.stderr
+    assert facts_of_run(tmp_path / "out").metrics
+    assert facts_of_run(tmp_path / "out").method_name == "LSAM"
+
+
+def test_the_lists_of_recipes_are_what_each_says_of_itself():
+    pages = [RECIPES / "README.md", ROOT / "docs/getting_started.md"]
+    before = [page.read_text() for page in pages]
+    write_tables.write_lists()
+    assert [page.read_text() for page in pages] == before
+    for recipe in recipes.names():
+        assert (RECIPES / recipe / "README.md").exists()
+        command = recipes.described(recipe)[1].split()
+        assert (ROOT / command[command.index("--config") + 1]).exists()
 
 
 # --- causal language models, and chats ---
@@ -174,11 +188,15 @@ def pretrained(tmp_path) -> Path:
 
 @pytest.mark.parametrize("recipe", ["causal_lm", "sft"])
 def test_an_adapter_on_a_pretrained_model(tmp_path, pretrained, text, chats, recipe):
-    own = {"train_file": text, "block_size": 32} if recipe == "causal_lm" else {"train_file": chats, "bf16": False}
+    own = (
+        {"train_file": text, "block_size": 32}
+        if recipe == "causal_lm"
+        else {"train_file": chats, "bf16": False, "activation_checkpointing": False}
+    )
     common = {"model_name_or_path": pretrained, "use_lora": True, "use_cpu": True, "max_steps": 2, "sync_steps": 2}
     common |= {"learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "output_dir": tmp_path / "out"}
     words = [word for key, value in (common | own).items() for word in (f"--{key}", str(value))]
-    results = SCRIPT_OF[recipe].run(parse(recipe, words))
+    results = recipes.load(recipe).run(parse(recipe, words))
     # Rank-8 factors of q, k, v, o (16x16) and of the three layers of the MLP (16x32); the head is left alone.
     assert results["trainable_parameters"] == 8 * (4 * (16 + 16) + 3 * (16 + 32))
     assert results["eval_loss"] < results["eval_loss_before"]
@@ -187,7 +205,7 @@ def test_an_adapter_on_a_pretrained_model(tmp_path, pretrained, text, chats, rec
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["sam", "sgd"])
+@pytest.mark.parametrize("method", ["ddp_sam", "ddp"])
 def test_causal_lm_by_the_other_methods(tmp_path, text, method):
     results = start("causal_lm", method, tmp_path / "out", train_file=text, block_size=32, model_config=LLAMA)
     assert (results["method"], results["eval_loss_workers"]) == (method, None)
@@ -197,18 +215,18 @@ def test_causal_lm_by_the_other_methods(tmp_path, text, method):
 def test_blocks_are_the_texts_in_order_with_an_end_after_each():
     tokenizer = byte_tokenizer()
     texts = Dataset.from_dict({"body": ["abcd", "", "ef", "ghijk"]})
-    blocks = train_causal_lm.to_blocks(texts, "body", tokenizer, 4)
+    blocks = causal_lm.to_blocks(texts, "body", tokenizer, 4)
     joined = "".join(tokenizer.decode(ids) for ids in blocks["input_ids"])
     assert joined == "abcd</s>ef</s>ghij"[: len(joined)]
     assert [len(ids) for ids in blocks["input_ids"]] == [4, 4, 4]
     assert list(blocks["labels"]) == list(blocks["input_ids"])
     with pytest.raises(ValueError, match=r"4 texts of column `body` do not fill one block of block_size=99"):
-        train_causal_lm.to_blocks(texts, "body", tokenizer, 99)
+        causal_lm.to_blocks(texts, "body", tokenizer, 99)
 
 
-def test_sft_with_two_workers(tmp_path, chats):
-    results = launch("sft", "lsam", tmp_path / "out", train_file=chats, max_length=64, model_config=LLAMA)
-    check_lsam(results, 2, "eval_loss")
+def test_sft_leaves_its_chat_template(tmp_path, chats):
+    results = start("sft", "lsam", tmp_path / "out", train_file=chats, max_length=64, model_config=LLAMA)
+    check_lsam(results, 1, "eval_loss")
     assert (results["train_examples"], results["eval_examples"]) == (36, 4)
     assert results["eval_loss"] < results["eval_loss_before"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -228,9 +246,9 @@ def test_sft_by_data_parallel_sam_counts_tokens_once(tmp_path, chats, monkeypatc
 
         return Kept
 
-    trainers = {method: (kept(kind), config) for method, (kind, config) in train_sft.TRAINERS.items()}
-    monkeypatch.setattr(train_sft, "TRAINERS", trainers)
-    for method in ("sam", "sgd"):
+    trainers = {method: (kept(kind), config) for method, (kind, config) in sft.TRAINERS.items()}
+    monkeypatch.setattr(sft, "TRAINERS", trainers)
+    for method in ("ddp_sam", "ddp"):
         short = {"train_file": chats, "max_length": 64, "model_config": LLAMA, "eval_strategy": "no"}
         results = start("sft", method, tmp_path / method, **short)
         assert results["method"] == method
@@ -263,15 +281,15 @@ def test_seq2seq_generates_and_scores(tmp_path, pairs):
     model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForSeq2SeqLM, AutoTokenizer))
     held_out = load_records(RecordArguments(train_file=str(pairs), eval_size=4), {"a": "source", "b": "target"})[1]
     said = model.generate(**tokenizer(held_out["source"][:], return_tensors="pt", padding=True), max_length=16)
-    score = train_seq2seq.METRICS["chrf"](tokenizer.batch_decode(said, skip_special_tokens=True), held_out["target"][:])
+    score = seq2seq.METRICS["chrf"](tokenizer.batch_decode(said, skip_special_tokens=True), held_out["target"][:])
     assert score == pytest.approx(results["eval_chrf"])
 
 
 def test_metrics_of_generated_texts():
-    assert train_seq2seq.exact_match(["a b ", "c"], ["a b", "d"]) == 0.5
+    assert seq2seq.exact_match(["a b ", "c"], ["a b", "d"]) == 0.5
     for name in ("bleu", "chrf"):
-        assert train_seq2seq.METRICS[name](["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
-        assert train_seq2seq.METRICS[name](["xyz"], ["the cat sat on the mat"]) == pytest.approx(0)
+        assert seq2seq.METRICS[name](["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
+        assert seq2seq.METRICS[name](["xyz"], ["the cat sat on the mat"]) == pytest.approx(0)
 
 
 def test_an_unknown_metric_is_an_error(tmp_path, pairs):
@@ -303,12 +321,12 @@ def test_token_classification_of_minilm(tmp_path):
 
 
 def test_entities_are_spans():
-    entities = train_token_classification.entities
+    entities = token_classification.entities
     assert entities(["O", "B-PER", "I-PER", "B-PER", "O"]) == {("PER", 1, 3), ("PER", 3, 4)}
     assert entities(["I-LOC", "I-LOC", "I-PER"]) == {("LOC", 0, 2), ("PER", 2, 3)}
     assert entities(["NOUN", "NOUN", "O"]) == {("NOUN", 0, 1), ("NOUN", 1, 2)}
     assert entities([]) == set()
-    scores = train_token_classification.entity_scores(
+    scores = token_classification.entity_scores(
         [["B-PER", "I-PER", "O", "B-LOC"], ["O", "O"]], [["B-PER", "I-PER", "O", "B-PER"], ["B-LOC", "O"]]
     )
     assert scores == pytest.approx({"f1": 2 / 5, "precision": 1 / 2, "recall": 1 / 3, "accuracy": 4 / 6})
@@ -316,15 +334,15 @@ def test_entities_are_spans():
 
 def test_a_word_is_labelled_at_its_first_token():
     sentences = Dataset.from_dict({"words": [["ab", "ab", "c"]], "tags": [["B-X", "O", "I-X"]]})
-    row = train_token_classification.tokenize(sentences, byte_tokenizer(), ["O", "B-X", "I-X"], 32)[0]
+    row = token_classification.tokenize(sentences, byte_tokenizer(), ["O", "B-X", "I-X"], 32)[0]
     assert row["labels"] == [1, -100, 0, -100, 2, -100]
 
 
 def test_bad_tags_are_errors(tmp_path):
     def load(train, held_out):
         files = [write_lines(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((train, held_out))]
-        arguments = train_token_classification.DataArguments(train_file=str(files[0]), validation_file=str(files[1]))
-        return train_token_classification.load_sentences(arguments)
+        arguments = token_classification.DataArguments(train_file=str(files[0]), validation_file=str(files[1]))
+        return token_classification.load_sentences(arguments)
 
     good = {"tokens": ["a", "b"], "tags": ["O", "B-X"]}
     with pytest.raises(ValueError, match=r"Sentence 2 has 2 words in column `tokens` and 1 tags in .*'a b'"):
@@ -344,8 +362,8 @@ def test_tags_that_the_data_set_names_keep_their_numbers(tmp_path):
     for source in ({"dataset_name": str(data)}, {"train_file": str(data / "train.parquet")}):
         if "train_file" in source:
             source["validation_file"] = str(data / "validation.parquet")
-        arguments = train_token_classification.DataArguments(tags_column="ner_tags", **source)
-        train, held_out, names = train_token_classification.load_sentences(arguments)
+        arguments = token_classification.DataArguments(tags_column="ner_tags", **source)
+        train, held_out, names = token_classification.load_sentences(arguments)
         assert names == tags
         assert train[0] == held_out[0] == {"words": ["Anna", "Berg", "left"], "tags": ["B-PER", "I-PER", "O"]}
 
@@ -391,21 +409,21 @@ def test_a_network_of_timm_begins_as_timm_makes_it(tmp_path, images):
     config = {"model_type": "timm_wrapper", "architecture": "resnet10t"}
     values = {"model_name_or_path": None, "model_config": config}
     torch.manual_seed(0)
-    kind = train_vision_trainer.AutoModelForImageClassification
+    kind = image_classification.AutoModelForImageClassification
     model = load_model(values, kind, id2label={0: "dark", 1: "light"}, label2id={"dark": 0, "light": 1})
     # Kaiming's deviation; the wrapper alone would have given its linear layer 0.02 and left the others.
     stem = model.timm_model.conv1[0].weight
     assert stem.std().item() == pytest.approx((2 / (stem.shape[0] * 9)) ** 0.5, rel=0.1)
     assert model.config.num_labels == 2
     short = {"data_dir": images, "image_size": 32, "model_config": config, "max_steps": 2}
-    results = start("image_classification", "sgd", tmp_path / "out", **short)
+    results = start("image_classification", "ddp", tmp_path / "out", **short)
     assert results["steps_per_worker"] == [2]
 
 
 def test_statistics_must_be_given_together(tmp_path):
-    arguments = train_vision_trainer.DataArguments(image_mean=[0.5, 0.5, 0.5])
+    arguments = image_classification.DataArguments(image_mean=[0.5, 0.5, 0.5])
     with pytest.raises(ValueError, match=r"three numbers each, got \[0.5, 0.5, 0.5\] and None"):
-        train_vision_trainer.statistics_of(arguments, torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+        image_classification.statistics_of(arguments, torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
 
 
 # --- what is common ---
@@ -456,16 +474,16 @@ def test_bad_records_are_errors(tmp_path):
 
 
 def test_there_is_data_to_try_the_recipes_with(tmp_path):
-    columns = {"chats": ["messages"], "pairs": ["source", "target"], "entities": ["tokens", "tags"]}
-    for kind, names in columns.items():
-        file = tmp_path / f"{kind}.jsonl"
-        command = [sys.executable, str(ROOT / "scripts/example_data.py"), kind, str(file), "--count", "40"]
+    columns = {"sft": ["messages"], "seq2seq": ["source", "target"], "token_classification": ["tokens", "tags"]}
+    for recipe, names in columns.items():
+        file = tmp_path / f"{recipe}.jsonl"
+        command = [sys.executable, str(RECIPES / recipe / "example_data.py"), str(file), "--count", "40"]
         subprocess.run(command, check=True)
         train, held_out = load_records(RecordArguments(train_file=str(file)), {name: name for name in names})
         assert (len(train), len(held_out)) == (36, 4)
-    tags = train_token_classification.load_sentences(
-        train_token_classification.DataArguments(
-            train_file=str(tmp_path / "entities.jsonl"), tokens_column="tokens", tags_column="tags"
+    tags = token_classification.load_sentences(
+        token_classification.DataArguments(
+            train_file=str(tmp_path / "token_classification.jsonl"), tokens_column="tokens", tags_column="tags"
         )
     )[2]
     assert set(tags) == {"O", "B-HANDLE", "B-HASHTAG"}
@@ -485,7 +503,7 @@ def test_there_is_data_to_try_the_recipes_with(tmp_path):
     ],
 )
 def test_numbers_in_words(number, words):
-    assert example_data.in_words(number) == words
+    assert in_words(number) == words
 
 
 def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path):
@@ -493,14 +511,14 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path):
     (tmp_path / "causal_lm").mkdir()
     readme = tmp_path / "causal_lm/README.md"
     readme.write_text("<!-- methods:begin -->\n<!-- methods:end -->\n")
-    command = [sys.executable, str(ROOT / "scripts/measure_recipe.py"), "causal_lm", "--seeds", "2"]
+    command = [sys.executable, str(ROOT / "scripts/experiments/measure_recipe.py"), "causal_lm", "--seeds", "2"]
     command += ["--runs_dir", str(tmp_path / "runs"), "--recipes", str(tmp_path), "--max_steps", "4"]
     command += ["--max_train_samples", "32", "--max_eval_samples", "4", "--model_config", json.dumps(LLAMA)]
     command += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
-    assert [summary["method"] for summary in summaries] == ["lsam", "sam", "sgd"]
+    assert [summary["method"] for summary in summaries] == list(METHODS)
     for summary in summaries:
         assert [run["seed"] for run in summary["runs"]] == [0, 1]
         assert summary["eval_loss"]["mean"] == pytest.approx(np.mean([run["eval_loss"] for run in summary["runs"]]))

@@ -1,4 +1,4 @@
-"""scripts/train_text_classification.py as a user starts it, on a tiny BERT and a tiny CSV; and every bad input."""
+"""recipes/text_classification/train.py as a user starts it, on a tiny BERT and a tiny CSV; and every bad input."""
 
 from __future__ import annotations
 
@@ -23,21 +23,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import summarize_results
-from configuration import parse_configuration, resolve
-from text_data import DataArguments, load_examples
-from train_text_classification import LSAMConfig, ModelArguments, run
+from recipes.common.configuration import parse_configuration, resolve
+from recipes.text_classification.sentences import DataArguments, load_examples
+from recipes.text_classification.train import KEYS, run
+from scripts.tools import summarize_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT = REPOSITORY / "scripts/train_text_classification.py"
+SCRIPT = REPOSITORY / "recipes/text_classification/train.py"
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "song", "very", "quite", "the", "was"]
 RHO, LEARNING_RATE = 0.5, 0.1
 
 
 def parse(*arguments):
-    return parse_configuration((ModelArguments, DataArguments, LSAMConfig), [str(argument) for argument in arguments])
+    return parse_configuration(KEYS, [str(argument) for argument in arguments])
 
 
 def write_csv(path: Path, rows, header=("text", "label")) -> Path:
@@ -115,7 +113,6 @@ def accuracy_of(model, tokenizer, rows) -> float:
 # --- the three methods ---
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 def test_lsam_with_two_workers_leaves_an_adapter_and_the_numbers_of_the_run(folder, tmp_path, monkeypatch, capsys):
     lora = ["--use_lora", "true", "--lora_r", "2", "--sam_rho", "0.02", "--num_workers", "2"]
     done = accelerate_launch(SCRIPT, "--config", str(folder / "run.yaml"), "--output_dir", str(tmp_path), *lora)
@@ -206,7 +203,7 @@ def two_examples(folder: Path, tmp_path: Path):
 
 def test_data_parallel_sam_perturbs_per_worker_and_averages_the_second_gradient(folder, tmp_path):
     path, examples = two_examples(folder, tmp_path)
-    arguments = ["--config", folder / "run.yaml", "--method", "sam", "--sam_rho", RHO, "--num_workers", 2]
+    arguments = ["--config", folder / "run.yaml", "--method", "ddp_sam", "--sam_rho", RHO, "--num_workers", 2]
     arguments += ["--model_name_or_path", folder / "headed", "--train_file", path, "--output_dir", tmp_path / "out"]
     arguments += ["--per_device_train_batch_size", "1", *PLAIN_SGD]
     done = accelerate_launch(SCRIPT, *map(str, arguments))
@@ -227,7 +224,7 @@ def test_data_parallel_sam_perturbs_per_worker_and_averages_the_second_gradient(
     assert "Accuracy after" in done.stdout
 
 
-@pytest.mark.parametrize(("method", "rho"), [("sam", RHO), ("sgd", 0.0)])
+@pytest.mark.parametrize(("method", "rho"), [("ddp_sam", RHO), ("ddp", 0.0)])
 def test_one_process_makes_the_step_of_its_method(folder, tmp_path, method, rho):
     path, examples = two_examples(folder, tmp_path)
     arguments = ["--config", folder / "run.yaml", "--method", method, "--sam_rho", RHO, "--train_file", path]
@@ -252,7 +249,7 @@ def test_one_process_makes_the_step_of_its_method(folder, tmp_path, method, rho)
 
 def test_a_model_with_a_head_keeps_its_numbering_of_the_labels(folder, tmp_path):
     # By name `down` comes first; this head was made with `up` first.
-    arguments = ["--config", folder / "run.yaml", "--method", "sgd", "--output_dir", tmp_path]
+    arguments = ["--config", folder / "run.yaml", "--method", "ddp", "--output_dir", tmp_path]
     results = run(parse(*arguments, "--model_name_or_path", folder / "headed", "--max_steps", 20))
     assert results["labels"] == ["up", "down"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -267,7 +264,7 @@ def test_a_model_with_a_head_keeps_its_numbering_of_the_labels(folder, tmp_path)
 
 def test_summary_is_the_mean_over_seeds_and_goes_between_the_markers(folder, tmp_path):
     folders = [tmp_path / f"seed{seed}" for seed in (0, 1)]
-    arguments = ["--config", folder / "run.yaml", "--method", "sgd", "--max_steps", 2]
+    arguments = ["--config", folder / "run.yaml", "--method", "ddp", "--max_steps", 2]
     found = [run(parse(*arguments, "--seed", seed, "--output_dir", folders[seed])) for seed in (0, 1)]
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- runs:begin -->\nold\n<!-- runs:end -->\nafter\n")
@@ -447,7 +444,7 @@ def test_other_bad_sources_of_data(tmp_path):
 def test_labels_that_do_not_match_the_head_of_the_model(folder, tmp_path):
     three = write_csv(tmp_path / "three.csv", [(word, label) for word in WORDS for label in ("up", "down", "level")])
     other = write_csv(tmp_path / "other.csv", [(word, label) for word in WORDS for label in ("up", "left")])
-    arguments = ["--config", folder / "run.yaml", "--method", "sgd", "--output_dir", tmp_path / "out"]
+    arguments = ["--config", folder / "run.yaml", "--method", "ddp", "--output_dir", tmp_path / "out"]
     arguments += ["--model_name_or_path", folder / "headed"]
     for path, message in (
         (three, r"headed classifies into 2 labels, the data has 3: 'down', 'level', 'up'.*keep_labels"),
@@ -462,11 +459,15 @@ def test_labels_that_do_not_match_the_head_of_the_model(folder, tmp_path):
     ("arguments", "message"),
     [
         (["--method", "adam"], r"`method` must be one of .*got 'adam'"),
-        (["--method", "sgd", "--num_workers", "2"], r"num_workers=2, but 1 were started"),
+        (["--method", "ddp", "--num_workers", "2"], r"num_workers=2, but 1 were started"),
         (["--method", "lsam", "--num_workers", "2"], r"num_workers=2, but 1 were started"),
-        (["--method", "sam", "--sam_rho", "-1"], r"`sam_rho` must be finite and >= 0"),
-        (["--method", "sam", "--sam_interval", "2"], r"method sam perturbs at every step.*sam_interval=2"),
-        (["--method", "sam", "--sam_ascent_fraction", "0.5"], r"whole batch, got sam_ascent_fraction=0\.5"),
+        (["--method", "ddp_sam", "--sam_rho", "-1"], r"`sam_rho` must be finite and >= 0"),
+        (["--method", "ddp_sam", "--sam_interval", "2"], r"method ddp_sam perturbs at every step.*sam_interval=2"),
+        (["--method", "ddp_sam", "--sam_ascent_fraction", "0.5"], r"whole batch, got sam_ascent_fraction=0\.5"),
+        (
+            ["--method", "ddp_sam", "--sam_direction", "anchor"],
+            r"along the gradient.*sam_direction=anchor. Set it to grad",
+        ),
     ],
 )
 def test_bad_arguments_of_a_method(folder, tmp_path, arguments, message):
@@ -476,8 +477,8 @@ def test_bad_arguments_of_a_method(folder, tmp_path, arguments, message):
 
 def test_a_run_needs_a_folder_and_a_model(folder, tmp_path):
     with pytest.raises(ValueError, match="`output_dir` is not set"):
-        run(parse("--config", folder / "run.yaml", "--method", "sgd"))
-    bare = ["--method", "sgd", "--use_cpu", "true", "--train_file", folder / "train.csv", "--output_dir", tmp_path]
+        run(parse("--config", folder / "run.yaml", "--method", "ddp"))
+    bare = ["--method", "ddp", "--use_cpu", "true", "--train_file", folder / "train.csv", "--output_dir", tmp_path]
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
         run(parse(*bare))
 
@@ -488,7 +489,7 @@ def test_a_run_needs_a_folder_and_a_model(folder, tmp_path):
 def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(folder, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- tiny:begin -->\n<!-- tiny:end -->\nafter\n")
-    script = str(REPOSITORY / "scripts/compare_text.py")
+    script = str(REPOSITORY / "scripts/experiments/compare_text.py")
     command = [sys.executable, script, "tiny", "--config", str(folder / "run.yaml")]
     command += ["--num_workers", "2", "--sam_rho", "0.03", "--max_steps", "8", "--eval_strategy", "no", "--seeds", "2"]
     command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path), "--readme", str(readme)]
@@ -496,11 +497,11 @@ def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(f
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "tiny.json").read_text())
-    tried = {method: [t for t in report["trials"] if t["method"] == method] for method in ("lsam", "sam", "sgd")}
-    for method in ("lsam", "sam"):
+    tried = {method: [t for t in report["trials"] if t["method"] == method] for method in ("lsam", "ddp_sam", "ddp")}
+    for method in ("lsam", "ddp_sam"):
         assert [trial["sam_rho"] for trial in tried[method]] == pytest.approx([0.03, 0.03, 0.01])
         assert [trial["learning_rate"] for trial in tried[method]] == pytest.approx([1e-2, 2e-2, 2e-2])
-    assert [trial["learning_rate"] for trial in tried["sgd"]] == pytest.approx([1e-2, 2e-2, 4e-2])
+    assert [trial["learning_rate"] for trial in tried["ddp"]] == pytest.approx([1e-2, 2e-2, 4e-2])
     runs = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/results.json")]
     assert sorted(run["eval_examples"] for run in runs) == [10] * 9 + [40] * 6  # trials see no validation sentence
     accuracy = {}
@@ -512,7 +513,7 @@ def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(f
         assert chosen.items() <= summary["configuration"].items()
         accuracy[method] = [run["eval_accuracy"] for run in summary["runs"]]
         assert [run["seed"] for run in summary["runs"]] == [0, 1]
-    for other in ("sam", "sgd"):
+    for other in ("ddp_sam", "ddp"):
         differences = [a - b for a, b in zip(accuracy["lsam"], accuracy[other], strict=True)]
         assert report["paired_differences"][f"lsam - {other}"] == differences
     assert str(folder) + "/train" not in json.dumps(report)  # no file's place on this machine is published

@@ -20,14 +20,11 @@ from PIL import Image
 from scipy.io import savemat
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import image_data
-from image_batches import Batches, augment, channel_statistics, normalize
-from image_data import ImageDataArguments, load_images
-from image_formats import read_matlab, read_plain_pickle
-
 from hf_lsam import vision
+from recipes.common import image_data
+from recipes.common.image_batches import Batches, augment, channel_statistics, normalize
+from recipes.common.image_data import ImageDataArguments, load_images
+from recipes.common.image_formats import read_matlab, read_plain_pickle
 
 SMALL = {"resnet20": 4, "vgg16": 8, "wrn_16_8": 2, "wrn_28_10": 2}
 

@@ -1,0 +1,382 @@
+"""ResNet-20 on CIFAR-10, or any network on any images, by five methods in a plain PyTorch loop.
+
+    accelerate launch --config_file recipes/accelerate.yaml --num_processes 4 recipes/cifar10_resnet20/train.py \\
+        --config recipes/cifar10_resnet20/lsam.yaml --data_dir FOLDER [--key value ...]
+
+The keys are the fields of
+`RunArguments`, `ImageDataArguments` (recipes/common/image_data.py) and `LSAMArguments`. What makes the methods differ
+stands in `METHODS` (methods.py), and for the three with a server in `hf_lsam.algorithms`:
+
+    lsam       asynchronous, SAM's gradient, the smoothed anchor
+    easgd      asynchronous, plain gradient, elastic averaging
+    lsgd       asynchronous, plain gradient, the anchor is the leading worker
+    ddp_sam    data-parallel (DDP), SAM's gradient
+    ddp        data-parallel (DDP), plain gradient
+
+The model is kept at `eval_points` points of the run and evaluated when training is over, so that no worker pauses for
+it. `output_dir` then holds model.safetensors (the anchor), results.json and a model card.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from hf_lsam import LSAMArguments, vision
+from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_statistics, tracking_layers
+from hf_lsam.identity import Identity, LaunchStore
+from hf_lsam.loop import NOT_IN_A_LOOP
+from recipes.cifar10_resnet20.methods import METHODS, Asynchronous, DataParallel
+from recipes.common.configuration import parse_configuration
+from recipes.common.image_batches import Batches, channel_statistics
+from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
+from recipes.common.report import write_card
+from recipes.common.results import provenance, write_json
+
+
+@dataclass
+class RunArguments:
+    """What is trained, how long and with which optimizer (SGD with momentum)."""
+
+    method: str = field(default="lsam", metadata={"help": f"One of {', '.join(METHODS)}."})
+    ascent_sync: bool = field(
+        default=False,
+        metadata={"help": "For ddp_sam: perturb along the gradient of all workers (two all-reduces a step)."},
+    )
+    model: str = field(default="resnet20", metadata={"help": "A network of hf_lsam.vision, or any timm model."})
+    model_width: int | None = field(default=None, metadata={"help": "Channels after its first convolution."})
+    epochs: float = field(default=150, metadata={"help": "Passes over the training set, all workers together."})
+    batch_size: int = field(default=128, metadata={"help": "Images a batch of one worker."})
+    learning_rate: float = field(default=0.2, metadata={"help": "The highest, after the warm-up."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
+    lr_schedule: str = field(default="cosine", metadata={"help": "'cosine' (to zero) or 'constant'."})
+    warmup_fraction: float = field(default=0.05, metadata={"help": "Share of the run with a growing learning rate."})
+    rho_schedule: str = field(
+        default="constant", metadata={"help": "'constant', or 'learning_rate': rho decays as the learning rate does."}
+    )
+    slow_worker: int | None = field(default=None, metadata={"help": "Rank of a worker that is held up."})
+    slow_factor: float = field(default=1.0, metadata={"help": "It pauses for this many of its own steps after each."})
+    slow_steps: int | None = field(default=None, metadata={"help": "It does so in its first steps only."})
+    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16."})
+    channels_last: bool = field(default=False, metadata={"help": "Keep images and weights channels last."})
+    seed: int = field(default=0, metadata={"help": "Of the initial weights, the order of the images, augmentation."})
+    eval_points: int = field(default=20, metadata={"help": "Evaluate at so many points of the run."})
+    log_steps: int = field(default=20, metadata={"help": "Note loss and drift every so many steps."})
+    save_model: bool = field(default=True, metadata={"help": "Leave model.safetensors in output_dir."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on CPU even where there is a GPU."})
+    output_dir: str = field(default="runs/images", metadata={"help": "Folder for everything that the run leaves."})
+
+
+KEYS = (RunArguments, ImageDataArguments, LSAMArguments)
+PIPELINE_TAG = "image-classification"
+
+
+class Warnings(logging.Handler):
+    """Collects what hf_lsam warns of."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def check(values: dict[str, Any], identity: Identity) -> None:
+    """Raises ValueError for what the script cannot do."""
+    if values["method"] not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {values['method']!r}.")
+    for key, choices in (
+        ("lr_schedule", ("cosine", "constant")),
+        ("rho_schedule", ("constant", "learning_rate")),
+        ("data_distribution", ("sharded", "independent")),
+    ):
+        if values[key] not in choices:
+            raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {values[key]!r}.")
+    for key in ("batch_size", "eval_points", "log_steps"):
+        if values[key] < 1:
+            raise ValueError(f"`{key}` must be >= 1, got {values[key]}.")
+    if values["ascent_sync"] and values["method"] != "ddp_sam":
+        raise ValueError(
+            f"ascent_sync is for method ddp_sam: a worker of {values['method']} never waits for the gradients of "
+            "others. Take it out."
+        )
+    if values["num_workers"] not in (None, identity.num_workers):
+        raise ValueError(
+            f"num_workers={values['num_workers']}, but {identity.num_workers} were started. Launch with `accelerate "
+            f"launch --multi_gpu --num_processes {values['num_workers']}`, or set num_workers to what you want."
+        )
+    if values["sam_ascent_fraction"] != 1.0:
+        raise ValueError("sam_ascent_fraction is for LSAMTrainer; here pass 1 takes the whole batch. Set it to 1.")
+    if values["method"] in ("ddp_sam", "ddp") and values["sam_interval"] != 1:
+        raise ValueError(f"method {values['method']} perturbs at every step or never. Set sam_interval to 1.")
+
+
+def pick_device(identity: Identity, use_cpu: bool) -> torch.device:
+    """The worker's GPU; workers share where there are more of them."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", identity.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def train_batches(values: dict[str, Any], images: ImageSet, identity: Identity, device: torch.device) -> Batches:
+    """This worker's endless source of training batches."""
+    mean, std = channel_statistics(images.train_images)
+    independent = values["data_distribution"] == "independent"
+    return Batches(
+        images.train_images,
+        images.train_labels,
+        values["batch_size"],
+        mean,
+        std,
+        seed=values["seed"] + 1_000_003 * identity.rank * independent,
+        rank=0 if independent else identity.rank,
+        world_size=1 if independent else identity.num_workers,
+        device=device,
+        flip=values["dataset"] != "svhn",  # a mirrored digit is another one
+    )
+
+
+@dataclass
+class Point:
+    """The model at one point of a run, to be evaluated later.
+
+    Args:
+        step: local steps of worker 0.
+        seconds: since the first step began.
+        bytes: sent and received until then, all workers together.
+        vector: the model, as the method's layout has it.
+        statistics: BatchNorm's running means and variances in worker 0.
+    """
+
+    step: int
+    seconds: float
+    bytes: int
+    vector: Tensor
+    statistics: list[Tensor]
+
+
+def evaluate(model: nn.Module, batches: Batches, autocast: Callable) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) over all batches."""
+    model.eval()
+    right, loss, seen = 0, 0.0, 0
+    with torch.no_grad():
+        for images, labels in batches:
+            with autocast():
+                logits = model(images)
+            right += (logits.argmax(1) == labels).sum().item()
+            loss += cross_entropy(logits.float(), labels, reduction="sum").item()
+            seen += len(labels)
+    model.train()
+    return right / seen, loss / seen
+
+
+@lru_cache(maxsize=2)
+def images_of(arguments: tuple[tuple[str, Any], ...]) -> ImageSet:
+    """The images; a process that makes several runs reads them once."""
+    return load_images(ImageDataArguments(**dict(arguments)))
+
+
+def run(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Trains and evaluates; the results in worker 0, None in the others.
+
+    Raises:
+        ValueError: for values out of range or files that are not there.
+    """
+    identity = Identity.from_environment()
+    check(values, identity)
+    method = METHODS[values["method"]]
+    values = {**values, **{key: value for key, value in method.items() if value is not None}}
+    lsam = {each.name: values[each.name] for each in fields(LSAMArguments) if each.name not in NOT_IN_A_LOOP}
+    device = pick_device(identity, values["use_cpu"])
+    if device.type == "cpu" and identity.num_workers > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.num_workers))
+    output_dir = Path(values["output_dir"])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    images = images_of(tuple((each.name, values[each.name]) for each in fields(ImageDataArguments)))
+
+    torch.manual_seed(values["seed"])
+    options = {} if values["model_width"] is None else {"width": values["model_width"]}
+    layout = torch.channels_last if values["channels_last"] else torch.contiguous_format
+    model = vision.create(values["model"], len(images.labels), **options).to(device, memory_format=layout)
+    optimizer = torch.optim.SGD(
+        model.parameters(), values["learning_rate"], values["momentum"], weight_decay=values["weight_decay"]
+    )
+    steps = max(1, int(values["epochs"] * len(images.train_labels) / (values["batch_size"] * identity.num_workers)))
+    warmup = max(1, int(values["warmup_fraction"] * steps))
+
+    def share_of_lr(step: int) -> float:
+        decay = 1.0 if values["lr_schedule"] == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
+        return min(1.0, (step + 1) / warmup) * decay
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
+    batches = train_batches(values, images, identity, device)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16) if values["bf16"] else nullcontext()
+
+    if method["algorithm"] is None:
+        method_run = DataParallel(model, optimizer, identity, lsam, values["ascent_sync"])
+        forward = method_run.wrapped
+    else:
+        method_run = Asynchronous(model, optimizer, lsam, output_dir)
+        forward = model
+    warnings = Warnings()
+    logging.getLogger("hf_lsam").addHandler(warnings)
+    points: list[Point] = []
+    curve: list[tuple[int, float, float | None]] = []
+    due = {round(steps * (index + 1) / values["eval_points"]) for index in range(values["eval_points"])}
+    buffers = [buffer for _, buffer in running_statistics(model)]
+    stream = itertools.chain.from_iterable(batches.epoch(number) for number in itertools.count())
+    bar = tqdm(total=steps, disable=identity.rank != 0 or not sys.stderr.isatty(), unit="step")
+    model.train()
+    with method_run, bar:
+        start, slept = time.perf_counter(), 0.0
+        for step, (x, labels) in enumerate(itertools.islice(stream, steps)):
+            begun = time.perf_counter()
+            x = x.contiguous(memory_format=layout)
+
+            def compute_loss(x=x, labels=labels) -> Tensor:
+                with autocast():
+                    return cross_entropy(forward(x), labels)
+
+            rho = values["sam_rho"] * (share_of_lr(step) if values["rho_schedule"] == "learning_rate" else 1.0)
+            loss = method_run.step(compute_loss, rho)
+            scheduler.step()
+            bar.update()
+            if identity.rank == values["slow_worker"] and step < (values["slow_steps"] or steps):
+                pause = values["slow_factor"] * (time.perf_counter() - begun)
+                time.sleep(pause)
+                slept += pause
+            if (step + 1) % values["log_steps"] == 0:
+                measured = loss.item()
+                curve.append((step + 1, measured, method_run.drift(measured)))
+            if identity.rank == 0 and step + 1 in due:
+                sent = method_run.bytes(identity.num_workers)
+                vector, kept = method_run.vector(), [buffer.cpu().clone() for buffer in buffers]
+                points.append(Point(step + 1, time.perf_counter() - start, sent, vector, kept))
+                if bar.disable:
+                    tqdm.write(f"step {step + 1} of {steps}, loss {loss.item():.4f}", file=sys.stderr)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        local = {**method_run.figures(), "seconds": seconds, "slept": slept, "curve": curve}
+    logging.getLogger("hf_lsam").removeHandler(warnings)
+    workers = [{**local, "warnings": warnings.messages}]
+    if identity.num_workers > 1:
+        workers = LaunchStore(identity).gather(f"results/{output_dir}", workers[0])
+    if identity.rank != 0:
+        return None
+
+    if points:  # the final anchor is that of all workers, wherever they were when worker 0 passed its last point
+        total = (
+            method_run.layout.read([t.cpu() for t in method_run.tensors], torch.empty(method_run.layout.numel))
+            if method["algorithm"]
+            else points[-1].vector
+        )
+        sent = sum(w["bytes_pushed"] + w["bytes_pulled"] for w in workers) if method["algorithm"] else points[-1].bytes
+        finished = max(worker["seconds"] for worker in workers)
+        points[-1] = Point(steps, finished, int(sent), total, points[-1].statistics)
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
+    curves = list(evaluate_points(points, model, method_run, values, images, batches, autocast, identity.num_workers))
+    if method["algorithm"]:
+        method_run.log_points(curves)
+    if values["save_model"]:
+        save_model(model, str(output_dir / "model.safetensors"))
+    results = {
+        "method": values["method"],
+        "num_workers": identity.num_workers,
+        "device": device.type,
+        "steps_per_worker": steps,
+        "train_images": len(images.train_labels),
+        "eval_images": len(images.eval_labels),
+        "evaluated_on": "validation split" if values["validation_fraction"] else "test split",
+        "accuracy": curves[-1]["accuracy"],
+        "eval_loss": curves[-1]["loss"],
+        "seconds": max(worker["seconds"] for worker in workers),
+        "images_per_second": sum(worker["steps"] * values["batch_size"] / worker["seconds"] for worker in workers),
+        "bytes": curves[-1]["bytes"],
+        "points": curves,
+        "workers": workers,
+        "configuration": values,
+        **provenance(),
+    }
+    write_json(output_dir / "results.json", results)
+    write_card(output_dir, results)
+    return results
+
+
+def evaluate_points(
+    points: list[Point],
+    model: nn.Module,
+    method_run: Asynchronous | DataParallel,
+    values: dict[str, Any],
+    images: ImageSet,
+    batches: Batches,
+    autocast: Callable,
+    workers: int,
+) -> Iterator[dict[str, float]]:
+    """Accuracy and loss at every point; the model is left at the last one."""
+    device = next(model.parameters()).device
+    mean, std = channel_statistics(images.train_images)
+    held_out = Batches(
+        images.eval_images, images.eval_labels, 4 * values["batch_size"], mean, std, device=device, train=False
+    )
+    layers = tracking_layers(model)
+    buffers = [buffer for _, buffer in running_statistics(model)]
+
+    def forward(batch):
+        with autocast():
+            model(batch[0])
+
+    for point in points:
+        for buffer, value in zip(buffers, point.statistics, strict=True):
+            buffer.copy_(value)
+        method_run.layout.write(point.vector.to(device), method_run.tensors)
+        keep_variances_positive(layers)
+        if values["batchnorm_statistics"] == "reestimate" and layers:
+            reestimate(model, itertools.islice(batches.epoch(0), values["batchnorm_batches"]), forward)
+        accuracy, loss = evaluate(model, held_out, autocast)
+        yield {
+            "step": point.step,
+            "epoch": point.step * batches.batch_size * workers / len(images.train_labels),
+            "seconds": point.seconds,
+            "bytes": point.bytes,
+            "accuracy": accuracy,
+            "loss": loss,
+        }
+
+
+def main() -> None:
+    values = parse_configuration(KEYS, sys.argv[1:])
+    results = run(values)
+    if results is not None:
+        print(
+            f"{results['method']}: accuracy {results['accuracy']:.4f} on {results['eval_images']:,} images of the "
+            f"{results['evaluated_on']}, {results['seconds']:.1f} s, {results['images_per_second']:.0f} images/s, "
+            f"{results['bytes'] / 1e6:.1f} MB; saved in {values['output_dir']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a run of a recipe shows while it lasts, and the time of its steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from recipes.common.progress import Progress
+
+# Of an evaluation's figures, those that say how long it took.
+NOT_SHOWN = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+class StepProgress(TrainerCallback):
+    """One bar of the steps of worker 0, and a line an evaluation."""
+
+    def __init__(self):
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar, self._seen = Progress(state.max_steps, "steps"), 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.advance(state.global_step - self._seen)
+        self._seen = state.global_step
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        said = (f"{key} {value:.4f}" for key, value in metrics.items() if key.split("_", 1)[-1] not in NOT_SHOWN)
+        line = f"step {state.global_step}: {', '.join(said)}"
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.say(line)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+        self._bar = None
+
+
+class StepTimer(TrainerCallback):
+    """Takes the time from the beginning to the end of each step; on a GPU without waiting for it."""
+
+    def __init__(self):
+        self._steps: list[tuple[Any, Any]] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begin = self._now(args.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._steps.append((self._begin, self._now(args.device)))
+
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(
+            end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000 for begin, end in self._steps
+        )
+
+    def _now(self, device: torch.device):
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

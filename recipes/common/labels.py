@@ -1,0 +1,8 @@
+"""The order of labels."""
+
+from __future__ import annotations
+
+
+def natural_order(label: str) -> tuple[bool, int, str]:
+    """A key that sorts "2" before "10", and numbers before words."""
+    return (False, int(label), "") if label.isdecimal() else (True, 0, label)

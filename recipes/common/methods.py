@@ -1,0 +1,118 @@
+"""Three methods for any Trainer. A method names the gradient and the distribution; the optimizer is what the training
+arguments say:
+
+    lsam       LSAMTrainerMixin: asynchronous workers and a server
+    ddp_sam    SAMMixin: SAM's two passes, each worker perturbing on its own batch; DDP averages the second gradient
+    ddp        the Trainer as it is: one pass, DDP averages the gradient
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from hf_lsam import LSAMConfig, LSAMTrainer, sam
+from hf_lsam.batchnorm import tracking_layers
+from hf_lsam.identity import Identity
+from hf_lsam.trainer.trl import kept_counters
+from recipes.common.arguments import pick
+from recipes.common.callbacks import StepProgress, StepTimer
+
+METHODS = ("lsam", "ddp_sam", "ddp")
+
+
+class SAMMixin:
+    """Data-parallel SAM: each worker perturbs along the gradient of its own batch (m-sharpness), DDP averages the
+    gradients taken there.
+
+    Args:
+        rho, eps, adaptive: see `hf_lsam.sam.perturb`.
+    """
+
+    def __init__(self, *positional, rho: float, eps: float, adaptive: bool, **keywords):
+        super().__init__(*positional, **keywords)
+        self._perturbation = (rho, eps, adaptive)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        step, layers = super().training_step, tracking_layers(self.model)
+
+        def first_pass():
+            with self.accelerator.no_sync(model):
+                return step(model, inputs, num_items_in_batch)
+
+        def second_pass():
+            with kept_counters(self):
+                return step(model, inputs, num_items_in_batch)
+
+        scaler = self.accelerator.scaler
+        return sam.gradient(parameters, first_pass, second_pass, *self._perturbation, layers, scaler)[0]
+
+
+class SAMTrainer(SAMMixin, Trainer):
+    """transformers' Trainer with data-parallel SAM."""
+
+
+# Of each method the Trainer and the class of its arguments. A script with another Trainer has a table of its own.
+TRAINERS = {
+    "lsam": (LSAMTrainer, LSAMConfig),
+    "ddp_sam": (SAMTrainer, TrainingArguments),
+    "ddp": (Trainer, TrainingArguments),
+}
+
+
+def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, type]]) -> TrainingArguments:
+    """The arguments of the method's Trainer.
+
+    Args:
+        values: the value of every key.
+        trainers: of each method the Trainer and the class of its arguments.
+
+    Raises:
+        ValueError: for an unknown method, for LSAM fields out of range, or if the launcher started another number of
+            workers than `num_workers`.
+    """
+    if values["method"] not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {values['method']!r}.")
+    if values["output_dir"] is None:
+        raise ValueError("`output_dir` is not set: the run would have nowhere to leave the model. Name a folder.")
+    if values["method"] != "lsam":
+        # The arguments of LSAM check these fields; the other methods use them as well.
+        workers = Identity.from_environment().num_workers
+        if values["num_workers"] not in (None, workers):
+            raise ValueError(
+                f"num_workers={values['num_workers']}, but {workers} were started. Launch with `accelerate launch "
+                f"--multi_gpu --num_processes {values['num_workers']}`, or set num_workers to what you want."
+            )
+    if values["method"] == "ddp_sam":
+        if not 0 <= values["sam_rho"] < math.inf:
+            raise ValueError(f"`sam_rho` must be finite and >= 0, got {values['sam_rho']}. Use method ddp for none.")
+        for key, only in (("sam_interval", 1), ("sam_ascent_fraction", 1.0), ("sam_direction", "gradient")):
+            if values[key] != only:
+                raise ValueError(
+                    f"method ddp_sam perturbs at every step along the gradient of the whole batch, got {key}="
+                    f"{values[key]}. Set it to {only}, or use method lsam (with one worker and coupling_strength=0 "
+                    "it is SAM)."
+                )
+    return pick(trainers[values["method"]][1], values)
+
+
+def build_trainer(
+    values: dict[str, Any], args: TrainingArguments, trainers: dict[str, tuple[type, type]], **keywords
+) -> tuple[Trainer, StepTimer]:
+    """The Trainer of the method, and what takes the time of its steps.
+
+    Args:
+        keywords: what the Trainer takes beside `args` and `callbacks`.
+    """
+    kind, timer = trainers[values["method"]][0], StepTimer()
+    if values["method"] == "ddp_sam":
+        keywords |= {"rho": values["sam_rho"], "eps": values["sam_eps"], "adaptive": values["sam_adaptive"]}
+    trainer = kind(args=args, callbacks=[timer], **keywords)
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    if args.process_index == 0 and not args.disable_tqdm:
+        trainer.add_callback(StepProgress())
+    return trainer, timer

@@ -1,0 +1,148 @@
+"""The model that is trained and its tokenizer: pretrained, or from scratch; an adapter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from recipes.common.arguments import LoraArguments
+from recipes.common.configuration import resolve
+
+
+def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTrainedModel:
+    """A pretrained model, or one with random weights (`model_config`); its weights in float32.
+
+    Args:
+        auto_class: for example `AutoModelForCausalLM`.
+        changes: fields of the configuration that the data settles, such as id2label. A `model_config` may say
+            otherwise.
+
+    Raises:
+        ValueError: without a model, with two, for an adapter on random weights, or for a `model_config` with a field
+            that this type of model has not.
+    """
+    name, config = values["model_name_or_path"], values["model_config"]
+    if (name is None) == (config is None):
+        raise ValueError(
+            "Give one of `model_name_or_path` (a model on the Hub or a folder) and `model_config` (a model from "
+            f"scratch), got {'neither' if name is None else 'both'}."
+        )
+    if name is not None:
+        # transformers would keep the type of the checkpoint, often bfloat16, in which small steps are lost.
+        return auto_class.from_pretrained(resolve(name), dtype=torch.float32, **changes)
+    if values.get("use_lora"):
+        raise ValueError(
+            "use_lora saves the adapter alone, and the random weights of a `model_config` under it would be gone. "
+            "Train all parameters (use_lora false), or name a pretrained model."
+        )
+    model = auto_class.from_config(model_configuration(config, changes))
+    if model.config.model_type == "timm_wrapper":
+        model.timm_model.init_weights()  # the wrapper has drawn all weights anew, as if each were a classifier's
+    return model
+
+
+def model_configuration(config: dict | str, changes: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a model from scratch; a field that it does not have is an error.
+
+    Args:
+        config: `model_type` and fields of that type's configuration, as a mapping or as JSON.
+        changes: further fields, for which `config` may have other values.
+    """
+    fields_given = json.loads(config) if isinstance(config, str) else dict(config)
+    model_type = fields_given.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("`model_config` does not say which model it is for. Add model_type, for example gpt2.")
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *default.attribute_map, "num_labels", "id2label", "label2id"}
+    unknown = [key for key in fields_given if key not in known]
+    if unknown:
+        raise ValueError(
+            f"`model_config` has the unknown field `{unknown[0]}`: a {model_type} would not use it. Correct its "
+            f"spelling or take it out; there are {', '.join(sorted(known))}."
+        )
+    return AutoConfig.for_model(model_type, **{**changes, **fields_given})
+
+
+# Marks what the assistant says, so that trl can train on it alone (assistant_only_loss).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the 256 bytes: it needs no file, and there is no text it does not know."""
+    special = ["<pad>", "</s>", "<|im_start|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*special, *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def load_tokenizer(values: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """That of `tokenizer_name`, else of the model; of bytes for a model from scratch."""
+    name = values["tokenizer_name"] or values["model_name_or_path"]
+    return byte_tokenizer() if name is None else AutoTokenizer.from_pretrained(resolve(name))
+
+
+def token_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What a model from scratch has to know of its tokenizer; nothing for a pretrained one, which knows."""
+    if values["model_config"] is None:
+        return {}
+    special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return {"vocab_size": len(tokenizer), **special}
+
+
+def lora_config(args: LoraArguments, task_type: str) -> LoraConfig:
+    """peft's configuration.
+
+    Args:
+        task_type: a `peft.TaskType`; of a classifier the head is trained in full.
+    """
+    targets = args.lora_target_modules
+    return LoraConfig(
+        task_type=task_type,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        # peft keeps "all-linear" off the head of a sequence classifier, but not of a token classifier.
+        exclude_modules=["classifier", "score"] if task_type == TaskType.TOKEN_CLS else None,
+    )
+
+
+def with_adapter(model: PreTrainedModel, args: LoraArguments, task_type: str) -> PeftModel:
+    """The model with the adapter of `lora_config`."""
+    with adding_adapter():
+        return get_peft_model(model, lora_config(args, task_type))
+
+
+@contextmanager
+def adding_adapter() -> Iterator[None]:
+    """Around what adds an adapter."""
+    # peft asks for an attribute that transformers 5 has renamed and warns of; nothing that is passed to them avoids it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

@@ -1,0 +1,203 @@
+"""Records from a file or from the Hub, as the training scripts read them: checked, and a part held out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset
+
+from recipes.common.configuration import resolve
+
+
+@dataclass
+class RecordArguments:
+    """Where the records come from. Give `train_file` or `dataset_name`."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "CSV, TSV, JSON or JSON-lines file; package://PACKAGE/PATH names one of a package."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "File of held-out examples, as train_file."})
+    file_encoding: str = field(default="utf-8-sig", metadata={"help": "Character encoding of the files."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, or a folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, as `sst2` of `glue`."})
+    train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split of dataset_name to hold out; where there is none: eval_size."}
+    )
+    eval_size: float = field(
+        default=0.1, metadata={"help": "Held out where there is no validation data: a share, or a number from 1 up."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of that split; the run's own seed leaves it alone."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many only."})
+
+
+# --- one file ---
+
+
+def read_text(name: str, encoding: str) -> tuple[Path, str]:
+    """The path of a file and its text.
+
+    Raises:
+        ValueError: if there is no such file, or it is in another encoding.
+    """
+    path = Path(resolve(name))
+    if not path.is_file():
+        raise ValueError(f"There is no data file {path}. Name a .csv, .tsv, .json or .jsonl file.")
+    try:
+        return path, path.read_bytes().decode(encoding)
+    except (UnicodeDecodeError, LookupError) as error:
+        raise ValueError(
+            f"{path} cannot be read as {encoding}: {error}. Set file_encoding to its encoding, for example latin-1."
+        ) from error
+
+
+def parse_rows(path: Path, text: str) -> tuple[list[dict], list[str]]:
+    """The rows of a CSV, TSV, JSON or JSON-lines file, and its columns.
+
+    Raises:
+        ValueError: if it is malformed, or another kind of file.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            delimiter = "\t" if suffix == ".tsv" else ","
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            rows = list(reader)
+            wide = next((number for number, row in enumerate(rows, 1) if None in row), None)
+            if wide is not None:
+                raise ValueError(f"row {wide} has more fields than the header (quote texts that hold a {delimiter!r})")
+            return rows, list(reader.fieldnames or [])
+        if suffix in (".json", ".jsonl"):
+            lines = not text.lstrip().startswith("[")
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("it must be a list of objects, or one object a line")
+            return rows, list(dict.fromkeys(key for row in rows for key in row))
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is not a valid {suffix} file: {error}.") from error
+    raise ValueError(f"{path}: unknown kind of file {suffix!r}. Use .csv, .tsv, .json or .jsonl.")
+
+
+def _read_file(name: str, args: RecordArguments) -> Dataset:
+    if Path(name).suffix.lower() == ".parquet" and Path(resolve(name)).is_file():
+        return Dataset(pyarrow.parquet.read_table(resolve(name)))
+    path, text = read_text(name, args.file_encoding)
+    if path.suffix.lower() == ".txt":
+        return Dataset.from_dict({"text": [text] if text.strip() else []})
+    return Dataset.from_list(parse_rows(path, text)[0])
+
+
+# --- training and held-out records ---
+
+
+def load_splits(args: RecordArguments) -> tuple[Dataset, Dataset | None]:
+    """The training and the held-out split of `dataset_name`, the second None where there is none.
+
+    Raises:
+        ValueError: if a split is asked for that there is not, or without `dataset_name`.
+    """
+    if args.validation_file or not args.dataset_name:
+        raise ValueError(
+            "There is no training data. Give train_file (a CSV or JSON file) or dataset_name (a data set on the Hub); "
+            "validation_file goes with train_file."
+        )
+    splits = load_dataset(args.dataset_name, args.dataset_config_name)
+    assert isinstance(splits, DatasetDict)
+    if args.train_split not in splits:
+        raise ValueError(
+            f"{args.dataset_name} has no split `{args.train_split}`, only {', '.join(splits)}. Set train_split."
+        )
+    held_out = splits.get(args.validation_split)
+    if held_out is None and args.validation_split != RecordArguments.validation_split:
+        raise ValueError(
+            f"{args.dataset_name} has no split `{args.validation_split}`, only {', '.join(splits)}. Set "
+            "validation_split, or leave it out to hold out a part of the training split."
+        )
+    return splits[args.train_split], held_out
+
+
+def refuse_two_sources(args: RecordArguments) -> None:
+    """Raises ValueError if both a file and a data set are given."""
+    if args.dataset_name:
+        raise ValueError("Both train_file and dataset_name are given, and only one can be trained on. Drop one.")
+
+
+def read_records(
+    args: RecordArguments, columns: Mapping[str, str], may_be_empty: bool = False
+) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out records, the latter None where none are given; only the columns that are wanted.
+
+    Args:
+        columns: of each key that names a column, the column; `translation.en` is the field `en` of objects.
+        may_be_empty: let rows pass in which they are.
+
+    Raises:
+        ValueError: if there is no data, or a column is missing or empty somewhere; it names the file and the remedy.
+    """
+    if args.train_file:
+        refuse_two_sources(args)
+        train = _read_file(args.train_file, args)
+        held_out = _read_file(args.validation_file, args) if args.validation_file else None
+        sources = args.train_file, args.validation_file
+    else:
+        train, held_out = load_splits(args)
+        sources = f"{args.dataset_name} ({args.train_split})", f"{args.dataset_name} ({args.validation_split})"
+    train = _checked(train, sources[0], columns, may_be_empty)
+    return train, None if held_out is None else _checked(held_out, sources[1], columns, may_be_empty)
+
+
+def _checked(records: Dataset, source: str, columns: Mapping[str, str], may_be_empty: bool) -> Dataset:
+    if not len(records):
+        raise ValueError(f"{source} is empty. It needs the columns {', '.join(map(repr, columns.values()))}.")
+    if any("." in column for column in columns.values()):
+        records = records.flatten()
+    for key, column in columns.items():
+        if column not in records.column_names:
+            raise ValueError(
+                f"{source} has no column `{column}`; its columns are {', '.join(map(repr, records.column_names))}. Set "
+                f"{key} to one of them."
+            )
+        missing = [] if may_be_empty else [n for n, value in enumerate(records[column], 1) if not value]
+        if missing:
+            raise ValueError(
+                f"{source}: {len(missing)} of {len(records)} rows have nothing in column `{column}`, the first is row "
+                f"{missing[0]}. Fill them in or take them out."
+            )
+    return records.select_columns(list(columns.values()))
+
+
+def held_out_size(args: RecordArguments, available: int, what: str) -> int:
+    """How many of `available` records, or blocks of tokens, `eval_size` holds out.
+
+    Raises:
+        ValueError: if that leaves nothing on one side.
+    """
+    size = round(args.eval_size * available) if args.eval_size < 1 else int(args.eval_size)
+    if not 1 <= size < available:
+        raise ValueError(
+            f"eval_size={args.eval_size:g} would hold out {size} of {available} {what}, which leaves one side empty. "
+            "Give more data, another eval_size, or validation_file."
+        )
+    return size
+
+
+def load_records(args: RecordArguments, columns: Mapping[str, str]) -> tuple[Dataset, Dataset]:
+    """As `read_records`, with a random part of the training records held out where there are no others."""
+    train, held_out = read_records(args, columns)
+    if held_out is None:
+        parts = train.train_test_split(held_out_size(args, len(train), "records"), seed=args.split_seed)
+        train, held_out = parts["train"], parts["test"]
+    return first(train, args.max_train_samples), first(held_out, args.max_eval_samples)
+
+
+def first(records: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` records; all for None."""
+    return records if limit is None else records.select(range(min(limit, len(records))))

@@ -1,0 +1,48 @@
+"""What results have in common: where they come from, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hf_lsam.record import hardware, versions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a result was measured.
+
+    Returns:
+        `commit` (with "-dirty" where files differ from it; None outside a git checkout), `versions` (of Python and of
+        the packages that matter), `hardware` (`cpu`, `cores` that this process may use, `memory_gib`, `gpus`) and
+        `date` (UTC, ISO 8601).
+    """
+    git = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "commit": git.stdout.strip() or None,
+        "versions": versions(),
+        "hardware": hardware(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is whole or absent, whenever the process is killed; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """The same, of a value that JSON can hold."""
+    write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

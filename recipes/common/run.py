@@ -1,0 +1,174 @@
+"""A run: trained, evaluated, saved, and what it came to."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hf_lsam import LSAMTrainer
+from hf_lsam.parameters import data_parallel_bytes
+from recipes.common.callbacks import StepTimer
+from recipes.common.configuration import parse_configuration
+from recipes.common.methods import training_arguments
+from recipes.common.report import result_table, write_report
+from recipes.common.results import provenance
+
+
+def begin(values: dict[str, Any], trainers: dict[str, tuple[type, type]]) -> TrainingArguments:
+    """The arguments of the method's Trainer, see `training_arguments`. Sets the seed, and who shows bars."""
+    args = training_arguments(values, trainers)
+    set_seed(args.seed)
+    if args.process_index > 0 or not sys.stderr.isatty():
+        disable_progress_bars()
+        logging.disable_progress_bar()
+    if args.process_index > 0:
+        logging.set_verbosity_error()  # worker 0 has said it
+    return args
+
+
+def measured_run(
+    trainer: Trainer, timer: StepTimer, values: dict[str, Any], metric: str, **facts: Any
+) -> dict[str, Any] | None:
+    """Evaluates, trains, evaluates, saves, reports; the results at worker 0, None at the others.
+
+    Args:
+        trainer: of any method.
+        values: the value of every key.
+        metric: what tells how good the model is: "loss", or what `compute_metrics` calls it.
+        facts: further results, known already.
+    """
+    args = trainer.args
+    asynchronous = values["method"] == "lsam"
+    reports = not asynchronous or args.process_index == 0  # the evaluations of DDP are collective
+    evaluated = []
+    if not asynchronous:
+        # A model that was evaluated before `train` would stay without DDP in it: each process would train by itself.
+        args.eval_on_start = True
+    elif reports:
+        evaluated = [{"step": 0, **trainer.evaluate()}]
+    training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = trainer.evaluate() if reports else None
+    gather = gather_lsam if asynchronous else gather_data_parallel
+    measured = gather(trainer, timer, metric)
+    trainer.save_model()
+    if args.process_index != 0:
+        return None
+
+    key = f"eval_{metric}"
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    evaluated += [entry for entry in trainer.state.log_history if key in entry]
+    before = evaluated[0]
+    curves = {**measured.pop("curves"), key: [[entry["step"], entry[key]] for entry in evaluated]}
+    seconds = training.metrics["train_runtime"]
+    if not asynchronous:
+        seconds -= before["eval_runtime"]  # Trainer's clock starts before `eval_on_start`
+    results = {
+        "method": values["method"],
+        "num_workers": len(measured["steps_per_worker"]),
+        "seed": args.seed,
+        "device": args.device.type,
+        "metric": metric,
+        key: after[key],
+        "eval_loss": after["eval_loss"],
+        f"{key}_before": before[key],
+        "eval_loss_before": before["eval_loss"],
+        **facts,
+        "trainable_parameters": trainable,
+        "train_runtime_s": seconds,
+        **measured,
+        "bytes_data_parallel": data_parallel_bytes(measured["steps_per_worker"], trainable),
+        **provenance(),
+        "configuration": without_secrets(values),
+        "curves": curves,
+    }
+    if metric == "loss":  # of a language model
+        results["eval_perplexity"] = math.exp(results["eval_loss"])
+    write_report(Path(args.output_dir), results)
+    return results
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, tokens blanked."""
+    return {key: f"<{key}>" if key.endswith("_token") and value else value for key, value in values.items()}
+
+
+def gather_lsam(trainer: LSAMTrainer, timer: StepTimer, metric: str) -> dict[str, Any] | None:
+    """What the workers measured, in the order of ranks, at worker 0; None at the others."""
+    with trainer.local():
+        own = trainer.evaluate(metric_key_prefix="worker")
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [[entry["step"], entry["loss"], entry["lsam/drift"]] for entry in logged]
+    report = {
+        **trainer.worker_summary(),
+        "median_step_s": timer.median(),
+        metric: own[f"worker_{metric}"],
+        "losses": losses,
+    }
+    reports = trainer.gather_from_workers("report", report)
+    if reports is None:
+        return None
+
+    def each(key):
+        return [report[key] for report in reports]
+
+    pushes = sum(each("pushes"))
+    weighted = sum(report["staleness_mean"] * report["pushes"] for report in reports)
+    return {
+        f"eval_{metric}_workers": each(metric),
+        "steps_per_worker": each("steps"),
+        "median_step_s": each("median_step_s"),
+        "anchor_version": reports[0]["anchor_version"],
+        "pushes_per_worker": each("pushes"),
+        "skipped_pushes_per_worker": each("skipped_pushes"),
+        "bytes_pushed": each("bytes_pushed"),
+        "bytes_pulled": each("bytes_pulled"),
+        "staleness": {"mean": weighted / max(1, pushes), "max": max(each("staleness_max"))},
+        "curves": {
+            "loss": [[[step, loss] for step, loss, _ in losses] for losses in each("losses")],
+            "drift": [[[step, drift] for step, _, drift in losses] for losses in each("losses")],
+        },
+    }
+
+
+def gather_data_parallel(trainer: Trainer, timer: StepTimer, metric: str) -> dict[str, Any]:
+    """As `gather_lsam`; what only LSAM has is None, and the loss is the workers' mean."""
+    median = torch.tensor([timer.median()], device=trainer.args.device)
+    medians = trainer.accelerator.gather(median).tolist()
+    return {
+        f"eval_{metric}_workers": None,
+        "steps_per_worker": [trainer.state.global_step] * len(medians),
+        "median_step_s": medians,
+        "anchor_version": None,
+        "pushes_per_worker": None,
+        "skipped_pushes_per_worker": None,
+        "bytes_pushed": None,
+        "bytes_pulled": None,
+        "staleness": None,
+        "curves": {
+            "loss": [[[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]],
+            "drift": None,
+        },
+    }
+
+
+def main(keys: Sequence[type], run: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """A script: the command line in, a run, its results as a table out.
+
+    Args:
+        keys: the dataclasses whose fields are the keys.
+        run: takes the value of every key; returns the results at worker 0, None at the others.
+    """
+    values = parse_configuration(keys, sys.argv[1:])
+    results = run(values)
+    if results is not None:
+        print(result_table(results, values["output_dir"]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,171 @@
+"""Labelled sentences from a CSV or JSON file or from the Hub, checked before any time is spent on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from datasets import ClassLabel, Dataset, Features, Value
+
+from recipes.common.labels import natural_order
+from recipes.common.records import RecordArguments, first, load_splits, parse_rows, read_text, refuse_two_sources
+
+
+@dataclass
+class DataArguments(RecordArguments):
+    """Where the sentences come from. Give `train_file` or `dataset_name`; what is held out is stratified."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the sentences."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels: strings or integers."})
+    keep_labels: list[str] | None = field(
+        default=None, metadata={"help": "Keep only examples with these labels, numbered in this order."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens after which a sentence is cut off."})
+
+
+@dataclass
+class Examples:
+    """Sentences and their labels, both as strings.
+
+    Args:
+        source: the file or split, for messages.
+        columns: the columns there are.
+    """
+
+    source: str
+    columns: list[str]
+    texts: list[str]
+    labels: list[str]
+
+
+def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
+    """Training and held-out examples with columns `text` (string) and `labels` (`ClassLabel`), and the label names.
+
+    Raises:
+        ValueError: if the data cannot be what was meant; it names the file, the column, what there is, the remedy.
+    """
+    train, held_out = _read_files(args) if args.train_file else _read_dataset(args)
+    train = _keep(train, args)
+    names = args.keep_labels or sorted(set(train.labels), key=natural_order)
+    if len(names) < 2:
+        raise ValueError(
+            f"{train.source} has one label only in column `{args.label_column}`, {names[0]!r}: there is nothing to "
+            "learn. Give examples of at least two labels."
+        )
+    if held_out is None:
+        training, evaluation = _split(_dataset(train, names), train.source, args)
+    else:
+        held_out = _keep(held_out, args)
+        unseen = sorted(set(held_out.labels) - set(names), key=natural_order)
+        if unseen:
+            raise ValueError(
+                f"{held_out.source} has labels in column `{args.label_column}` that {train.source} never has: "
+                f"{', '.join(map(repr, unseen))} (there: {', '.join(map(repr, names))}). No model could predict them. "
+                "Take them out, add training examples, or name the labels to keep (keep_labels)."
+            )
+        training, evaluation = _dataset(train, names), _dataset(held_out, names)
+    return first(training, args.max_train_samples), first(evaluation, args.max_eval_samples), names
+
+
+def _read_files(args: DataArguments) -> tuple[Examples, Examples | None]:
+    refuse_two_sources(args)
+    train = _read_file(args.train_file, args)
+    return train, _read_file(args.validation_file, args) if args.validation_file else None
+
+
+def _read_file(name: str, args: DataArguments) -> Examples:
+    path, text = read_text(name, args.file_encoding)
+    if not text.strip():
+        raise ValueError(f"{path} is empty. It needs the columns `{args.text_column}` and `{args.label_column}`.")
+    rows, columns = parse_rows(path, text)
+    _require_columns(str(path), columns, args)
+    if not rows:
+        raise ValueError(f"{path} has a header ({', '.join(columns)}) and no row. Add examples.")
+    texts, labels = ([row.get(column) for row in rows] for column in (args.text_column, args.label_column))
+    return _examples(str(path), columns, texts, labels, args)
+
+
+def _read_dataset(args: DataArguments) -> tuple[Examples, Examples | None]:
+    train, held_out = load_splits(args)
+    train = _of_split(train, args.train_split, args)
+    return train, None if held_out is None else _of_split(held_out, args.validation_split, args)
+
+
+def _of_split(split: Dataset, name: str, args: DataArguments) -> Examples:
+    source = f"{args.dataset_name} (split {name})"
+    _require_columns(source, split.column_names, args)
+    labels = list(split[args.label_column])
+    feature = split.features[args.label_column]
+    if isinstance(feature, ClassLabel):
+        labels = [None if label is None or label < 0 else feature.int2str(label) for label in labels]
+    return _examples(source, split.column_names, list(split[args.text_column]), labels, args)
+
+
+def _require_columns(source: str, columns: Sequence[str], args: DataArguments) -> None:
+    for key in ("text_column", "label_column"):
+        if getattr(args, key) not in columns:
+            raise ValueError(
+                f"{source} has no column `{getattr(args, key)}`; its columns are {', '.join(map(repr, columns))}. Set "
+                f"{key} to one of them."
+            )
+
+
+def _examples(source: str, columns: list[str], texts: list, labels: list, args: DataArguments) -> Examples:
+    for column, values in ((args.text_column, texts), (args.label_column, labels)):
+        missing = [number for number, value in enumerate(values, 1) if value is None or not str(value).strip()]
+        if missing:
+            raise ValueError(
+                f"{source}: {len(missing)} of {len(values)} rows have nothing in column `{column}`, the first is row "
+                f"{missing[0]}. Fill them in or take them out."
+            )
+        if any(isinstance(value, (list, dict)) for value in values):
+            raise ValueError(f"{source}: column `{column}` holds lists or objects. It must hold one value a row.")
+    return Examples(source, list(columns), [str(text) for text in texts], [str(label).strip() for label in labels])
+
+
+def _keep(examples: Examples, args: DataArguments) -> Examples:
+    if args.keep_labels is None:
+        return examples
+    present = Counter(examples.labels)
+    absent = [label for label in args.keep_labels if label not in present]
+    if absent:
+        raise ValueError(
+            f"{examples.source} has no example labelled {absent[0]!r} in column `{args.label_column}`; its labels are "
+            f"{', '.join(map(repr, sorted(present, key=natural_order)))}. Correct keep_labels."
+        )
+    kept = [(t, label) for t, label in zip(examples.texts, examples.labels, strict=True) if label in args.keep_labels]
+    return Examples(examples.source, examples.columns, [text for text, _ in kept], [label for _, label in kept])
+
+
+def _dataset(examples: Examples, names: list[str]) -> Dataset:
+    numbers = {name: number for number, name in enumerate(names)}
+    columns = {"text": examples.texts, "labels": [numbers[label] for label in examples.labels]}
+    return Dataset.from_dict(columns, features=Features({"text": Value("string"), "labels": ClassLabel(names=names)}))
+
+
+def _split(dataset: Dataset, source: str, args: DataArguments) -> tuple[Dataset, Dataset]:
+    """A stratified split; a sentence that is held out is not trained on, however often it stands in the data."""
+    size = args.eval_size if 0 < args.eval_size < 1 else int(args.eval_size)
+    classes = dataset.features["labels"].num_classes
+    held_out = size * len(dataset) if size < 1 else size
+    if not classes <= held_out <= len(dataset) - classes:
+        raise ValueError(
+            f"eval_size={args.eval_size:g} would hold out {held_out:.0f} of {len(dataset)} examples of {source}, which "
+            f"cannot hold each of {classes} labels on both sides. Use a share in (0, 1), or a number from {classes} to "
+            f"{len(dataset) - classes}."
+        )
+    rarest, count = min(Counter(dataset["labels"]).items(), key=lambda item: item[1])
+    if count < 2:
+        raise ValueError(
+            f"{source} has one example only of label {dataset.features['labels'].int2str(rarest)!r}: it cannot be both "
+            "trained on and held out. Add examples, give validation_file, or leave it out with keep_labels."
+        )
+    parts = dataset.train_test_split(size, stratify_by_column="labels", seed=args.split_seed)
+    seen = {_normal(text) for text in parts["test"]["text"]}
+    fresh = [index for index, text in enumerate(parts["train"]["text"]) if _normal(text) not in seen]
+    return parts["train"].select(fresh), parts["test"]
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())

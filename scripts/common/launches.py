@@ -1,0 +1,97 @@
+"""Many runs in few launches: those that have finished are kept, the others share the start of their processes."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_lsam.identity import Identity
+from recipes.common.progress import Progress
+
+
+def launch_command(processes: int) -> list[str]:
+    """What starts a script in that many processes on this machine; the script's path and arguments follow it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*command, "--main_process_port", "0"]
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """The option that `finished` gives to the processes it starts: the script then calls `make_runs`."""
+    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
+
+
+def in_folder_of_its_own(values: dict[str, Any], runs_dir: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A run's values with an `output_dir` below `runs_dir` that is named after all that are not the keys' defaults."""
+    what = {key: value for key, value in values.items() if key != "output_dir" and value != defaults.get(key)}
+    name = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {**values, "output_dir": str(runs_dir / name)}
+
+
+def finished(
+    script: str, runs: Sequence[dict[str, Any]], quiet: bool, with_trainer: bool = False
+) -> list[dict[str, Any]]:
+    """The results of the runs, in their order; those that are missing are made first.
+
+    Args:
+        script: the script to launch, with the option of `add_runs`.
+        runs: the value of every key of each, `output_dir` and `num_workers` among them; the first receives
+            results.json.
+        quiet: plain lines instead of a progress bar.
+        with_trainer: whether they go through Trainer, with which a process is an asynchronous worker or one of a
+            data-parallel group for as long as it lives, so that one launch cannot make runs of both kinds.
+
+    Raises:
+        subprocess.CalledProcessError: if a run fails. Those that finished before it are kept.
+    """
+    folders = [Path(values["output_dir"]) for values in runs]
+    batches: dict[tuple[int, bool], dict[Path, dict[str, Any]]] = {}
+    for folder, values in zip(folders, runs, strict=True):
+        if not (folder / "results.json").exists():
+            kind = (values["num_workers"], with_trainer and values["method"] == "lsam")
+            batches.setdefault(kind, {})[folder] = values
+    for (workers, _), batch in batches.items():
+        several = list(batch.values())
+        command = launch_command(workers) if workers > 1 else [sys.executable]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
+            json.dump(several, plan)
+            plan.flush()
+            command += [str(Path(script).resolve()), "--runs", plan.name, *(["--quiet"] if quiet else [])]
+            subprocess.run(command, check=True)
+    return [json.loads((folder / "results.json").read_text()) for folder in folders]
+
+
+def make_runs(
+    plan: Path, run: Callable[[dict[str, Any]], dict[str, Any] | None], quiet: bool, keep_model: bool = True
+) -> None:
+    """Makes runs one after the other, as one process of their launch; process 0 shows how far they are.
+
+    Args:
+        plan: the JSON file that `--runs` names.
+        run: makes one from the value of every key; returns its results at process 0, None at the others.
+        quiet: plain lines instead of a progress bar.
+        keep_model: without it the weights that a run has saved are removed, and its results stay.
+    """
+    several = json.loads(plan.read_text())
+    first = Identity.from_environment().rank == 0
+    with Progress(len(several), "runs", quiet) if first else nullcontext() as progress:
+        for values in several:
+            results = run(values)
+            if results is not None:
+                reached = f"eval_{results['metric']}" if "metric" in results else "accuracy"
+                progress.say(f"{values['method']}, seed {values['seed']}: {reached} {results[reached]:.4f}")
+                progress.advance()
+                for weights in () if keep_model else Path(values["output_dir"]).glob("*.safetensors"):
+                    weights.unlink()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,376 @@
+"""Methods, numbers of workers and uneven clusters, simulated on images: see `hf_lsam.simulation`.
+
+    python scripts/experiments/simulate_images.py EXPERIMENT --dataset parquet \\
+        --train_file train.parquet --eval_file test.parquet
+
+    methods   n = 4, every method with the same three trials over its learning rate
+    long      three times as many steps
+    workers   error against n, LSAM and data-parallel SAM, with each worker's batch fixed
+    clock     virtual time to data-parallel SAM's accuracy: a slow worker, slow links, a pause
+
+ResNet-20 of half the width on images of 16x16 pixels. Trials are judged on a tenth of the training images, held out for
+them; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has finished is not made again.
+`--output_dir` receives EXPERIMENT.json and EXPERIMENT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_lsam import vision
+from hf_lsam.batchnorm import reestimate
+from hf_lsam.loop import LoopArguments
+from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
+from recipes.common.configuration import parse_configuration
+from recipes.common.image_batches import Batches, channel_statistics
+from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
+from recipes.common.progress import Progress, add_quiet
+from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
+from recipes.common.tables import markdown_table, mean_and_spread
+
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor; `bits`
+# are those of a value on the links. An exchange every 8 steps takes as many bytes as one every 2 in 8 bits.
+METHODS: dict[str, dict[str, Any]] = {
+    "LSAM": {"sam": True, "bits": 8},
+    "LSAM, 4 bits": {"sam": True, "bits": 4},
+    "LSAM, 32 bits, tau = 4": {"sam": True, "lsam": {"sync_steps": 4}},
+    "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8}},
+    "LSAM as in the paper": {
+        "sam": True,
+        "lsam": {
+            "coupling": "score",
+            "coupling_strength": 0.1,
+            "anchor_lr": 0.5,
+            "anchor_momentum_correction": 0.9,
+            "sync_steps": 16,
+        },
+    },
+    "data-parallel SAM": {"sam": True, "data_parallel": True},
+    "data-parallel SGD": {"data_parallel": True},
+    "local SGD": {"barrier": True, "bits": 8},
+    "local SGD, 32 bits, tau = 8": {"barrier": True, "lsam": {"sync_steps": 8}},
+    "DiLoCo": {
+        "barrier": True,
+        "lsam": {"sync_steps": 8, "anchor_optimizer": "nesterov", "anchor_lr": 0.7, "anchor_momentum": 0.9},
+    },
+    "EASGD": {"lsam": {"sync_steps": 8, "algorithm": "easgd", "coupling_strength": 0.225}},
+    "LSGD": {"lsam": {"sync_steps": 8, "algorithm": "lsgd", "coupling_strength": 0.9}},
+}
+RATES = (0.05, 0.1, 0.2)
+SHORT, LONG = 480, 1440
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulated run.
+
+    Args:
+        method: a key of `METHODS`.
+        steps: of each worker.
+        learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
+        sam_rho: radius of the methods with SAM's gradient.
+        batch_size: of one worker.
+        seed: of weights, order and augmentation.
+        validation: train on nine tenths of the training images and evaluate on the tenth.
+        machines: one a worker, as fields of `hf_lsam.simulation.Machine`.
+        moments: how many times the model is evaluated.
+    """
+
+    method: str
+    steps: int = SHORT
+    learning_rate: float = 0.1
+    sam_rho: float = 0.02
+    batch_size: int = 32
+    seed: int = 0
+    validation: bool = False
+    machines: list[dict[str, Any]] = field(default_factory=lambda: [{}] * 4)
+    moments: int = 1
+
+
+@lru_cache(maxsize=2)
+def images_of(data: str, validation: bool) -> ImageSet:
+    values = json.loads(data)
+    if validation:
+        values |= {"validation_fraction": 0.1, "eval_file": None}
+    return load_images(ImageDataArguments(**values))
+
+
+def simulate(run: Run, data: str) -> dict[str, Any]:
+    """Error, bytes and virtual seconds at the moments of a run.
+
+    Args:
+        data: the fields of `ImageDataArguments`, as JSON.
+    """
+    torch.set_num_threads(1)
+    images, method, workers = images_of(data, run.validation), METHODS[run.method], len(run.machines)
+    mean, std = channel_statistics(images.train_images)
+
+    def batches(rank: int, size: int) -> Batches:
+        return Batches(
+            images.train_images,
+            images.train_labels,
+            run.batch_size,
+            mean,
+            std,
+            seed=run.seed,
+            rank=rank,
+            world_size=size,
+        )
+
+    streams = [
+        itertools.chain.from_iterable(map(batches(rank, workers).epoch, itertools.count())) for rank in range(workers)
+    ]
+    held_out = Batches(images.eval_images, images.eval_labels, 500, mean, std, train=False)
+    torch.manual_seed(run.seed)
+    model = vision.create("resnet20", len(images.labels), width=8).to(memory_format=torch.channels_last)
+
+    def loss(model, rank):
+        x, labels = next(streams[rank])
+        x = x.contiguous(memory_format=torch.channels_last)
+        return lambda: cross_entropy(model(x), labels)
+
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, run.learning_rate, momentum=0.9, weight_decay=5e-4)
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / (0.05 * run.steps)) * (1 + math.cos(math.pi * step / run.steps)) / 2
+
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+    machines = [Machine(**fields) for fields in run.machines]
+    gradient = Gradient(run.sam_rho if method.get("sam") else 0.0)
+    sync_steps = None
+    if method.get("data_parallel"):
+        made = DataParallel(model, optimizer, loss, machines, gradient, scheduler, run.seed)
+    else:
+        arguments = LoopArguments(**method.get("lsam", {}))
+        sync_steps = arguments.steps_between_pushes(workers)
+        made = Cluster(
+            model,
+            optimizer,
+            loss,
+            machines,
+            arguments.worker_settings(sync_steps),
+            arguments.server_settings(sync_steps),
+            gradient,
+            scheduler,
+            arguments.learning_rate_factor(sync_steps, momentum=0.9),
+            method.get("barrier", False),
+            method.get("bits", 32),
+            run.seed,
+        )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def error(anchor: torch.Tensor) -> float:
+        made.layout.write(anchor, parameters)
+        with torch.no_grad():
+            reestimate(model, itertools.islice(batches(0, 1).epoch(0), 32), lambda batch: model(batch[0]))
+            model.eval()
+            wrong = sum((model(x).argmax(1) != labels).sum().item() for x, labels in held_out)
+        model.train()
+        return 100 * wrong / len(held_out.labels)
+
+    begin = time.perf_counter()
+    points = [
+        {
+            "step": moment.steps,
+            "virtual_seconds": moment.seconds,
+            "bytes": moment.bytes,
+            "error": error(moment.anchor),
+            "staleness": moment.staleness,
+            "dispersion": moment.dispersion,
+        }
+        for moment in made.run(run.steps, run.moments)
+    ]
+    return {
+        "run": asdict(run),
+        "sync_steps": sync_steps,
+        "points": points,
+        "seconds": time.perf_counter() - begin,
+        "parameters": made.layout.numel,
+        **provenance(),
+    }
+
+
+class Runs:
+    """Makes the runs that are not there yet, several at a time."""
+
+    def __init__(self, data: dict[str, Any], runs_dir: Path, processes: int, quiet: bool):
+        self._data, self._runs_dir, self._processes, self._quiet = json.dumps(data), runs_dir, processes, quiet
+
+    def results(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """In the order of `runs`."""
+        paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
+        missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._processes, context) as pool, Progress(len(missing), "runs", self._quiet) as bar:
+            for path, result in zip(
+                missing, pool.map(simulate, missing.values(), itertools.repeat(self._data)), strict=True
+            ):
+                write_atomically(path, json.dumps(result) + "\n")
+                last = result["points"][-1]
+                bar.say(f"{result['run']['method']}, seed {result['run']['seed']}: error {last['error']:.2f} %")
+                bar.advance()
+        return [json.loads(path.read_text()) for path in paths]
+
+    def _name(self, run: Run) -> str:
+        return hashlib.sha256((json.dumps(asdict(run), sort_keys=True) + self._data).encode()).hexdigest()[:16]
+
+
+def tuned(runs: Runs) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The trials, and the learning rate of each method's best."""
+    trials = [Run(name, learning_rate=rate, seed=100, validation=True) for name in METHODS for rate in RATES]
+    tried = runs.results(trials)
+    return tried, {
+        name: min(
+            (result["points"][-1]["error"], run.learning_rate)
+            for run, result in zip(trials, tried, strict=True)
+            if run.method == name
+        )[1]
+        for name in METHODS
+    }
+
+
+def table_of(runs: Runs, plans: dict[str, list[Run]]) -> tuple[list[dict[str, Any]], str]:
+    """A line a label: error over the seeds, bytes and tau."""
+    made = runs.results([run for several in plans.values() for run in several])
+    rows, left = [], iter(made)
+    for label, several in plans.items():
+        own = [next(left) for _ in several]
+        last = [result["points"][-1] for result in own]
+        rows.append(
+            (
+                label,
+                f"{several[0].learning_rate:g}",
+                str(own[0]["sync_steps"] or "-"),
+                str(METHODS[several[0].method].get("bits", 32)),
+                mean_and_spread([point["error"] for point in last]),
+                f"{last[0]['bytes'] / 1e6:,.0f}",
+                str(len(own)),
+            )
+        )
+    return made, markdown_table(("", "learning rate", "tau", "bits", "test error, %", "MB exchanged", "seeds"), rows)
+
+
+def methods(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """A short run of every method, with the learning rate of its best trial."""
+    tried, rates = tuned(runs)
+    made, table = table_of(
+        runs, {name: [Run(name, learning_rate=rates[name], seed=seed) for seed in range(seeds)] for name in METHODS}
+    )
+    return [*tried, *made], table
+
+
+def long(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """A run three times as long, with the learning rates of the short one."""
+    _, rates = tuned(runs)
+    names = ("LSAM", "data-parallel SAM", "data-parallel SGD")
+    return table_of(runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in names})
+
+
+def workers(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """Each worker makes 480 steps of 32 images whatever n is; one learning rate for all."""
+    numbers = (1, 2, 4, 8)
+    plans = [
+        Run(name, seed=seed, machines=[{}] * number)
+        for name in ("LSAM", "data-parallel SAM")
+        for number in numbers
+        for seed in range(seeds)
+    ]
+    made = runs.results(plans)
+    rows = [
+        (
+            name,
+            *(
+                mean_and_spread(
+                    [
+                        result["points"][-1]["error"]
+                        for plan, result in zip(plans, made, strict=True)
+                        if (plan.method, len(plan.machines)) == (name, number)
+                    ]
+                )
+                for number in numbers
+            ),
+        )
+        for name in ("LSAM", "data-parallel SAM")
+    ]
+    return made, markdown_table(("error, %", *(f"n = {number}" for number in numbers)), rows)
+
+
+# A step of two passes takes 0.2 s; the model is charged as if it had 22.7 M parameters (MiniLM), so a link is slowed
+# down by as much as this network is smaller.
+STEP, PARAMETERS, OWN = 0.2, 22.7e6, 68_074
+CLUSTERS = {
+    "even, one machine": [{"step_seconds": STEP}] * 4,
+    "one worker at half speed": [{"step_seconds": STEP}] * 3 + [{"step_seconds": 2 * STEP}],
+    "links of 1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 125e6 * OWN / PARAMETERS}] * 4,
+    "links of 0.1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 12.5e6 * OWN / PARAMETERS}] * 4,
+    "one worker pauses for a minute": [{"step_seconds": STEP}] * 3 + [{"step_seconds": STEP, "pauses": [[20.0, 60.0]]}],
+}
+
+
+def clock(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """Virtual seconds until all have finished, and the error then."""
+    names = ("LSAM", "data-parallel SAM", "DiLoCo")
+    plans = [
+        Run(name, seed=seed, machines=machines)
+        for machines in CLUSTERS.values()
+        for name in names
+        for seed in range(seeds)
+    ]
+    made = runs.results(plans)
+    rows = []
+    for label, machines in CLUSTERS.items():
+        cells = []
+        for name in names:
+            own = [
+                r["points"][-1] for p, r in zip(plans, made, strict=True) if p.method == name and p.machines == machines
+            ]
+            errors = mean_and_spread([point["error"] for point in own])
+            cells.append(f"{statistics.fmean(point['virtual_seconds'] for point in own):.0f} s, {errors} %")
+        rows.append((label, *cells))
+    return made, markdown_table(("", *names), rows)
+
+
+EXPERIMENTS = {each.__name__: each for each in (methods, long, workers, clock)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    add_quiet(parser)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_images")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_images/tables")
+    arguments, words = parser.parse_known_args()
+    words = ["--image_size=16", "--max_train_images=7680", *words]
+    data = parse_configuration((ImageDataArguments,), words)
+    found, table = EXPERIMENTS[arguments.experiment](
+        Runs(data, arguments.runs_dir, arguments.processes, arguments.quiet), arguments.seeds
+    )
+    report = {"experiment": arguments.experiment, "runs": found}
+    write_json(arguments.output_dir / f"{arguments.experiment}.json", report)
+    write_atomically(arguments.output_dir / f"{arguments.experiment}.md", table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

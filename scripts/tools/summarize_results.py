@@ -1,0 +1,157 @@
+"""Means over runs that differ in their seed alone, as JSON and as a Markdown table in a README.
+
+    python scripts/tools/summarize_results.py RUN_DIR... --output FILE.json --readme README.md --marker NAME
+
+The table replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.common.card import exchanged_bytes
+from recipes.common.results import write_atomically, write_json
+from recipes.common.tables import markdown_table, mean_and_spread
+
+OWN_TO_A_RUN = ("seed", "output_dir")
+# Where these lie is one machine's affair; their names are kept.
+PLACES = ("train_file", "validation_file", "eval_file", "data_dir", "shared_memory_dir")
+KEPT = (
+    "seed",
+    "eval_{metric}",
+    "eval_loss",
+    "eval_{metric}_before",
+    "eval_{metric}_workers",
+    "steps_per_worker",
+    "median_step_s",
+    "train_runtime_s",
+    "anchor_version",
+    "pushes_per_worker",
+    "bytes_pushed",
+    "bytes_pulled",
+    "bytes_data_parallel",
+    "staleness",
+    "commit",
+    "date",
+)
+HEADER = ("method", "workers", "seeds", "held-out {metric}", "at the workers", "training", "median step",
+          "staleness", "exchanged", "data-parallel SAM, same steps")  # fmt: skip
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One summary a configuration, in the order given; the configurations differ in more than seed and folder.
+
+    Raises:
+        ValueError: if a seed stands twice for one configuration, or if its runs had different hardware or versions.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        configuration = {key: value for key, value in result["configuration"].items() if key not in OWN_TO_A_RUN}
+        groups.setdefault(json.dumps([configuration, result["num_workers"]], sort_keys=True), []).append(result)
+    summaries = []
+    for runs in groups.values():
+        seeds = [run["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"Seed {max(seeds, key=seeds.count)} stands twice for one configuration. Drop a run.")
+        for key in ("hardware", "versions"):
+            if any(run[key] != runs[0][key] for run in runs):
+                raise ValueError(f"The runs of one configuration had different {key}: their mean would mix them.")
+        first, metric = runs[0], runs[0]["metric"]
+        kept = [key.format(metric=metric) for key in KEPT]
+        configuration = {key: value for key, value in first["configuration"].items() if key not in OWN_TO_A_RUN}
+        summaries.append(
+            {
+                "method": first["method"],
+                "num_workers": first["num_workers"],
+                "eval_examples": first["eval_examples"],
+                "trainable_parameters": first["trainable_parameters"],
+                "metric": metric,
+                f"eval_{metric}": _mean_and_deviation([run[f"eval_{metric}"] for run in runs]),
+                "train_runtime_s": _mean_and_deviation([run["train_runtime_s"] for run in runs]),
+                "bytes_exchanged": statistics.fmean(exchanged_bytes(run) for run in runs),
+                "hardware": first["hardware"],
+                "versions": first["versions"],
+                "runs": [{key: run[key] for key in kept} for run in runs],
+                "configuration": {
+                    key: Path(value).name if key in PLACES and not value.startswith("package://") else value
+                    for key, value in configuration.items()
+                    if value is not None
+                },
+            }
+        )
+    return summaries
+
+
+def table(summaries: Sequence[dict[str, Any]]) -> str:
+    """The summaries as Markdown, with the hardware and versions they were measured with."""
+    rows = []
+    for summary in summaries:
+        runs, metric = summary["runs"], summary["metric"]
+        asynchronous = summary["method"] == "lsam"
+        at_workers = [value for run in runs for value in run[f"eval_{metric}_workers"] or ()]
+        seconds = summary["train_runtime_s"]
+        data_parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
+        rows.append(
+            (
+                summary["method"],
+                str(summary["num_workers"]),
+                ", ".join(str(run["seed"]) for run in runs),
+                mean_and_spread([run[f"eval_{metric}"] for run in runs], 4),
+                f"{statistics.fmean(at_workers):.4f}" if asynchronous else "-",
+                f"{seconds['mean']:.0f} s",
+                f"{statistics.fmean(step for run in runs for step in run['median_step_s']):.2f} s",
+                f"{statistics.fmean(run['staleness']['mean'] for run in runs):.2f}" if asynchronous else "-",
+                f"{summary['bytes_exchanged'] / 1e6:,.0f} MB",
+                f"{data_parallel / 1e6:,.0f} MB",
+            )
+        )
+    first = summaries[0]
+    hardware = ", ".join([first["hardware"]["cpu"], f"{first['hardware']['cores']} cores", *first["hardware"]["gpus"]])
+    versions = ", ".join(f"{package} {number}" for package, number in first["versions"].items())
+    header = [title.format(metric=first["metric"].replace("_", " ")) for title in HEADER]
+    return f"{markdown_table(header, rows)}\n\nMeasured on {hardware}, with {versions}."
+
+
+def write_between(readme: Path, marker: str, text: str) -> None:
+    """Replaces what stands between the two markers.
+
+    Raises:
+        ValueError: if the file does not have both, in this order.
+    """
+    content = readme.read_text()
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    head, found_begin, rest = content.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"{readme} has no {begin} followed by {end}. Add both lines where the table belongs.")
+    write_atomically(readme, f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir of a run")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--readme", type=Path, help="file to write the table into")
+    parser.add_argument("--marker", help="name of the markers in it")
+    args = parser.parse_args(arguments)
+    if (args.readme is None) != (args.marker is None):
+        parser.error("--readme and --marker go together")
+    summaries = summarize([json.loads((folder / "results.json").read_text()) for folder in args.runs])
+    write_json(args.output, summaries, indent=2)
+    if args.readme is not None:
+        write_between(args.readme, args.marker, table(summaries))
+    print(table(summaries))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

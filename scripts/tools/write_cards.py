@@ -1,0 +1,205 @@
+"""Writes the cards of the published results in model_cards/ from the JSON they come from.
+
+python scripts/tools/write_cards.py
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lsam.card import CardFacts, model_card, provenance_line
+from recipes.common.card import METHOD_NAMES
+from recipes.common.recipe import load
+from recipes.common.results import REPOSITORY, write_atomically
+from recipes.common.tables import mean_and_spread
+from scripts.common.results import load_results
+from scripts.tools.write_tables import COMPARISONS
+
+RECIPES = REPOSITORY / "recipes"
+SENTENCES = RECIPES / "text_classification/results"
+EXPERIMENTS = RECIPES / "cifar10_resnet20/results/cpu"
+SHARES = ("accuracy", "f1")  # told in percent
+Compared = tuple[Sequence[str], Sequence[Sequence[str]]]  # a header, and rows
+
+
+def score(row: dict[str, Any]) -> str:
+    """What the runs of a summary have reached in their metric."""
+    values = [run[f"eval_{row['metric']}"] for run in row["runs"]]
+    return mean_and_spread(values, scale=100) if row["metric"] in SHARES else mean_and_spread(values, digits=4)
+
+
+def title(metric: str) -> str:
+    return f"{metric}, %" if metric in SHARES else metric
+
+
+def side_by_side(summaries: Sequence[dict[str, Any]]) -> Compared:
+    """A row a method."""
+    rows = [
+        (
+            row["method"],
+            score(row),
+            f"{row['bytes_exchanged'] / 1e6:,.0f}",
+            f"{row['train_runtime_s']['mean']:,.0f}",
+            str(len(row["runs"])),
+        )
+        for row in summaries
+    ]
+    return ("", f"held-out {title(summaries[0]['metric'])}", "MB exchanged", "seconds", "seeds"), rows
+
+
+def of_summary(name: str, row: dict[str, Any], compared: Compared, against: str, task: str | None) -> CardFacts:
+    """The card of one row of summarize_results.py, a method's runs over seeds.
+
+    Args:
+        name: of the result; the method is added.
+        row: the summary.
+        compared, against, task: see `CardFacts`.
+    """
+    runs, configuration, metric = row["runs"], row["configuration"], row["metric"]
+    at = "at the anchor" if row["method"] == "lsam" else "of the model"
+    rows = [
+        ("Workers", f"{row['num_workers']}, of {runs[0]['steps_per_worker'][0]} steps each"),
+        ("Trained parameters", f"{row['trainable_parameters']:,}"),
+        ("Held-out examples", f"{row['eval_examples']:,}"),
+        (f"{metric.capitalize()} {at}{', %' if metric in SHARES else ''}", score(row)),
+        ("Training time, s", mean_and_spread([run["train_runtime_s"] for run in runs])),
+        ("Bytes exchanged", f"{row['bytes_exchanged'] / 1e6:,.0f} MB"),
+    ]
+    means = {name: statistics.fmean(run[f"eval_{name}"] for run in runs) for name in (metric, "loss")}
+    return CardFacts(
+        f"{name}-{row['method']}",
+        row["method"],
+        row["num_workers"],
+        list(means.items()),
+        rows,
+        configuration,
+        provenance_line({**row, "commit": runs[0]["commit"], "date": runs[-1]["date"]}),
+        compared=compared,
+        against=against,
+        base=configuration.get("base_model_id") or configuration.get("model_name_or_path"),
+        data=Path(configuration["train_file"]).name,
+        task=task,
+        library="peft" if configuration.get("use_lora") else "transformers",
+        seeds=[run["seed"] for run in runs],
+        method_name=METHOD_NAMES[row["method"]],
+    )
+
+
+def of_quickstart(path: Path) -> Iterator[CardFacts]:
+    """One card a method of the quickstart."""
+    for row in load_results(path):
+        runs = row["runs"]
+        own = [value for run in runs for value in run["eval_accuracy_workers"]]
+        parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
+        exchanged = f"{row['bytes_exchanged'] / 1e6:,.0f}"
+        compared = [
+            ("the anchor", mean_and_spread([run["eval_accuracy"] for run in runs], scale=100), exchanged),
+            ("the workers' own parameters", mean_and_spread(own, scale=100), "-"),
+            (
+                "the model before training",
+                mean_and_spread([run["eval_accuracy_before"] for run in runs], scale=100),
+                "-",
+            ),
+            ("data-parallel training, as many steps", "not measured", f"{parallel / 1e6:,.0f}"),
+        ]
+        header = ("", "held-out accuracy, %", "MB exchanged")
+        against = "The bytes of data-parallel training are computed, for a ring all-reduce of the same gradients."
+        yield of_summary("quickstart", row, (header, compared), against, "text-classification")
+
+
+def of_comparison(path: Path) -> Iterator[CardFacts]:
+    """One card a method of a comparison by compare_text.py."""
+    summaries = load_results(path)["summaries"]
+    against = (
+        "All were trained for as many steps of as many sentences; three trials each, on held-out training sentences, "
+        "chose the radius of the perturbation, or the learning rate of `ddp`, which has none: plain data "
+        "parallelism with the same AdamW."
+    )
+    for row in summaries:
+        yield of_summary(path.stem, row, side_by_side(summaries), against, "text-classification")
+
+
+def of_recipe(path: Path) -> Iterator[CardFacts]:
+    """One card a method of what measure_recipe.py has measured."""
+    recipe, summaries = path.parents[1].name, load_results(path)
+    against = (
+        "All were trained for as many steps of as many examples, with the settings of the recipe, which were not tuned "
+        "for any of them. `ddp` is plain data parallelism with the same AdamW."
+    )
+    for row in summaries:
+        yield of_summary(recipe, row, side_by_side(summaries), against, load(recipe).PIPELINE_TAG)
+
+
+def of_experiment(path: Path) -> Iterator[CardFacts]:
+    """One card a method of the comparison of methods; of any other experiment, one of its best setting of LSAM."""
+    report = load_results(path)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        groups.setdefault(run["label"], []).append(run)
+
+    def accuracy(label: str) -> float:
+        return statistics.fmean(run["accuracy"] for run in groups[label])
+
+    compares_methods = report["experiment"] == "methods"
+    asynchronous = [label for label, runs in groups.items() if runs[0]["settings"]["method"] == "lsam"]
+    header = ("", "accuracy, %", "MB exchanged", "seconds", "seeds")
+    compared = [
+        (
+            label,
+            mean_and_spread([run["accuracy"] for run in runs], scale=100),
+            f"{runs[0]['bytes'] / 1e6:,.1f}",
+            f"{statistics.fmean(run['seconds'] for run in runs):,.0f}",
+            str(len(runs)),
+        )
+        for label, runs in groups.items()
+    ]
+    for label in groups if compares_methods else [max(asynchronous, key=accuracy)]:
+        runs = groups[label]
+        first = runs[0]
+        rows = [
+            ("Setting", label),
+            ("Workers", f"{first['workers']}, of {first['steps_per_worker']:,} steps each"),
+            ("Held-out images", f"{first['eval_images']:,} of the {first['evaluated_on']}"),
+            ("Accuracy, %", mean_and_spread([run["accuracy"] for run in runs], scale=100)),
+        ]
+        name = f"cifar10_resnet20-{report['experiment']}"
+        yield CardFacts(
+            f"{name}-{label}" if compares_methods else name,
+            first["settings"]["method"],
+            first["workers"],
+            [("accuracy", accuracy(label)), ("loss", statistics.fmean(run["eval_loss"] for run in runs))],
+            rows,
+            {**report["configuration"], **first["settings"]},
+            provenance_line(first),
+            compared=(header, compared),
+            against="All were trained on the same part of the data; what they mean is in the recipe's README.",
+            data="cifar10",
+            examples=first["train_images"],
+            task="image-classification",
+            seeds=[run["seed"] for run in runs],
+            method_name=METHOD_NAMES[first["settings"]["method"]],
+        )
+
+
+def main(folder: Path = REPOSITORY / "model_cards") -> None:
+    """Writes all cards.
+
+    Args:
+        folder: where to.
+    """
+    found = [*of_quickstart(SENTENCES / "quickstart.json")]
+    for name in COMPARISONS:
+        found += of_comparison(SENTENCES / f"{name}.json")
+    for path in sorted(RECIPES.glob("*/results/methods.json")):
+        found += of_recipe(path)
+    for path in sorted(EXPERIMENTS.glob("*.json")):
+        found += of_experiment(path)
+    for facts in found:
+        write_atomically(folder / f"{facts.name}.md", str(model_card(facts)))
+
+
+if __name__ == "__main__":
+    main()
