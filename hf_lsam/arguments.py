@@ -46,7 +46,7 @@ SHARED_MEMORY_DIR = Rule(
 SERVER_ADDRESS = Rule(
     "the folder of a running server",
     "Start one first: python -m hf_lsam.server --run_dir DIR",
-    lambda path: os.path.isdir(str(path)),
+    lambda address: "://" in str(address) or os.path.isdir(str(address)),  # a transport of the caller's own
 )
 LANDSCAPE_POINTS = Rule(
     "0 or 4 k + 1 (5, 9, 13, 17, ...)",
