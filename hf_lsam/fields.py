@@ -49,8 +49,8 @@ def whole(at_least: int, remedy: str) -> Rule:
     return Rule(f"an integer >= {at_least}", remedy, lambda value: type(value) is int and value >= at_least)
 
 
-def one_of(choices: Sequence[str], remedy: str) -> Rule:
-    """One of a few words."""
+def one_of(choices: Sequence[str | int], remedy: str) -> Rule:
+    """One of a few words or numbers."""
     return Rule(f"one of {', '.join(map(repr, choices))}", remedy, lambda value: value in tuple(choices))
 
 

@@ -135,9 +135,9 @@ class _Server:
     behind goes with the next.
     """
 
-    def __init__(self, clock: _Clock, core: ServerCore, longest_transfer: float, bits: int):
+    def __init__(self, clock: _Clock, core: ServerCore, longest_transfer: float):
         self.core = core
-        self.bits = bits
+        self.bits = core.settings.exchange_bits
         self.waiting: list[_SimulatedWorker] = []  # for a newer anchor
         self.published: list[tuple[float, int, Tensor]] = [(-math.inf, 0, core.anchor.vector.clone())]
         self._clock, self._longest = clock, longest_transfer
@@ -258,7 +258,6 @@ class Cluster:
         make_scheduler: given an optimizer, its learning rate schedule, stepped once a step.
         learning_rate_factor: see `LSAMArguments.learning_rate_factor`.
         barrier: after a push a worker waits for the anchor that counts it, as local SGD and DiLoCo do.
-        exchange_bits: of a value that crosses a link, 32, 8 or 4 (see `compression`).
         seed: of jitter, and of what workers draw from torch's generator (dropout, noise); worker r draws from seed + r.
 
     State: everything; a run cannot be saved.
@@ -276,7 +275,6 @@ class Cluster:
         make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         learning_rate_factor: float = 1.0,
         barrier: bool = False,
-        exchange_bits: int = 32,
         seed: int = 0,
     ):
         named = trainable_parameters(model)
@@ -285,9 +283,9 @@ class Cluster:
         self.worker_settings, self.gradient, self.barrier = worker, gradient, barrier
         self.learning_rate_factor = learning_rate_factor
         start = self.layout.read([parameter for _, parameter in named], torch.empty(self.layout.numel))
-        longest = max(machine.transfer(encoded_bytes(self.layout.numel, exchange_bits)) for machine in machines)
+        longest = max(machine.transfer(encoded_bytes(self.layout.numel, server.exchange_bits)) for machine in machines)
         self.clock = _Clock()
-        self.server = _Server(self.clock, ServerCore(start, server), longest, exchange_bits)
+        self.server = _Server(self.clock, ServerCore(start, server), longest)
         self._before = (0, 0)  # accepted pushes and the sum of their staleness, at the last moment
         self._workers = [_SimulatedWorker(self, number, machine, seed) for number, machine in enumerate(machines)]
 

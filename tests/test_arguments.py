@@ -36,6 +36,7 @@ OUT_OF_RANGE = {
     "worker_timeout": [0, -1.0, math.nan],
     "snapshot_seconds": [-1.0, math.inf],
     "max_bad_pushes": [0, 1.5, True],
+    "exchange_bits": [16, 0, "8"],
     "data_distribution": ["replicated"],
     "anchor_lr": [0.0, -1.0, math.nan, math.inf],
     "anchor_momentum_correction": [-0.1, math.nan],
@@ -91,6 +92,7 @@ def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
         "snapshot_seconds": 12.0,
         "server_timeout": 13.0,
         "machine_timeout": 14.0,
+        "exchange_bits": 4,
     }
     args = config(tmp_path, **values)
     given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}

@@ -20,6 +20,7 @@ import torch
 from launch import PATIENCE, free_port
 from netns import machines, why_not
 
+from hf_lsam.compression import rounded
 from hf_lsam.transport import gloo, peer
 from hf_lsam.transport.gloo import JoinRefused, Listener, connect
 from hf_lsam.transport.messages import JoinMachine, Live, Message, Refusal, Sum
@@ -85,7 +86,7 @@ if role == "global":
             peer.close()
 if role == "liar":
     tell = Peer._send_frame
-    Peer._send_frame = lambda self, what, message=None, digest=None: tell(self, what, message, digest and bytes(32))
+    Peer._send_frame = lambda self, what, message=None, bits=0, digest=bytes(32): tell(self, what, message, bits)
 peer = connect((host, port), **run)
 say("joined")
 if role == "machine":
@@ -493,6 +494,21 @@ def test_odd_bits_and_wide_integers_survive(listener, node):
     answer, vector = next_message(peer)
     assert answer == message
     assert torch.equal(vector.view(torch.int32), bits)
+    peer.close()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_vector_in_few_bits_arrives_as_it_was_rounded(listener, node, bits):
+    node("machine", listener.address)
+    peer = next_peer(listener)
+    for number in range(2):
+        vector = torch.randn(NUMEL, generator=torch.Generator().manual_seed(number))
+        peer.post(Sum(number, 1), vector, bits)
+        answer, back = next_message(peer)
+        assert answer == Sum(number, 1)
+        assert torch.equal(back, rounded(vector, bits))
+        while not peer.can_post:
+            time.sleep(0.001)
     peer.close()
 
 

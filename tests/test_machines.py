@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from netns import Machine, machines, why_not
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
+from hf_lsam.compression import rounded
 from hf_lsam.identity import Identity
 from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
@@ -66,14 +68,14 @@ def test_a_relay_sums_until_each_live_worker_has_done_its_steps_and_goes_on_unti
     assert core.push(torch.tensor([1.0, 2.0]), TAU)
     assert core.claim() is None
     assert core.push(torch.tensor([10.0, 20.0]), TAU)
-    vector, steps, number = core.claim()
-    assert (vector.tolist(), steps, number) == ([11.0, 22.0], 2 * TAU, 1)
+    vector, steps, number, bits = core.claim()
+    assert (vector.tolist(), steps, number, bits) == ([11.0, 22.0], 2 * TAU, 1, 32)
     for _ in range(3):
         core.push(torch.ones(2), TAU)
     assert core.claim() is None  # not answered
     core.answered(1)
     assert vector.tolist() == [11.0, 22.0]
-    vector, steps, number = core.claim()
+    vector, steps, number, _ = core.claim()
     assert (vector.tolist(), steps, number) == ([3.0, 3.0], 3 * TAU, 2)
     core.answered(2)
     assert core.is_empty
@@ -91,8 +93,36 @@ def test_a_sum_under_way_is_handed_in_again_unless_it_was_counted(last_counted, 
     core.claim()
     core.push(torch.tensor([2.0]), TAU)
     core.settle(last_counted)
-    vector, steps, number = core.claim()
+    vector, steps, number, _ = core.claim()
     assert (vector.item(), steps, number) == (left, TAU * (2 - last_counted), 2)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("lost", [None, "counted", "not counted"])
+def test_what_rounding_leaves_behind_goes_with_the_next_sum_and_the_last_is_exact(bits, lost):
+    core = RelayCore(torch.zeros(100), replace(SETTINGS, exchange_bits=bits))
+    core.join(0)
+    generator = torch.Generator().manual_seed(0)
+    pushed, crossed = torch.zeros(2, 100)
+    for number in range(1, 11):
+        vector = torch.randn(100, generator=generator)
+        pushed += vector
+        core.push(vector, TAU)
+        claimed, _, _, crosses_in = core.claim()
+        assert crosses_in == bits
+        assert torch.equal(rounded(claimed, bits), claimed)  # so the wire adds no error
+        assert not torch.equal(claimed, vector)
+        if number == 5 and lost is not None:
+            core.settle(number if lost == "counted" else number - 1)
+            if lost == "not counted":
+                continue
+        crossed += claimed
+        core.answered(number)
+        assert (pushed - crossed).abs().max() < 4 / 2 ** (bits - 2)
+    core.push(torch.zeros(100), TAU)
+    claimed, _, _, crosses_in = core.claim(True)
+    assert crosses_in == 32
+    assert torch.allclose(crossed + claimed, pushed, atol=1e-5)
 
 
 def test_a_relay_refuses_what_is_not_finite_and_takes_no_older_anchor():
@@ -154,10 +184,12 @@ class Cluster:
     Args:
         folder: of the test.
         workers: how many on each machine.
+        settings: of the run.
         across: fields of `MachineSettings`.
     """
 
-    def __init__(self, folder: Path, workers: list[int], **across):
+    def __init__(self, folder: Path, workers: list[int], settings: ServerSettings = SETTINGS, **across):
+        self.settings = settings
         self.folders = [self._make_folder(folder, m, workers, across) for m in range(len(workers))]
         listener = listen(self.folders[0], ("127.0.0.1", 0), SECRET)
         self.address = listener.address
@@ -177,7 +209,7 @@ class Cluster:
         across = {"silence": 10.0, "server_timeout": 30.0, **across}
         contents = {
             "fingerprint": LAYOUT.fingerprint.hex(),
-            "settings": SETTINGS.as_dict(),
+            "settings": self.settings.as_dict(),
             "machines": MachineSettings(len(workers), machine, "run", **across).as_dict(),
         }
         first = torch.full((NUMEL,), float(machine + 1))
@@ -244,6 +276,25 @@ def cluster(folder: Path, workers: list[int], **across) -> Iterator[Cluster]:
         yield made
     finally:
         made.end()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_anchors_cross_in_few_bits_and_the_last_exactly(tmp_path, bits):
+    settings = replace(SETTINGS, exchange_bits=bits)
+    with cluster(tmp_path, [1, 2], settings=settings) as run:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            version = run.top.core.anchor.version
+            for link in run.links.values():
+                run.until(lambda link=link: link.can_push)
+                link.push(torch.randn(NUMEL, generator=generator), TAU, version)
+            run.until(lambda version=version: all(folder.version > version for folder in run.folders))
+        root, relay = (folder.slot(folder.version).clone() for folder in run.folders)
+        assert 0 < (root - relay).abs().max() < 1 / 2 ** (bits - 2)  # about one rounding, not the sum of six
+        ends = run.finish()
+        assert set(ends) == {ends[0]}
+        finals = [folder.slot(folder.version) for folder in run.folders]
+        assert torch.equal(*finals)
 
 
 def test_one_push_a_machine_and_period_crosses_and_all_begin_and_end_at_one_anchor(tmp_path):

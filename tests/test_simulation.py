@@ -182,7 +182,7 @@ def test_the_baselines_run_in_it(algorithm):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_rounding_holds_back_goes_with_the_next_push(bits):
-    made = cluster([Machine()] * 3, exchange_bits=bits)
+    made = cluster([Machine()] * 3, server=ServerSettings(TAU, exchange_bits=bits))
     *_, last = made.run(10 * TAU)
     exchanges, size = 10, encoded_bytes(made.layout.numel, bits)
     assert 3 * (2 * exchanges - 1) * size <= last.bytes <= 3 * (2 * exchanges + 1) * size

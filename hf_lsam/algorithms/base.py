@@ -52,6 +52,7 @@ class ServerSettings:
         anchor_momentum: momentum of "nesterov", first decay rate of "adam".
         algorithm: "lsam", "easgd" or "lsgd".
         moving_rate: alpha of "easgd".
+        exchange_bits: of a value that crosses between machines: 32, or 8 or 4 (see `compression`).
     """
 
     sync_steps: int
@@ -61,6 +62,7 @@ class ServerSettings:
     anchor_momentum: float = 0.9
     algorithm: str = "lsam"
     moving_rate: float = 0.0
+    exchange_bits: int = 32
 
     as_dict = asdict
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algorithms import ALGORITHMS, ServerHalf, ServerSettings
 from ..anchor import Anchor
+from ..compression import rounded
 
 REMEMBERED = 4096  # processes whose last counted push is kept
 UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
@@ -107,13 +108,15 @@ class RelayCore:
         vector: the anchor to begin with, float32 [d]; owned from here on.
         settings: of the run.
 
+    A sum in fewer than 32 bits is rounded, and what that leaves behind goes out with the next; the last is exact.
+
     State: the sum of the period under way, the sum that was forwarded and has no answer yet, the last anchor.
     Process: one; not thread-safe.
     """
 
     def __init__(self, vector: Tensor, settings: ServerSettings):
         self.settings = settings
-        self.anchor = Anchor(vector)  # moved by `adopt` only
+        self.anchor = Anchor(vector)  # moved by `adopt` and `change` only
         self._live: set[int] = set()
         self.accepted_pushes = 0
         self.refused_pushes = 0
@@ -150,14 +153,16 @@ class RelayCore:
         self._add(vector, steps)
         return True
 
-    def claim(self, all_of_it: bool = False) -> tuple[Tensor, int, int] | None:
+    @torch.no_grad()
+    def claim(self, all_of_it: bool = False) -> tuple[Tensor, int, int, int] | None:
         """The sum to forward, if a period is complete and the last one has been answered.
 
         Args:
             all_of_it: whatever there is; at the end.
 
         Returns:
-            (sum float32 [d], to be left as it is until answered; steps in it; its number, from 1), or None.
+            (sum float32 [d], to be left as it is until answered; steps in it; its number, from 1; bits of a value that
+            it is to cross in), or None.
         """
         complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
         if self._steps_under_way or not self._steps or not (complete or all_of_it):
@@ -165,7 +170,13 @@ class RelayCore:
         self._sum, self._under_way = self._under_way, self._sum
         self._steps, self._steps_under_way = 0, self._steps
         self.forwarded += 1
-        return self._under_way, self._steps_under_way, self.forwarded
+        bits = 32 if all_of_it else self.settings.exchange_bits
+        if bits < 32:
+            torch.sub(self._under_way, rounded(self._under_way, bits), out=self._sum)
+            self._under_way.sub_(self._sum)
+        elif self.settings.exchange_bits < 32:
+            self._sum.zero_()
+        return self._under_way, self._steps_under_way, self.forwarded, bits
 
     def answered(self, number: int) -> None:
         """The global server has counted, or refused, the sum that was forwarded as `number`."""
@@ -191,6 +202,12 @@ class RelayCore:
             self.anchor.vector.copy_(vector)
             self.anchor.version = version
 
+    @torch.no_grad()
+    def change(self, difference: Tensor, version: int) -> None:
+        """Adds to the anchor [d] what the global one has moved since the last that was sent here."""
+        self.anchor.vector.add_(difference)
+        self.anchor.version = version
+
     def flush(self) -> None:
         """The end: nothing to do here, the global server flushes."""
 
@@ -199,7 +216,7 @@ class RelayCore:
         return self.anchor.state_tensors()
 
     def _add(self, vector: Tensor, steps: int) -> None:
-        if self._steps:
+        if self._steps or self.settings.exchange_bits < 32:  # then it holds what rounding has left behind
             self._sum.add_(vector)
         else:
             self._sum.copy_(vector)

@@ -28,6 +28,7 @@ from ..transport.gloo import JoinRefused
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ELSEWHERE,
+    AnchorChange,
     Failed,
     FinishedAnchor,
     FinishMachine,
@@ -141,8 +142,8 @@ class Relay(Role):
         if self._finish_sent or not self._peer.can_post:
             return
         if (claimed := self.core.claim(self._finishing)) is not None:
-            vector, steps, number = claimed
-            self._peer.post(Sum(number, steps), vector)
+            vector, steps, number, bits = claimed
+            self._peer.post(Sum(number, steps), vector, bits)
             logger.info("forwarded sum %d of %d steps", number, steps)
         elif self._finishing and self.core.is_empty:
             self._finish_sent = True
@@ -251,6 +252,9 @@ class Relay(Role):
                 self._service.start_if_ready()
             case NewAnchor(version):
                 self._adopt(vector, version)
+            case AnchorChange(version) if vector is not None:
+                self.core.change(vector, version)
+                self._service.publish_if_newer()
             case SumAnswer(number, accepted):
                 self.core.answered(number)
                 if not accepted:
@@ -280,6 +284,8 @@ class Relay(Role):
             raise ValueError(f"anchor {version} came without a vector")
         folder = self._service.folder
         self.core.adopt(vector, version)
-        if not folder.version:  # nobody has read the version that this folder began with
+        # Nobody has read the version that this folder began with; and the same version, which is the exact one of a
+        # rounded one, may be read while it is written: value by value either will do.
+        if folder.version in (0, version):
             folder.slot(folder.version).copy_(self.core.anchor.vector)
         self._service.publish_if_newer()

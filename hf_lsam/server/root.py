@@ -21,11 +21,13 @@ from torch import Tensor
 
 from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors
+from ..compression import rounded
 from ..transport.gloo import Listener
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ANY_NUMBER,
     ELSEWHERE,
+    AnchorChange,
     Failed,
     FinishedAnchor,
     FinishMachine,
@@ -61,6 +63,7 @@ class _Machine:
     welcomed: bool = False
     finished: bool = False
     sent: int = -1  # the newest version
+    held: Tensor | None = None  # the anchor that it has, float32 [d], where fewer than 32 bits cross
     sent_final: bool = False
 
 
@@ -228,6 +231,8 @@ class Root(Role):
         machine.welcomed, machine.sent = True, self.core.anchor.version
         last = self._service.counted.last(machine.process)
         machine.peer.post(WelcomeMachine(machine.sent, last), self._newest())
+        if self.core.settings.exchange_bits < 32:
+            machine.held = self._newest().clone()
         if self._stopping or self._service.terminating:
             machine.peer.post(StopMachine(self._service.terminating, self._service.failed is not None))
 
@@ -300,7 +305,14 @@ class Root(Role):
             machine.peer.post(FinishedAnchor(version, self._service.best_step), self._newest())
         elif version > machine.sent:
             machine.sent = version
-            machine.peer.post(NewAnchor(version), self._newest())
+            if machine.held is None:
+                machine.peer.post(NewAnchor(version), self._newest())
+                return
+            # What rounding leaves out is in the next difference, as `held` is what the machine has.
+            bits = self.core.settings.exchange_bits
+            difference = rounded(self.core.anchor.vector - machine.held, bits)
+            machine.held += difference
+            machine.peer.post(AnchorChange(version), difference, bits)
 
     def _newest(self) -> Tensor:
         """A copy of the anchor for sending, shared by the machines that are sent the same version."""

@@ -207,6 +207,13 @@ class NewAnchor(Message):
 
 
 @dataclass(frozen=True)
+class AnchorChange(Message):
+    """With a vector: what to add to the anchor that the machine was last sent, to have (nearly) the newest."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class SumAnswer(Message):
     """To a sum."""
 
@@ -281,5 +288,5 @@ WORKER_MESSAGES = Vocabulary(
 MACHINE_MESSAGES = Vocabulary(
     0x4C53414E,
     *(JoinMachine, Live, Sum, StopAll, FinishMachine, Failed),
-    *(WelcomeMachine, Refused, NewAnchor, SumAnswer, StopMachine, FinishedAnchor),
+    *(WelcomeMachine, Refused, NewAnchor, AnchorChange, SumAnswer, StopMachine, FinishedAnchor),
 )

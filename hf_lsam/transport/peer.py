@@ -1,7 +1,8 @@
 """One end of an exchange with another machine: messages over an authenticated connection, vectors over Gloo.
 
     frames      messages, their acknowledgements, and a heartbeat twice a second; all of one size
-    vectors     over the Gloo pair beside, each after the message that names its SHA-256
+    vectors     over the Gloo pair beside, each after the message that names its SHA-256; float32, or in fewer bits
+                (see `compression`)
 
 A vector that is not what was announced ends the connection.
 """
@@ -26,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
 
+from ..compression import BITS, decode, encode, encoded_bytes
 from .messages import MACHINE_MESSAGES, Message
 from .wire import Wire
 
 HEARTBEAT = 0.5  # seconds
 
-_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s32s")  # what, whether a vector comes with it, message, its SHA-256
+_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s32s")  # what, bits a value of its vector or 0, message, SHA-256
 _BEAT, _MESSAGE, _READY, _ARRIVED = range(4)  # what a frame is; the receiver of a vector is ready before it is sent
 _VECTOR_TAG, _ABORT_TAG = 1, 2
 _CHUNK = 1 << 22  # elements; a vector crosses in pieces, so that one that stands still is told from one that is large
@@ -57,8 +59,8 @@ class Peer:
         self._silence = silence
         self._changed = threading.Condition()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._outbox: deque[tuple[Message, Tensor | None]] = deque()
-        self._announced: deque[tuple[Message, bool, bytes]] = deque()  # messages whose vectors are still to come
+        self._outbox: deque[tuple[Message, Tensor | None, int]] = deque()
+        self._announced: deque[tuple[Message, int, bytes]] = deque()  # messages whose vectors are still to come
         self._inbox: deque[tuple[Message, Tensor | None]] = deque()
         self._free = [torch.empty(numel, dtype=torch.float32) for _ in range(2)]
         self._held: Tensor | None = None
@@ -87,12 +89,13 @@ class Peer:
         with self._changed:
             return self._posted == self._arrived and self._lost is None
 
-    def post(self, message: Message, vector: Tensor | None = None) -> None:
+    def post(self, message: Message, vector: Tensor | None = None, bits: int = 32) -> None:
         """Sends a message. Dropped if the connection is lost: the next `poll` says so.
 
         Args:
             message: one of `MACHINE_MESSAGES`. Without a vector it may be posted at any time.
             vector: float32 [d] on CPU, contiguous; to be left as it is until `can_post`.
+            bits: of each of its values on the way; it arrives as `compression.rounded` would make it.
 
         Raises:
             ValueError: if the vector is not such a one, or not `can_post`.
@@ -111,7 +114,7 @@ class Peer:
             if vector is not None and self._posted != self._arrived:
                 raise ValueError("The last message has not arrived yet. Post a vector only when `can_post`.")
             self._posted += 1
-            self._outbox.append((message, None if vector is None else vector.detach()))
+            self._outbox.append((message, None if vector is None else vector.detach(), bits))
             self._changed.notify_all()
 
     def poll(self) -> tuple[Message, Tensor | None] | None:
@@ -199,10 +202,12 @@ class Peer:
                 if time.monotonic() - heard > self._silence:
                     raise TimeoutError(f"no sign of life in {self._silence:g} s")
 
-    def _take(self, what: int, carries: int, frame: bytes, digest: bytes) -> None:
+    def _take(self, what: int, bits: int, frame: bytes, digest: bytes) -> None:
         with self._changed:
             if what == _MESSAGE:
-                self._announced.append((MACHINE_MESSAGES.unpack(frame), bool(carries), digest))
+                if bits not in (0, *BITS):
+                    raise ValueError(f"a vector of {bits} bits a value was announced")
+                self._announced.append((MACHINE_MESSAGES.unpack(frame), bits, digest))
             elif what == _READY:
                 self._ready = True
             elif what == _ARRIVED:
@@ -212,14 +217,16 @@ class Peer:
 
     def _send(self) -> None:
         while self._until(lambda: self._outbox):
-            message, vector = self._outbox.popleft()
+            message, vector, bits = self._outbox.popleft()
             if vector is None:
                 self._send_frame(_MESSAGE, message)
                 continue
+            if bits < 32:
+                vector = encode(vector, bits)
             digest = hashlib.sha256()
             for chunk in vector.split(_CHUNK):
                 digest.update(chunk.numpy())
-            self._send_frame(_MESSAGE, message, digest.digest())
+            self._send_frame(_MESSAGE, message, bits, digest.digest())
             if not self._until(lambda: self._ready):
                 return
             self._ready = False
@@ -228,16 +235,19 @@ class Peer:
 
     def _receive(self) -> None:
         while self._until(lambda: self._announced and (self._free or not self._announced[0][1])):
-            message, carries, announced = self._announced.popleft()
+            message, bits, announced = self._announced.popleft()
             vector = None
-            if carries:
+            if bits:
                 vector = self._free.pop()
+                arriving = vector if bits == 32 else torch.empty(encoded_bytes(self._numel, bits), dtype=torch.uint8)
                 digest = hashlib.sha256()
                 self._send_frame(_READY)
-                for chunk in self._cross(self._group.recv, vector):
+                for chunk in self._cross(self._group.recv, arriving):
                     digest.update(chunk.numpy())
                 if digest.digest() != announced:
                     raise ConnectionAbortedError("a vector arrived changed")
+                if bits < 32:
+                    decode(arriving, bits, vector)
             self._delivering = (
                 True  # the other side may close once it has the acknowledgement, and the message is to be read
             )
@@ -255,9 +265,9 @@ class Peer:
             self._changed.wait_for(lambda: condition() or self._lost is not None)
             return self._lost is None
 
-    def _send_frame(self, what: int, message: Message | None = None, digest: bytes | None = None) -> None:
+    def _send_frame(self, what: int, message: Message | None = None, bits: int = 0, digest: bytes = bytes(32)) -> None:
         frame = b"" if message is None else MACHINE_MESSAGES.pack(message)
-        self._wire.send(_FRAME.pack(what, digest is not None, frame, digest or bytes(32)))
+        self._wire.send(_FRAME.pack(what, bits, frame, digest))
 
     def _cross(self, way: Callable[[list[Tensor], int, int], Work], vector: Tensor) -> Iterator[Tensor]:
         """Sends or receives a vector; yields its pieces as they have crossed.

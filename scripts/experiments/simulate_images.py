@@ -44,13 +44,13 @@ from recipes.common.progress import Progress, add_quiet
 from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 
-# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor; `bits`
-# are those of a value on the links. An exchange every 8 steps takes as many bytes as one every 2 in 8 bits.
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor. An
+# exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
 METHODS: dict[str, dict[str, Any]] = {
-    "LSAM": {"sam": True, "bits": 8},
-    "LSAM, 4 bits": {"sam": True, "bits": 4},
-    "LSAM, 32 bits, tau = 4": {"sam": True, "lsam": {"sync_steps": 4}},
-    "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8}},
+    "LSAM": {"sam": True},
+    "LSAM, 4 bits": {"sam": True, "lsam": {"exchange_bits": 4}},
+    "LSAM, 32 bits, tau = 4": {"sam": True, "lsam": {"sync_steps": 4, "exchange_bits": 32}},
+    "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
     "LSAM as in the paper": {
         "sam": True,
         "lsam": {
@@ -59,18 +59,25 @@ METHODS: dict[str, dict[str, Any]] = {
             "anchor_lr": 0.5,
             "anchor_momentum_correction": 0.9,
             "sync_steps": 16,
+            "exchange_bits": 32,
         },
     },
     "data-parallel SAM": {"sam": True, "data_parallel": True},
     "data-parallel SGD": {"data_parallel": True},
-    "local SGD": {"barrier": True, "bits": 8},
-    "local SGD, 32 bits, tau = 8": {"barrier": True, "lsam": {"sync_steps": 8}},
+    "local SGD": {"barrier": True},
+    "local SGD, 32 bits, tau = 8": {"barrier": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
     "DiLoCo": {
         "barrier": True,
-        "lsam": {"sync_steps": 8, "anchor_optimizer": "nesterov", "anchor_lr": 0.7, "anchor_momentum": 0.9},
+        "lsam": {
+            "sync_steps": 8,
+            "exchange_bits": 32,
+            "anchor_optimizer": "nesterov",
+            "anchor_lr": 0.7,
+            "anchor_momentum": 0.9,
+        },
     },
-    "EASGD": {"lsam": {"sync_steps": 8, "algorithm": "easgd", "coupling_strength": 0.225}},
-    "LSGD": {"lsam": {"sync_steps": 8, "algorithm": "lsgd", "coupling_strength": 0.9}},
+    "EASGD": {"lsam": {"sync_steps": 8, "exchange_bits": 32, "algorithm": "easgd", "coupling_strength": 0.225}},
+    "LSGD": {"lsam": {"sync_steps": 8, "exchange_bits": 32, "algorithm": "lsgd", "coupling_strength": 0.9}},
 }
 RATES = (0.05, 0.1, 0.2)
 SHORT, LONG = 480, 1440
@@ -173,7 +180,6 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
             scheduler,
             arguments.learning_rate_factor(sync_steps, momentum=0.9),
             method.get("barrier", False),
-            method.get("bits", 32),
             run.seed,
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -248,6 +254,12 @@ def tuned(runs: Runs) -> tuple[list[dict[str, Any]], dict[str, float]]:
     }
 
 
+def bits_of(method: str) -> int:
+    """Of a value that a worker sends or receives."""
+    fields = METHODS[method]
+    return 32 if fields.get("data_parallel") else LoopArguments(**fields.get("lsam", {})).exchange_bits
+
+
 def table_of(runs: Runs, plans: dict[str, list[Run]]) -> tuple[list[dict[str, Any]], str]:
     """A line a label: error over the seeds, bytes and tau."""
     made = runs.results([run for several in plans.values() for run in several])
@@ -260,7 +272,7 @@ def table_of(runs: Runs, plans: dict[str, list[Run]]) -> tuple[list[dict[str, An
                 label,
                 f"{several[0].learning_rate:g}",
                 str(own[0]["sync_steps"] or "-"),
-                str(METHODS[several[0].method].get("bits", 32)),
+                str(bits_of(several[0].method)),
                 mean_and_spread([point["error"] for point in last]),
                 f"{last[0]['bytes'] / 1e6:,.0f}",
                 str(len(own)),
