@@ -112,7 +112,7 @@ def summary() -> str:
     ]
     simulated = load_results(REPOSITORY / "recipes/cifar10_resnet20/results/simulated/methods.json")["runs"]
     parallel = final(simulated, "data-parallel SAM")
-    for method in ("data-parallel SAM", "LSAM, tau = 4", "LSAM", "EASGD", "LSAM as in the paper"):
+    for method in ("data-parallel SAM", "LSAM", "LSAM, 4 bits", "local SGD", "EASGD", "LSAM as in the paper"):
         points = final(simulated, method)
         errors, sent = [point["error"] for point in points], points[0]["bytes"] / parallel[0]["bytes"]
         rows.append(
