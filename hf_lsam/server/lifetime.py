@@ -44,8 +44,10 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     torch.set_num_threads(1)
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Asked before the folder is served: from then on a worker that has waited for it creates its run there.
+    holds_a_run = (run_dir / "run.json").exists()
     with served_by_this_process(run_dir):
-        folder = _open(run_dir, resume is True, idle_timeout)
+        folder = _open(run_dir, holds_a_run, resume is True, idle_timeout)
         launched = bool(folder.run["num_workers"])
         server = Service(folder, make_role(folder), resume, join_timeout, idle_timeout, parent)
 
@@ -63,11 +65,11 @@ def run_server(
         sys.exit(SIGTERM_CODE)
 
 
-def _open(run_dir: Path, resume: bool, idle_timeout: float) -> RunFolder:
-    """The run in `run_dir`; where there is none yet, the one that its first worker will create."""
-    if resume and (run_dir / "run.json").exists():
+def _open(run_dir: Path, holds_a_run: bool, resume: bool, idle_timeout: float) -> RunFolder:
+    """The run in `run_dir`; where there was none yet, the one that its first worker creates."""
+    if resume and holds_a_run:
         return RunFolder.reopen(run_dir)
-    if (run_dir / "run.json").exists():
+    if holds_a_run:
         folder = RunFolder(run_dir) if (run_dir / "version").exists() else None
         if folder is None or not folder.run["num_workers"]:
             raise RuntimeError(

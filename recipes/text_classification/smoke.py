@@ -11,6 +11,6 @@ from recipes.common.recipe import FEW_STEPS
 def smoke(folder: Path) -> dict[str, Any]:
     """Keys on top of those of a YAML file, and the data they name written into `folder`."""
     file = folder / "train.csv"
-    rows = (f"film {number} was {word},{word}\n" for number in range(12) for word in ("good", "bad"))
+    rows = (f"film {number} was {word},{word}\n" for number in range(12) for word in ("positive", "negative"))
     file.write_text("text,label\n" + "".join(rows))
-    return {**FEW_STEPS, "train_file": file, "eval_size": 4}
+    return {**FEW_STEPS, "train_file": file, "label_column": "label", "eval_size": 4}
