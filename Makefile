@@ -15,7 +15,7 @@ help:  ## Lists the commands
 
 setup: .venv/.recipes  ## Installs everything into .venv, for runs of your own
 
-quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (2 minutes on 2 cores)
+quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers and a server (3 minutes on 2 cores)
 	$(BIN)/accelerate launch --config_file recipes/accelerate.yaml recipes/text_classification/train.py \
 		--config recipes/text_classification/quickstart.yaml
 
