@@ -91,8 +91,8 @@ class LSAMArguments:
             `hf_lsam.algorithms`). The baselines, with sam_rho=0: "easgd", coupling_strength its alpha; "lsgd".
         sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, where it is 16. Left
             out, 4 for one or two workers and 2 for more: the more there are, the more of the noise their mean takes
-            away, and the less each may stray from it. Long runs bear more. A push that the server cannot take yet goes
-            out with the next, so a slow link lengthens it by itself.
+            away, and the less each may stray from it. A push that the server cannot take yet goes out with the next, so
+            a slow link lengthens it by itself.
         coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": at once, when a new anchor
             comes, measured from what it has handed in; it brakes nobody. "decoupled": at every step, after the
             optimizer's, as weight decay is in AdamW. "score": at every step, inside the gradient, as in the paper; for
@@ -180,7 +180,7 @@ class LSAMArguments:
     ] = 30.0
     snapshot_seconds: Annotated[float, number("[0, inf)", "Use 0 to save none.")] = 30.0
     max_bad_pushes: Annotated[int, whole(1, "The default is 3.")] = 3
-    exchange_bits: Annotated[int, one_of(BITS, "8 is a quarter of float32, and no run has shown a loss.")] = 8
+    exchange_bits: Annotated[int, one_of(BITS, "8 is a quarter of float32.")] = 8
     data_distribution: Annotated[
         str, one_of(("sharded", "independent"), "'sharded' is what DDP does."), TRAINER_ONLY
     ] = "sharded"

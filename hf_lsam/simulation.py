@@ -176,14 +176,6 @@ class _Link(Link):
         server.core.join(worker)
 
     @property
-    def worker(self) -> int:
-        return self._worker
-
-    @property
-    def status(self) -> LinkStatus:
-        return self._status
-
-    @property
     def can_push(self) -> bool:
         return self._clock.now >= self._answered_at
 

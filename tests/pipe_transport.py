@@ -51,14 +51,6 @@ class PipeLink(Link):
         _, self._worker, _, _, _ = receive(self._connection)
 
     @property
-    def worker(self) -> int:
-        return self._worker
-
-    @property
-    def status(self) -> LinkStatus:
-        return self._status
-
-    @property
     def can_push(self) -> bool:
         return self._status.counted_at is not None
 

@@ -106,17 +106,22 @@ class Link(ABC):
 
     A server that is lost is no error at once: `status.connected` says so, the worker trains on, and `poll` looks for
     another one. Only when the link has given up does a call raise `ServerGone`; any call that waits may, and `poll`.
+
+    An implementation sets `_worker` and `_status`.
     """
 
-    @property
-    @abstractmethod
-    def worker(self) -> int:
-        """This worker's number in the run."""
+    _worker: int
+    _status: LinkStatus
 
     @property
-    @abstractmethod
+    def worker(self) -> int:
+        """This worker's number in the run."""
+        return self._worker
+
+    @property
     def status(self) -> LinkStatus:
         """What is known now; `poll`, `settle` and `finish` bring it up to date."""
+        return self._status
 
     @property
     @abstractmethod

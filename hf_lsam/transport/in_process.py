@@ -44,14 +44,6 @@ class InProcessLink(Link):
         core.join(worker)
 
     @property
-    def worker(self) -> int:
-        return self._worker
-
-    @property
-    def status(self) -> LinkStatus:
-        return self._status
-
-    @property
     def can_push(self) -> bool:
         return True
 

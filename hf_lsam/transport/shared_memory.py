@@ -129,14 +129,6 @@ class SharedMemoryLink(Link):
         self._heartbeat.start()
 
     @property
-    def worker(self) -> int:
-        return self._worker
-
-    @property
-    def status(self) -> LinkStatus:
-        return self._status
-
-    @property
     def can_push(self) -> bool:
         return self._push_frame is None and self._status.connected and self._evicted_at is None
 
