@@ -48,6 +48,7 @@ from recipes.common.tables import markdown_table, mean_and_spread
 # exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
+    "LSAM without SAM": {},
     "LSAM, 4 bits": {"sam": True, "lsam": {"exchange_bits": 4}},
     "LSAM, 32 bits, tau = 4": {"sam": True, "lsam": {"sync_steps": 4, "exchange_bits": 32}},
     "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
