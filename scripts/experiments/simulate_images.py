@@ -49,8 +49,7 @@ from recipes.common.tables import markdown_table, mean_and_spread
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
     "LSAM without SAM": {},
-    "LSAM, 4 bits": {"sam": True, "lsam": {"exchange_bits": 4}},
-    "LSAM, 32 bits, tau = 4": {"sam": True, "lsam": {"sync_steps": 4, "exchange_bits": 32}},
+    "LSAM without SAM, 4 bits": {"lsam": {"exchange_bits": 4}},
     "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
     "LSAM as in the paper": {
         "sam": True,
