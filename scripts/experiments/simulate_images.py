@@ -16,15 +16,12 @@ them; the tables are of the test images. Runs are kept in `--runs_dir`, and one 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -40,9 +37,10 @@ from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_batches import Batches, channel_statistics
 from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
-from recipes.common.progress import Progress, add_quiet
+from recipes.common.progress import add_quiet
 from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
+from scripts.common.simulated import SimulatedRuns
 
 # What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor. An
 # exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
@@ -80,6 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LSGD": {"lsam": {"sync_steps": 8, "exchange_bits": 32, "algorithm": "lsgd", "coupling_strength": 0.9}},
 }
 RATES = (0.05, 0.1, 0.2)
+TRIAL_SEEDS = (100, 101)
 SHORT, LONG = 480, 1440
 
 
@@ -215,43 +214,23 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
     }
 
 
-class Runs:
-    """Makes the runs that are not there yet, several at a time."""
-
-    def __init__(self, data: dict[str, Any], runs_dir: Path, processes: int, quiet: bool):
-        self._data, self._runs_dir, self._processes, self._quiet = json.dumps(data), runs_dir, processes, quiet
-
-    def results(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """In the order of `runs`."""
-        paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
-        missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._processes, context) as pool, Progress(len(missing), "runs", self._quiet) as bar:
-            for path, result in zip(
-                missing, pool.map(simulate, missing.values(), itertools.repeat(self._data)), strict=True
-            ):
-                write_atomically(path, json.dumps(result) + "\n")
-                last = result["points"][-1]
-                bar.say(f"{result['run']['method']}, seed {result['run']['seed']}: error {last['error']:.2f} %")
-                bar.advance()
-        return [json.loads(path.read_text()) for path in paths]
-
-    def _name(self, run: Run) -> str:
-        return hashlib.sha256((json.dumps(asdict(run), sort_keys=True) + self._data).encode()).hexdigest()[:16]
+def error_of(result: dict[str, Any]) -> str:
+    """What is said of a run that is done."""
+    return f"error {result['points'][-1]['error']:.2f} %"
 
 
-def tuned(runs: Runs) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The trials, and the learning rate of each method's best."""
-    trials = [Run(name, learning_rate=rate, seed=100, validation=True) for name in METHODS for rate in RATES]
-    tried = runs.results(trials)
-    return tried, {
-        name: min(
-            (result["points"][-1]["error"], run.learning_rate)
-            for run, result in zip(trials, tried, strict=True)
-            if run.method == name
-        )[1]
-        for name in METHODS
-    }
+def tuned(runs: SimulatedRuns) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The trials, and for each method the learning rate with the lowest mean error over `TRIAL_SEEDS`."""
+    tried = runs.results(
+        [
+            Run(name, learning_rate=rate, seed=seed, validation=True)
+            for name, rate, seed in itertools.product(METHODS, RATES, TRIAL_SEEDS)
+        ]
+    )
+    errors: dict[tuple[str, float], float] = defaultdict(float)
+    for result in tried:
+        errors[result["run"]["method"], result["run"]["learning_rate"]] += result["points"][-1]["error"]
+    return tried, {name: min(RATES, key=lambda rate: errors[name, rate]) for name in METHODS}
 
 
 def bits_of(method: str) -> int:
@@ -260,7 +239,7 @@ def bits_of(method: str) -> int:
     return 32 if fields.get("data_parallel") else LoopArguments(**fields.get("lsam", {})).exchange_bits
 
 
-def table_of(runs: Runs, plans: dict[str, list[Run]]) -> tuple[list[dict[str, Any]], str]:
+def table_of(runs: SimulatedRuns, plans: dict[str, list[Run]]) -> tuple[list[dict[str, Any]], str]:
     """A line a label: error over the seeds, bytes and tau."""
     made = runs.results([run for several in plans.values() for run in several])
     rows, left = [], iter(made)
@@ -281,7 +260,7 @@ def table_of(runs: Runs, plans: dict[str, list[Run]]) -> tuple[list[dict[str, An
     return made, markdown_table(("", "learning rate", "tau", "bits", "test error, %", "MB exchanged", "seeds"), rows)
 
 
-def methods(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+def methods(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A short run of every method, with the learning rate of its best trial."""
     tried, rates = tuned(runs)
     made, table = table_of(
@@ -290,39 +269,27 @@ def methods(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
     return [*tried, *made], table
 
 
-def long(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+def long(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A run three times as long, with the learning rates of the short one."""
     _, rates = tuned(runs)
-    names = ("LSAM", "data-parallel SAM", "data-parallel SGD")
+    names = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
     return table_of(runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in names})
 
 
-def workers(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Each worker makes 480 steps of 32 images whatever n is; one learning rate for all."""
-    numbers = (1, 2, 4, 8)
-    plans = [
-        Run(name, seed=seed, machines=[{}] * number)
-        for name in ("LSAM", "data-parallel SAM")
-        for number in numbers
-        for seed in range(seeds)
-    ]
-    made = runs.results(plans)
-    rows = [
-        (
-            name,
-            *(
-                mean_and_spread(
-                    [
-                        result["points"][-1]["error"]
-                        for plan, result in zip(plans, made, strict=True)
-                        if (plan.method, len(plan.machines)) == (name, number)
-                    ]
-                )
-                for number in numbers
-            ),
-        )
-        for name in ("LSAM", "data-parallel SAM")
-    ]
+def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """Each worker makes 480 steps of 32 images whatever n is, with the learning rate of n = 4."""
+    _, rates = tuned(runs)
+    names, numbers = ("LSAM without SAM", "data-parallel SGD"), (1, 2, 4, 8, 16)
+    errors: dict[tuple[str, int], list[float]] = defaultdict(list)
+    made = runs.results(
+        [
+            Run(name, learning_rate=rates[name], seed=seed, machines=[{}] * number)
+            for name, number, seed in itertools.product(names, numbers, range(seeds))
+        ]
+    )
+    for result in made:
+        errors[result["run"]["method"], len(result["run"]["machines"])].append(result["points"][-1]["error"])
+    rows = [(name, *(mean_and_spread(errors[name, number]) for number in numbers)) for name in names]
     return made, markdown_table(("error, %", *(f"n = {number}" for number in numbers)), rows)
 
 
@@ -338,7 +305,7 @@ CLUSTERS = {
 }
 
 
-def clock(runs: Runs, seeds: int) -> tuple[list[dict[str, Any]], str]:
+def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """Virtual seconds until all have finished, and the error then."""
     names = ("LSAM", "data-parallel SAM", "DiLoCo")
     plans = [
@@ -375,9 +342,8 @@ def main() -> None:
     arguments, words = parser.parse_known_args()
     words = ["--image_size=16", "--max_train_images=7680", *words]
     data = parse_configuration((ImageDataArguments,), words)
-    found, table = EXPERIMENTS[arguments.experiment](
-        Runs(data, arguments.runs_dir, arguments.processes, arguments.quiet), arguments.seeds
-    )
+    runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
+    found, table = EXPERIMENTS[arguments.experiment](runs, arguments.seeds)
     report = {"experiment": arguments.experiment, "runs": found}
     write_json(arguments.output_dir / f"{arguments.experiment}.json", report)
     write_atomically(arguments.output_dir / f"{arguments.experiment}.md", table + "\n")

@@ -1,0 +1,58 @@
+"""Simulated runs that are made once, several at a time, and the tables of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recipes.common.progress import Progress
+from recipes.common.results import write_atomically
+
+
+class SimulatedRuns:
+    """Makes the runs that are not there yet, and keeps them.
+
+    Args:
+        simulate: of a run (a dataclass with `method` and `seed`) and of `data` as JSON gives the result, a mapping with
+            the run under "run"; a function of a module, since other processes call it.
+        figure: of a result gives what its line on the screen says.
+        data: what all runs share; a run is found again under its own fields and these.
+        runs_dir: where results are kept.
+        processes: runs at a time, a core each.
+        quiet: no progress.
+    """
+
+    def __init__(
+        self,
+        simulate: Callable[[Any, str], dict[str, Any]],
+        figure: Callable[[dict[str, Any]], str],
+        data: dict[str, Any],
+        runs_dir: Path,
+        processes: int,
+        quiet: bool,
+    ):
+        self._simulate, self._figure, self._data = simulate, figure, json.dumps(data)
+        self._runs_dir, self._processes, self._quiet = runs_dir, processes, quiet
+
+    def results(self, runs: Sequence[Any]) -> list[dict[str, Any]]:
+        """In the order of `runs`."""
+        paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
+        missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._processes, context) as pool, Progress(len(missing), "runs", self._quiet) as bar:
+            made = pool.map(self._simulate, missing.values(), itertools.repeat(self._data))
+            for path, result in zip(missing, made, strict=True):
+                write_atomically(path, json.dumps(result) + "\n")
+                bar.say(f"{result['run']['method']}, seed {result['run']['seed']}: {self._figure(result)}")
+                bar.advance()
+        return [json.loads(path.read_text()) for path in paths]
+
+    def _name(self, run: Any) -> str:
+        return hashlib.sha256((json.dumps(asdict(run), sort_keys=True) + self._data).encode()).hexdigest()[:16]
