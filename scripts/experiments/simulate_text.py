@@ -92,11 +92,18 @@ def sentences_of(
 def batches(
     examples: list, collate, size: int, seed: int, rank: int, workers: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Epoch after epoch, each in an order of its own, of which this worker has every `workers`-th batch."""
+    """Epoch after epoch, each in an order of its own, of which this worker has every `workers`-th batch.
+
+    Sentences of like length share a batch: the order is sorted in pieces of 16 batches, whose order is drawn again.
+    """
     for epoch in itertools.count():
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
-        for begin in range(rank * size, len(order) - size + 1, workers * size):
-            yield collate([examples[index] for index in order[begin : begin + size]])
+        draws = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(examples), generator=draws).tolist()
+        pieces = [order[begin : begin + 16 * size] for begin in range(0, len(order), 16 * size)]
+        ordered = [index for piece in pieces for index in sorted(piece, key=lambda i: len(examples[i]["input_ids"]))]
+        own = [ordered[begin : begin + size] for begin in range(0, len(ordered) - size + 1, size)]
+        for number in torch.randperm(len(own), generator=draws).tolist()[rank::workers]:
+            yield collate([examples[index] for index in own[number]])
 
 
 def simulate(run: Run, data: str) -> dict[str, Any]:
