@@ -110,11 +110,11 @@ def known_direction(kind: str, worker: Worker, optimizer: Optimizer) -> tuple[li
     """Along what a step with one pass perturbs (see `sam`), and with what sign; None while there is nothing to go by.
 
     Args:
-        kind: "momentum" or "anchor".
+        kind: `LSAMArguments.sam_direction`; that of "gradient" is not known.
     """
     if kind == "momentum":
         return momentum_buffers(optimizer, worker.parameters), -1.0
-    return worker.anchor_move, 1.0
+    return (worker.anchor_move, 1.0) if kind == "anchor" else (None, 1.0)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from . import sam
 from .algorithms import ServerSettings, WorkerSettings
 from .batchnorm import tracking_layers
 from .compression import encoded_bytes, rounded
-from .optimizers import StepHooks
+from .optimizers import StepHooks, known_direction, momentum_buffers
 from .parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 from .server.core import ServerCore
 from .transport.base import FinalAnchor, Link, LinkStatus
@@ -74,16 +74,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Gradient:
-    """How a step's gradient is computed (see `sam.perturb`).
+    """How a step's gradient is computed (see `sam`).
 
     Args:
         sam_rho: 0 is the plain gradient.
         sam_adaptive: ASAM.
+        sam_direction: see `LSAMArguments`; "anchor" is for a `Cluster` whose workers keep the anchor's last move.
         max_grad_norm: clips the gradient that the optimizer steps with; None does not.
     """
 
     sam_rho: float = 0.0
     sam_adaptive: bool = False
+    sam_direction: str = "gradient"
     max_grad_norm: float | None = None
 
 
@@ -384,7 +386,8 @@ class _SimulatedWorker:
 
     def _optimize(self) -> None:
         cluster, parameters = self._cluster, self.worker.parameters
-        add_gradient(parameters, cluster.loss(self._model, self.number), cluster.gradient, self._batchnorm)
+        along = known_direction(cluster.gradient.sam_direction, self.worker, self._optimizer)
+        add_gradient(parameters, cluster.loss(self._model, self.number), cluster.gradient, self._batchnorm, *along)
         clip(parameters, cluster.gradient)
         self._hooks.before_step()
         self._optimizer.step()
@@ -442,10 +445,14 @@ class DataParallel:
                 torch.manual_seed(self._seed + worker)
                 states.append(torch.get_rng_state())
         for step in range(1, steps + 1):
+            directions = None
+            if self._gradient.sam_direction == "momentum":
+                directions = momentum_buffers(self._optimizer, self._parameters)
             for worker in range(workers):
                 with torch.random.fork_rng(devices=[]):
                     torch.set_rng_state(states[worker])
-                    add_gradient(self._parameters, self._loss(self._model, worker), self._gradient, self._batchnorm)
+                    loss = self._loss(self._model, worker)
+                    add_gradient(self._parameters, loss, self._gradient, self._batchnorm, directions, -1.0)
                     states[worker] = torch.get_rng_state()
             for parameter in self._parameters:
                 parameter.grad /= workers
@@ -463,19 +470,29 @@ class DataParallel:
 
 
 def add_gradient(
-    parameters: Sequence[nn.Parameter], loss: Callable[[], Tensor], gradient: Gradient, batchnorm: Sequence[nn.Module]
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[], Tensor],
+    gradient: Gradient,
+    batchnorm: Sequence[nn.Module],
+    directions: Sequence[Tensor] | None,
+    sign: float,
 ) -> None:
-    """Adds one worker's gradient, plain or SAM's, to `.grad`."""
+    """Adds one worker's gradient, plain or SAM's, to `.grad`.
+
+    Args:
+        directions: u of a perturbation along `sign` times u that is known before the step; None while there is none.
+    """
 
     def one_pass() -> Tensor:
         value = loss()
         value.backward()
         return value.detach()
 
-    if gradient.sam_rho:
-        sam.gradient(
-            parameters, one_pass, one_pass, gradient.sam_rho, adaptive=gradient.sam_adaptive, batchnorm=batchnorm
-        )
+    rho, adaptive = gradient.sam_rho, gradient.sam_adaptive
+    if rho and gradient.sam_direction == "gradient":
+        sam.gradient(parameters, one_pass, one_pass, rho, adaptive=adaptive, batchnorm=batchnorm)
+    elif rho and directions is not None:
+        sam.gradient_along(parameters, directions, one_pass, sign * rho, adaptive=adaptive)
     else:
         one_pass()
 

