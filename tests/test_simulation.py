@@ -171,6 +171,48 @@ def test_data_parallel_is_one_worker_with_the_mean_gradient():
     assert last.bytes == 5 * 2 * 2 * 4 * len(expected)
 
 
+@pytest.mark.parametrize("direction", ["momentum", "anchor"])
+def test_one_pass_perturbs_along_what_is_known_before_the_step(direction):
+    """A lone worker of plain steps and few exchanges, against the loop written out."""
+    generator, again = batch_generator(0), batch_generator(0)
+
+    def loss(model, rank):
+        x = draw(generator)
+        return lambda: loss_of(model, x)
+
+    made = Cluster(
+        LockstepNet(),
+        lambda parameters: torch.optim.SGD(parameters, ETA, MOMENTUM),
+        loss,
+        [Machine()],
+        WorkerSettings(TAU, keeps_anchor_move=direction == "anchor"),
+        ServerSettings(TAU),
+        Gradient(RHO, sam_direction=direction),
+    )
+    steps = 3 * TAU
+    *_, last = made.run(steps)
+
+    model = LockstepNet()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, ETA, MOMENTUM)
+    anchors = [torch.nn.utils.parameters_to_vector(parameters).detach().clone()]
+    for step in range(steps):
+        x = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
+        if direction == "momentum" and step:
+            along = torch.cat([-optimizer.state[p]["momentum_buffer"].flatten() for p in parameters])
+        else:  # with one worker and lambda_0 = eta' = 1 the anchor is x at the last exchange
+            along = anchors[-2] - anchors[-1] if len(anchors) > 1 else None
+        moved = x if along is None else x + RHO * along / along.norm()
+        torch.nn.utils.vector_to_parameters(moved, parameters)
+        loss_of(model, draw(again)).backward()
+        torch.nn.utils.vector_to_parameters(x, parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % TAU == 0:
+            anchors.append(torch.nn.utils.parameters_to_vector(parameters).detach().clone())
+    torch.testing.assert_close(last.anchor, anchors[-1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("algorithm", ["easgd", "lsgd"])
 def test_the_baselines_run_in_it(algorithm):
     settings = WorkerSettings(TAU, 0.3, algorithm=algorithm)

@@ -25,7 +25,8 @@ from transformers import (
 
 from recipes.common.configuration import parse_configuration, resolve
 from recipes.text_classification.sentences import DataArguments, load_examples
-from recipes.text_classification.train import KEYS, run
+from recipes.text_classification.train import KEYS, ModelArguments, run
+from scripts.experiments import simulate_text
 from scripts.tools import summarize_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -520,3 +521,36 @@ def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(f
         assert report["paired_differences"][f"lsam - {other}"] == differences
     assert str(folder) + "/train" not in json.dumps(report)  # no file's place on this machine is published
     assert readme.read_text().startswith("before\n<!-- tiny:begin -->\n| method | workers |")
+
+
+def test_fine_tuning_is_simulated_with_labels_that_are_wrong(folder, tmp_path, capsys):
+    """All of it on a tiny model: trials on training sentences alone, every method, three shares of wrong labels."""
+    words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
+    words += [f"--validation_file={folder / 'held_out.csv'}", "--steps=4", "--seeds=1", "--processes=1", "--quiet"]
+    simulate_text.main(["noise", f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}", *words])
+
+    assert (tmp_path / "noise.md").read_text() == capsys.readouterr().out
+    report = json.loads((tmp_path / "noise.json").read_text())
+    methods = [*simulate_text.METHODS]
+    tried, final = report["runs"][: 3 * len(methods)], report["runs"][3 * len(methods) :]
+    assert [run["run"]["method"] for run in tried] == [method for method in methods for _ in range(3)]
+    assert all(run["run"]["validation"] and run["run"]["wrong_labels"] == 0.4 for run in tried)
+    assert {run["train_examples"] for run in tried} == {86}  # a tenth is held out for them
+    assert [run["run"]["wrong_labels"] for run in final] == [0.0, 0.2, 0.4] * len(methods)
+    assert {run["train_examples"] for run in final} == {96}
+    for result in final:
+        own, method = result["run"], result["run"]["method"]
+        chosen = max((t for t in tried if t["run"]["method"] == method), key=lambda trial: trial["accuracy"])["run"]
+        assert [own[key] for key in ("learning_rate", "sam_rho")] == [chosen["learning_rate"], chosen["sam_rho"]]
+        in_parallel = 4 * 2 * 2 * 4 * result["parameters"]  # a ring of two sends and receives the gradient once a step
+        assert (result["bytes"] == in_parallel) == method.startswith("data-parallel")
+
+
+def test_wrong_labels_are_other_labels_and_as_many_as_asked_for(folder):
+    words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
+    words += [f"--validation_file={folder / 'held_out.csv'}"]
+    data = json.dumps(parse_configuration((ModelArguments, DataArguments), words))
+    (right, held_out, *_), (wrong, same, *_) = (simulate_text.sentences_of(data, False, part) for part in (0.0, 0.4))
+    assert held_out == same
+    assert sum(a["label"] != b["label"] for a, b in zip(right, wrong, strict=True)) == round(0.4 * 96)
+    assert {example["label"] for example in wrong} == {0, 1}

