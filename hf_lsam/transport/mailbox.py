@@ -56,10 +56,8 @@ from torch import Tensor
 
 from .messages import WORKER_MESSAGES, Message
 
-try:
+with suppress(ImportError):  # on Windows, where one worker trains without any of this; see `missing_here`
     import fcntl
-except ImportError:  # Windows, where one worker trains without any of this; see `missing_here`
-    pass
 
 logger = logging.getLogger(__name__)
 
