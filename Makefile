@@ -8,10 +8,10 @@ TORCH_FOR_TESTS ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast style quality docs wheel release clean
+.PHONY: help setup quickstart test test-fast test-versions style quality docs wheel release clean
 
 help:  ## Lists the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 setup: .venv/.recipes  ## Installs everything into .venv, for runs of your own
 
@@ -27,6 +27,9 @@ FAST := algorithms arguments arithmetic landscape project record simulation
 
 test-fast: .venv/.test  ## Runs the tests of the inner loop (under a minute)
 	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py) -k "not lock_step"
+
+test-versions: .venv/.test  ## Tries the lowest and the newest versions of what it builds on (15 minutes; several GB)
+	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/tools/try_versions.py
 
 style: .venv/.quality  ## Formats the code
 	$(BIN)/ruff check --fix .

@@ -27,6 +27,7 @@ from .fields import Rule, by_name, check_fields, help_from_docstring, number, on
 from .identity import Identity, pin
 from .joining import Timeouts
 from .server.service import ServiceSettings
+from .transport.mailbox import missing_here
 from .transport.peer import HEARTBEAT
 
 SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out
@@ -39,11 +40,7 @@ _SHARDING_VARIABLES = {
 }
 _SHARDING_FIELDS = ("fsdp", "deepspeed", "parallelism_config")  # of TrainingArguments
 
-SHARED_MEMORY_DIR = Rule(
-    "a folder this process may write to",
-    "Use a folder on a local disk where there is no /dev/shm.",
-    lambda path: os.path.isdir(path) and os.access(path, os.W_OK),
-)
+SHARED_MEMORY = "/dev/shm"
 SERVER_ADDRESS = Rule(
     "the folder of a running server",
     "Start one first: python -m hf_lsam.server --run_dir DIR",
@@ -171,7 +168,7 @@ class LSAMArguments:
     ] = 1.0
     compensate_coupling: bool = True
     num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
-    shared_memory_dir: Annotated[str, SHARED_MEMORY_DIR] = "/dev/shm"
+    shared_memory_dir: str = SHARED_MEMORY
     server_address: Annotated[str | None, SERVER_ADDRESS] = None
     server_timeout: Annotated[float, number("(0, inf)", "120 leaves time to start a server again by hand.")] = 120.0
     worker_timeout: Annotated[float, number("(0, inf)", "600 outlasts a host that swaps.")] = 600.0
@@ -323,7 +320,17 @@ class LSAMArguments:
             )
 
     def _conflicts(self) -> Iterator[str]:
-        """What fields, each of which is in range, cannot be together or under this launcher."""
+        """What fields, each of which is in range, cannot be together, under this launcher or on this machine."""
+        launched = self.identity.num_workers > 1 and self.server_address is None
+        scheme = (self.server_address or "").rpartition("://")[0]
+        if (launched or (self.server_address is not None and scheme in ("", "file"))) and (missing := missing_here()):
+            yield missing
+        folder = self.shared_memory_dir  # whose default is asked for where it is used: not every system has it
+        if (launched or folder != SHARED_MEMORY) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            yield (
+                f"`shared_memory_dir` must be a folder this process may write to, got {folder!r}. Use a folder on a "
+                "local disk where there is no /dev/shm."
+            )
         if self.sam_direction != "gradient" and self.sam_ascent_fraction != 1:
             yield (
                 f"`sam_ascent_fraction` must be 1 with sam_direction={self.sam_direction!r}, which has no pass for the "
@@ -357,8 +364,8 @@ class LSAMArguments:
                     f"is NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "
                     "anchor_momentum_correction."
                 )
-        launched = [name for key, name in _SHARDING_VARIABLES.items() if os.environ.get(key, "").lower() == "true"]
-        for asked in launched + [name for name in _SHARDING_FIELDS if getattr(self, name, None)]:
+        sharding = [name for key, name in _SHARDING_VARIABLES.items() if os.environ.get(key, "").lower() == "true"]
+        for asked in sharding + [name for name in _SHARDING_FIELDS if getattr(self, name, None)]:
             yield (
                 f"LSAM cannot be combined with {asked} yet: a worker must hold whole parameters, or its norm, its "
                 "perturbation and its differences would be those of a shard. Launch without it (`--multi_gpu`); to "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -104,7 +105,10 @@ def numbered(output_dir: Path) -> dict[int, Path]:
 
 def _flush(path: Path) -> None:
     """Has the kernel write a file, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = sys.platform == "win32"  # flushes what is open for writing alone, and no folders
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

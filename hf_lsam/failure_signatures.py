@@ -72,6 +72,22 @@ class FailureSignatures:
             " batchnorm_statistics='reestimate', with 32 batches or more.",
         )
 
+    def buffers_of_a_worker(self, names: Sequence[str]) -> str | None:
+        """
+        Args:
+            names: of the buffers that training moves, BatchNorm's left out.
+        """
+        if not names:
+            return None
+        shown = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        return self._once(
+            "buffers",
+            f"training moves the buffers {shown}, and they are neither parameters nor BatchNorm's: workers do not "
+            "exchange them, and the anchor is evaluated and saved with those of the worker that does it, which belong "
+            "to its own weights. To fit them to the anchor, pass training batches through the model in training mode "
+            "after training, and then save it.",
+        )
+
     def _once(self, signature: str, warning: str) -> str | None:
         if signature in self._reported:
             return None

@@ -24,8 +24,9 @@ def cast_to_float32(
     """Casts what is stored in half precision up to float32, if any trainable parameter is; else does nothing.
 
     With it go the frozen parameters and the buffers, so that no layer gets another type than its own. A model with peft
-    adapters is the exception: its frozen base keeps its type, and only what trains is cast. Parameters stay the objects
-    they are, so tied ones stay tied and an optimizer that holds them goes on.
+    adapters is the exception: its frozen base keeps its type, and only what trains is cast. A frozen tensor of a class
+    of its own stays as well, whatever type it names: quantised weights are packed into such. Parameters stay the
+    objects they are, so tied ones stay tied and an optimizer that holds them goes on.
 
     Args:
         optimizer: one that holds the parameters already, if there is.
@@ -47,6 +48,7 @@ def cast_to_float32(
         )
     has_adapters = getattr(model, "peft_config", None) is not None
     tensors = trainable if has_adapters else [*model.parameters(), *model.buffers()]
+    tensors = [tensor for tensor in tensors if tensor.requires_grad or type(tensor) in (Tensor, nn.Parameter)]
     cast = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF_PRECISION]
     for tensor, _ in cast:
         gradient, tensor.grad = tensor.grad, None
@@ -88,8 +90,8 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
     Raises:
         ValueError: if there is none, or if one is stored in half precision (a SAM perturbation of size 1e-5 moves
-            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding), complex or
-            sharded.
+            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding) or in less,
+            complex or sharded.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -103,18 +105,18 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 f"The parameter `{name}` is sharded (DTensor: tensor parallelism or FSDP). A worker holds whole "
                 "parameters, so its norm and its differences would be wrong. Load the model without a device mesh."
             )
-        if parameter.dtype in HALF_PRECISION:
-            raise ValueError(
-                f"The trainable parameter `{name}` is stored in {parameter.dtype}. A SAM perturbation is smaller than "
-                "its rounding step, so the ascent would be lost. Load the model with dtype=torch.float32 and train "
-                "with bf16=True or fp16=True (autocast), or keep the base in half precision and train a float32 "
-                "LoRA adapter."
-            )
         if parameter.is_complex():
             raise ValueError(
                 f"The trainable parameter `{name}` is complex ({parameter.dtype}). Workers exchange real vectors, so "
                 "its imaginary part would be lost. Keep it as a real parameter with a last dimension of 2, and make it "
                 "complex in the forward pass with torch.view_as_complex."
+            )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"The trainable parameter `{name}` is stored in {parameter.dtype}. A SAM perturbation is smaller than "
+                "its rounding step, so the ascent would be lost. Load the model with dtype=torch.float32 and train "
+                "with bf16=True or fp16=True (autocast), or keep the base in half precision and train a float32 "
+                "LoRA adapter."
             )
     return named
 

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
+from .buffers import kept_buffers, movable_buffers, moved_since, values_of
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators
 from .failure_signatures import FailureSignatures
@@ -108,6 +109,8 @@ class Session:
         if arguments.batchnorm_statistics == "average":
             self._named += running_statistics(model)
         self.batchnorm = tracking_layers(model)
+        self._buffers = movable_buffers(model)
+        self._buffers_before: list[Tensor] | None = values_of(self._buffers)
         self.sync_steps = arguments.steps_between_pushes(arguments.identity.num_workers)
         self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer))
         logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
@@ -276,7 +279,13 @@ class Session:
             passes = [one_pass, other_pass or one_pass]
             if ascent_on_part:
                 passes.reverse()
-            losses = sam.gradient(parameters, *passes, rho, eps, adaptive, self.batchnorm, scaler)
+            first, second = passes
+
+            def second_pass() -> Tensor:
+                with kept_buffers(self._buffers):
+                    return second()
+
+            losses = sam.gradient(parameters, first, second_pass, rho, eps, adaptive, self.batchnorm, scaler)
             self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
             loss = losses[ascent_on_part]
         self.worker.note_loss(loss)
@@ -333,6 +342,9 @@ class Session:
         seen = metrics["lsam/drift"], metrics["lsam/staleness"], metrics["lsam/anchor_version"], logs["learning_rate"]
         for warning in self.signatures.observe(*seen):
             self._warn(warning)
+        if self._buffers_before is not None:
+            self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
+            self._buffers_before = None  # known from the first log point on
         self.record.log(step, {**metrics, **logs})
         return metrics
 

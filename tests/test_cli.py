@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,11 +64,15 @@ def hf_lsam(*words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a run of two workers that has finished, reported to TensorBoard and to Weights & Biases."""
+    """The folder of a run of two workers that has finished, reported to all trackers that are here."""
     folder = tmp_path_factory.mktemp("finished")
     script = write_script(folder / "script.py", RUN)
     offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
-    accelerate_launch(script, str(folder / "run"), "8", "0", "tensorboard", "wandb", PYTHONPATH=PATHS, **offline)
+    offline |= {"TRACKIO_DIR": str(folder / "trackio")}
+    offline |= {"MLFLOW_TRACKING_URI": f"file://{folder}/mlflow", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    paths = os.pathsep.join([PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    trackers = ["tensorboard", "wandb", *filter(importlib.util.find_spec, ("trackio", "mlflow"))]
+    accelerate_launch(script, str(folder / "run"), "8", "0", *trackers, PYTHONPATH=paths, **offline)
     return folder / "run"
 
 
@@ -291,6 +298,37 @@ def test_one_offline_wandb_run_holds_all_workers_and_the_anchor(finished):
         b"eval/loss",
     ):
         assert name in recorded
+
+
+def expected_points(finished: Path) -> dict[str, list[tuple[int, float]]]:
+    """By the name in a tracker that takes Trainer's as they are: (step, value) of what worker 1 and the anchor have."""
+    workers = read_record(finished).workers
+    names = ("loss", "lsam/drift", "lsam/bytes_pushed")
+    logged = [entry for entry in workers[1] if "loss" in entry]
+    points = {f"worker_1/{name}": [(entry["step"], entry[name]) for entry in logged] for name in names}
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in workers[0] if "eval_loss" in entry]
+    return {**points, "eval_loss": evaluated}
+
+
+def test_one_trackio_run_holds_all_workers_and_the_anchor(finished):
+    pytest.importorskip("trackio")
+    (database,) = (finished.parent / "trackio").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("select run_id, metrics from metrics order by id").fetchall()
+    assert len({run for run, _ in rows}) == 1
+    rows = [json.loads(metrics) for _, metrics in rows]
+    for name, points in expected_points(finished).items():
+        name = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+        found = [(row["train/global_step"], row[name]) for row in rows if name in row]
+        assert [pytest.approx(point, rel=1e-6) for point in points] == found
+
+
+def test_one_mlflow_run_holds_all_workers_and_the_anchor(finished):
+    pytest.importorskip("mlflow")
+    (metrics,) = (finished.parent / "mlflow").glob("*/*/metrics")
+    for name, points in expected_points(finished).items():
+        lines = [line.split() for line in (metrics / name).read_text().splitlines()]  # time, value, step
+        assert [pytest.approx(point, rel=1e-6) for point in points] == [(int(n), float(x)) for _, x, n, *_ in lines]
 
 
 # --- card ---

@@ -46,13 +46,16 @@ ROOMS = [
     "coupling",
     "sam",
     "batchnorm",
+    "buffers",
     "landscape",
     "parameters",
     "fields",
     "version",
 ]
 # Arithmetic: torch and the standard library alone.
-ARITHMETIC = ["algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "landscape", "parameters"]
+ARITHMETIC = [
+    *("algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "buffers", "landscape", "parameters")
+]
 
 
 def room_of(path: Path) -> str:

@@ -110,6 +110,19 @@ def test_the_methods_of_a_recipe_differ_in_the_method_alone(recipe):
     assert runs[0]["sam_rho"] == runs[1]["sam_rho"]
 
 
+FOR_THE_HUB = [path.parent.name for path in sorted(RECIPES.glob("*/hub.yaml"))]
+
+
+@pytest.mark.parametrize("recipe", FOR_THE_HUB)
+def test_a_recipe_for_the_hub_says_what_to_do_without_one(tmp_path, recipe):
+    words = ["--config", str(RECIPES / recipe / "hub.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    values = parse(recipe, [*words, "--bf16", "false"])
+    message = r"^`(dataset_name|model_name_or_path)` is \S+, which is no folder.*HF_HUB_OFFLINE.*README\.md says"
+    with pytest.raises(ValueError, match=message) as error:
+        recipes.load(recipe).run(values)
+    assert str(error.value).split()[2].rstrip(",") in (values["dataset_name"], values["model_name_or_path"])
+
+
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_every_recipe_trains_with_two_workers(tmp_path, recipe):
     """By the command that it shows, on little data."""

@@ -1657,10 +1657,14 @@ def test_easgd_without_a_single_exchange_is_an_error(tmp_path):
     train(tmp_path, net(), sync_steps=3, **fields)
 
 
-def test_a_model_spread_over_devices_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("device_map", "lies_on"),
+    [({"first": 0, "last": 1}, r"several devices \(0, 1\)"), ({"": "meta"}, "device meta")],
+)
+def test_a_model_on_other_devices_than_the_workers_is_refused(tmp_path, device_map, lies_on):
     model = net()
-    model.hf_device_map = {"first": 0, "last": 1}
-    refuse(tmp_path, r"spread over several devices.*one device.*without device_map", model=model)
+    model.hf_device_map = device_map
+    refuse(tmp_path, rf"lies on {lies_on} .*worker's device is cpu.*LSAMConfig first.*without device_map", model=model)
 
 
 def trainer_of_trl(name: str) -> type:

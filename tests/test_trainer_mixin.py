@@ -312,3 +312,48 @@ def test_preferences_train_and_without_sam_and_coupling_as_plain(tmp_path, token
     assert len(steps.x) == 4
     assert entries(lsam, "loss")[0] == pytest.approx(entries(plain, "loss")[0], rel=1e-6)
     assert not torch.equal(steps.x[-1], vector(plain.model))
+
+
+class Reached(Exception):
+    """The model was about to be loaded."""
+
+
+@pytest.mark.filterwarnings("ignore:Can't initialize NVML:UserWarning")
+@pytest.mark.parametrize("base", [(SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig), (KTOTrainer, KTOConfig)])
+def test_a_model_that_trl_loads_by_name_comes_to_the_workers_own_gpu(tmp_path, tokenizer, monkeypatch, base):
+    """Worker 1 of 2 on a machine whose two GPUs are pretended: nothing is put there."""
+    gpt2().save_pretrained(tmp_path / "hub")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    pretended = {"is_available": True, "device_count": 2, "set_device": None, "current_device": 1}
+    pretended |= {"is_bf16_supported": True, "get_device_capability": (9, 0), "manual_seed_all": None}
+    for name, value in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    device_maps = []
+
+    def from_pretrained(*_, device_map=None, **__):
+        device_maps.append(device_map)
+        raise Reached
+
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", from_pretrained)
+    trainer, config = base
+    mixed = dataclass(type("Mixed", (LSAMArguments, config), {}))
+    kind = type("MixedTrainer", (LSAMTrainerMixin, trainer), {})
+
+    def load(**fields):
+        args = arguments(mixed, tmp_path / "run", use_cpu=False, bf16=False, **fields)
+        assert args.device == torch.device("cuda:1")
+        with pytest.raises(Reached):
+            kind(model=str(tmp_path / "hub"), args=args, train_dataset=sentences(), processing_class=tokenizer)
+        args.to_json_string()  # as trackers do
+        with pytest.raises(Reached):  # what trl would do by itself
+            trainer(
+                model=str(tmp_path / "hub"),
+                args=arguments(mixed, tmp_path / "run", use_cpu=False, bf16=False),
+                train_dataset=sentences(),
+                processing_class=tokenizer,
+            )
+
+    load()
+    load(model_init_kwargs={"device_map": "balanced", "dtype": "float32"})
+    assert device_maps == [{"": "cuda:1"}, "auto", "balanced", "auto"]

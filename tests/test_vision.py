@@ -531,7 +531,7 @@ def test_bad_image_sets_are_errors_that_say_what_to_do(tmp_path):
         ({"dataset": "hub", "data_dir": "x"}, r"hub does not read data_dir='x'.*set dataset to one of cifar10"),
         ({"dataset": "cifar10", "train_file": "x"}, r"cifar10 does not read train_file='x'.*one of parquet\."),
         ({"dataset": "hub"}, "hub needs dataset_name"),
-        ({"dataset": "hub", "dataset_name": str(tmp_path / "nowhere")}, r"nowhere cannot be loaded"),
+        ({"dataset": "hub", "dataset_name": str(tmp_path / "nowhere")}, r"nowhere, which is no folder here"),
         ({"dataset": "parquet"}, r"parquet needs data_dir.*train_file and eval_file"),
         ({"dataset": "parquet", "data_dir": str(tmp_path)}, r"train_file is not set and .* has no train\*\.parquet"),
         ({"dataset": "parquet", "train_file": path}, r"eval_file is not set and no file.*validation_fraction"),

@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+from ..transport.mailbox import missing_here
 from ..transport.secret import read_secret
 from .lifetime import run_server
 from .relay import Relay
@@ -44,6 +45,8 @@ parser.add_argument("--secret_file", type=Path, help="the secret of the run, mod
 parser.add_argument("--allow_remote", action="store_true", help="listen beyond this machine; vectors are not encrypted")
 parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
+if missing := missing_here():
+    sys.exit(missing)
 if (arguments.listen or arguments.connect) and not arguments.secret_file:
     parser.error("--listen and --connect need --secret_file: it decides which machines take part")
 if arguments.connect and isinstance(arguments.resume, Path):

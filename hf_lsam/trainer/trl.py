@@ -1,4 +1,5 @@
-"""What LSAM has to know of trl's trainers: what their batches are made of, and what they count inside the loss."""
+"""What LSAM has to know of trl's trainers: what their batches are made of, what they count inside the loss, and where
+they load a model that is given by its name."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 _COUNTERS = ("_metrics", "_total_train_tokens")
 
@@ -45,3 +47,22 @@ def makes_its_batches(kind: type) -> str | None:
         if names_inputs or "_prepare_inputs" in vars(trainer):
             return trainers[0].__name__
     return None
+
+
+def load_on_one_device(kind: type, model: Any, args: TrainingArguments) -> None:
+    """Tells a trainer of trl to load what it loads by name on the worker's device.
+
+    trl spreads a model over all GPUs that it sees (`device_map="auto"`) unless it believes in a distributed job, which
+    a worker is not. A `device_map` of the user's own stands.
+
+    Args:
+        kind: the trainer's class.
+        model: as it is given to the trainer: by name, or loaded.
+        args: `model_init_kwargs` is replaced.
+    """
+    trainers = _trainers_of_trl(kind)
+    if not trainers or args.device.type in ("cpu", "mps") or not hasattr(args, "model_init_kwargs"):
+        return
+    by_name = isinstance(model, str) or "ref_model" in inspect.signature(trainers[0].__init__).parameters
+    if by_name:
+        args.model_init_kwargs = {"device_map": {"": str(args.device)}, **(args.model_init_kwargs or {})}

@@ -39,7 +39,7 @@ from ..worker import Worker
 from .callbacks import LSAMCallback, OtherWorkers
 from .checkpoints import Checkpoints
 from .landscape_scan import LandscapeScan
-from .trl import kept_counters, makes_its_batches, stacks_rows
+from .trl import kept_counters, load_on_one_device, makes_its_batches, stacks_rows
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         if not is_pinned(args.identity):
             # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
             args.pin_process(args.device.type == "cpu")
+        load_on_one_device(type(self), keywords.get("model", positional[0] if positional else None), args)
         if args.identity.rank != 0:
             args.eval_on_start = False
         self.session = Session(args, Path(args.output_dir))
@@ -133,8 +134,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         trainable_parameters(self.model)  # refuses what cannot be trained, before any time is spent
         if self.is_model_parallel:
             raise ValueError(
-                "The model is spread over several devices (device_map). A worker has one device; with LSAM each would "
-                "spread over all. Load the model without device_map."
+                f"The model lies on {_devices_of(self.model)} (device_map), and this worker's device is "
+                f"{args.device}: a worker holds its model on one device of its own; with LSAM each would spread over "
+                "all, or all crowd on one. Make the LSAMConfig first, and load the model without device_map, or with "
+                'device_map={"": args.device}.'
             )
         self.add_callback(self._callback)
 
@@ -430,6 +433,11 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     trainer.save_model()    # the anchor
     ```
     """
+
+
+def _devices_of(model: nn.Module) -> str:
+    places = sorted({str(place) for place in model.hf_device_map.values()})
+    return f"several devices ({', '.join(places)})" if len(places) > 1 else f"device {places[0]}"
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

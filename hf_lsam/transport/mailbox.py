@@ -35,13 +35,13 @@ in order by itself.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -55,6 +55,9 @@ import torch
 from torch import Tensor
 
 from .messages import WORKER_MESSAGES, Message
+
+with suppress(ImportError):  # on Windows, where one worker trains without any of this; see `missing_here`
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +131,20 @@ class Channel:
         self.shut()  # a copy of the descriptor may be open in a child that is no Python's
         with self._sending:
             self._socket.close()
+
+
+def missing_here() -> str | None:
+    """Why no workers can exchange anything on this operating system, and what to do; None where they can."""
+    if sys.platform == "linux":
+        return None
+    what, instead = {
+        "win32": ("Windows has neither file locks nor sockets of that kind", "in WSL (Windows Subsystem for Linux)"),
+        "darwin": ("macOS has no such files in memory, and it was never tried there", "on Linux, a container too"),
+    }.get(sys.platform, (f"it was never tried on {sys.platform}", "on Linux"))
+    return (
+        f"Several workers, and workers of a server, exchange vectors through Linux's shared memory: {what}. Train with "
+        f"one worker (plain `python script.py`, without server_address), or run several {instead}."
+    )
 
 
 def _allocate(path: Path, size: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,3 +93,23 @@ def resolve(name: str) -> str:
     if not path.exists():
         raise ValueError(f"{name}: the package {package!r} has no {inside!r} ({path} does not exist).")
     return str(path)
+
+
+@contextmanager
+def fetching(key: str, name: str) -> Iterator[None]:
+    """Around what loads a model or a data set by its name on the Hub, or from a folder.
+
+    Raises:
+        ValueError: if it is no folder and the Hub cannot be reached, or has no such thing; with the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ValueError(
+            f"`{key}` is {name}, which is no folder here and could not be had from the Hub ({reason}). Check its "
+            "spelling, and the connection (HF_HUB_OFFLINE is not to be set); where there is no Hub, name a folder that "
+            "it was saved to, or take a YAML file that needs none: the recipe's README.md says which."
+        ) from error

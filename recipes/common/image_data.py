@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 from torch.nn import functional as F
 
-from recipes.common.configuration import resolve
+from recipes.common.configuration import fetching, resolve
 from recipes.common.image_batches import generator_for
 from recipes.common.image_formats import PickledArray, read_matlab, read_plain_pickle
 from recipes.common.labels import natural_order
@@ -422,10 +422,8 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] 
 def _hub(args: ImageDataArguments) -> tuple[Split, Split | None, list[str] | None]:
     from datasets import load_dataset  # takes a second that the other kinds need not wait for
 
-    try:
+    with fetching("dataset_name", args.dataset_name):
         splits = load_dataset(resolve(args.dataset_name))
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{args.dataset_name} cannot be loaded: {error}. For hub: {_wanted('hub')}") from error
     train, names = _hub_split(args, splits, "train_split")
     return train, None if args.validation_fraction else _hub_split(args, splits, "eval_split")[0], names
 

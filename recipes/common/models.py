@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from recipes.common.arguments import LoraArguments
-from recipes.common.configuration import resolve
+from recipes.common.configuration import fetching, resolve
 
 
 def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTrainedModel:
@@ -44,7 +44,8 @@ def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTraine
         )
     if name is not None:
         # transformers would keep the type of the checkpoint, often bfloat16, in which small steps are lost.
-        return auto_class.from_pretrained(resolve(name), dtype=torch.float32, **changes)
+        with fetching("model_name_or_path", name):
+            return auto_class.from_pretrained(resolve(name), dtype=torch.float32, **changes)
     if values.get("use_lora"):
         raise ValueError(
             "use_lora saves the adapter alone, and the random weights of a `model_config` under it would be gone. "
@@ -103,8 +104,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def load_tokenizer(values: dict[str, Any]) -> PreTrainedTokenizerBase:
     """That of `tokenizer_name`, else of the model; of bytes for a model from scratch."""
-    name = values["tokenizer_name"] or values["model_name_or_path"]
-    return byte_tokenizer() if name is None else AutoTokenizer.from_pretrained(resolve(name))
+    key = "tokenizer_name" if values["tokenizer_name"] else "model_name_or_path"
+    if values[key] is None:
+        return byte_tokenizer()
+    with fetching(key, values[key]):
+        return AutoTokenizer.from_pretrained(resolve(values[key]))
 
 
 def token_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

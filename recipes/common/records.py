@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset
 
-from recipes.common.configuration import resolve
+from recipes.common.configuration import fetching, resolve
 
 
 @dataclass
@@ -109,7 +109,8 @@ def load_splits(args: RecordArguments) -> tuple[Dataset, Dataset | None]:
             "There is no training data. Give train_file (a CSV or JSON file) or dataset_name (a data set on the Hub); "
             "validation_file goes with train_file."
         )
-    splits = load_dataset(args.dataset_name, args.dataset_config_name)
+    with fetching("dataset_name", args.dataset_name):
+        splits = load_dataset(args.dataset_name, args.dataset_config_name)
     assert isinstance(splits, DatasetDict)
     if args.train_split not in splits:
         raise ValueError(

@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_lsam import LSAMConfig
 from recipes.common.arguments import LoraArguments, MethodArguments, pick
-from recipes.common.configuration import resolve
+from recipes.common.configuration import fetching, resolve
 from recipes.common.methods import TRAINERS, build_trainer
 from recipes.common.models import with_adapter
 from recipes.common.run import begin, main, measured_run
@@ -62,7 +62,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     if not args.model_name_or_path:
         raise ValueError("`model_name_or_path` is not set. Name a model on the Hub or a folder.")
     path = resolve(args.model_name_or_path)
-    config = AutoConfig.from_pretrained(path)
+    with fetching("model_name_or_path", args.model_name_or_path):
+        config = AutoConfig.from_pretrained(path)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         labels = _labels_of_head(args.model_name_or_path, config, labels)
     names = dict(enumerate(labels))
