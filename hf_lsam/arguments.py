@@ -99,6 +99,10 @@ class LSAMArguments:
         compensate_coupling (`bool`, defaults to True): "decoupled" and "score" slow workers and anchor down (see
             `hf_lsam.coupling.drift_slowdown`); the optimizer steps with its learning rate multiplied by as much, and a
             learning rate means what it means without LSAM. Both rates are logged.
+        share_steps (`bool`, defaults to False): the workers share the steps of the run: max_steps, or the steps of
+            num_train_epochs, count once for each worker of the launch, and whoever is faster makes more of them, going
+            on through its share of the data. The run then does not wait for the slowest worker. Learning rates follow
+            the run. With server_address max_steps is the run's, whoever joins.
         num_workers (`int`, *optional*): how many workers the run is meant to have. Set, it makes a launch that starts
             another number an error.
         shared_memory_dir (`str`, defaults to "/dev/shm"): where workers and server of a machine exchange vectors. Needs
@@ -106,7 +110,8 @@ class LSAMArguments:
         server_address (`str`, *optional*): the folder of a running server (`python -m hf_lsam.server --run_dir DIR`)
             to join as an external worker, and to leave when this launch has done its steps; n counts the workers that
             are there. Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed.
-            max_steps is the budget of each worker. "scheme://..." joins by a transport of your own.
+            max_steps is the budget of each worker, or with share_steps of all together. "scheme://..." joins by a
+            transport of your own.
         server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
             the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. An external
             worker waits as long for a server that has not started yet.
@@ -167,6 +172,7 @@ class LSAMArguments:
         float, number("[0, inf)", "The default is 1.0; the paper uses 0.1 and 0.9 with coupling='score'.")
     ] = 1.0
     compensate_coupling: bool = True
+    share_steps: bool = False
     num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
     shared_memory_dir: str = SHARED_MEMORY
     server_address: Annotated[str | None, SERVER_ADDRESS] = None

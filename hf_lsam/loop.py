@@ -16,9 +16,11 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .arguments import TRAINER_ONLY, LSAMArguments
+from .budget import RunSchedule
 from .checkpoint import SERVER_STATE, WORKER_STATE
 from .data import agree_on_order, from_the_start
 from .fields import marked
@@ -80,6 +82,7 @@ class LSAM:
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
         output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
             there is no record, and the log lies in the current folder.
+        max_steps: with `share_steps`, the steps of the run for each worker of the launch (see `batches`, `schedule`).
         resume_from: folder that `save` has written; the run goes on from there. Model and optimizer are the caller's.
         **lsam: the fields of `LSAMArguments`, except those that concern Trainer's data loader.
 
@@ -101,6 +104,7 @@ class LSAM:
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         output_dir: str | Path | None = None,
+        max_steps: int | None = None,
         resume_from: str | Path | None = None,
         **lsam: Any,
     ):
@@ -114,6 +118,12 @@ class LSAM:
                 "every batch."
             )
         self.arguments = LoopArguments(**lsam)
+        if self.arguments.share_steps != (max_steps is not None and max_steps > 0):
+            raise ValueError(
+                f"`max_steps` must be positive with share_steps=True and left out without, got {max_steps}: it is what "
+                "the workers of the run share. Without share_steps your loop says how many steps it makes."
+            )
+        self._max_steps = max_steps
         self._resume_from = None if resume_from is None else Path(resume_from)
         if self._resume_from is not None and not (self._resume_from / SERVER_STATE).exists():
             raise FileNotFoundError(
@@ -169,7 +179,7 @@ class LSAM:
         rank, folder = self.arguments.identity.rank, self._resume_from
         saved = (None, None) if folder is None else (folder / SERVER_STATE, folder / str(rank) / WORKER_STATE)
         try:
-            state = self.session.join(*saved)
+            state = self.session.join(*saved, self._max_steps)
             if state is not None:
                 self._restore_random_states(state)
             else:
@@ -254,7 +264,9 @@ class LSAM:
 
         scaler = None if self._accelerator is None else self._accelerator.scaler
         with self._model.no_sync() if hasattr(self._model, "no_sync") else nullcontext():
-            loss = self.session.add_gradient(self.worker.local_steps, one_pass, scaler=scaler)
+            loss = self.session.add_gradient(
+                self.worker.local_steps, one_pass, scaler=scaler, share=1 / self._accumulation
+            )
         self._micro_step += 1
         if self._micro_step % self._accumulation == 0:
             self._optimizer_step()
@@ -265,6 +277,38 @@ class LSAM:
         """Whether another worker, whoever ends the server, or a signal has asked for the end."""
         asked = self.worker is not None and self.worker.link.status.stop_requested
         return asked or self.session.signals.received is not None
+
+    # --- the steps of the run, where its workers share them ---
+
+    def batches(self, loader: Iterable) -> Iterator:
+        """The batches of `loader`, epoch after epoch, as long as there are steps of the run left (`share_steps`).
+
+        ```python
+        with LSAM(model, optimizer, share_steps=True, max_steps=1000) as lsam:
+            scheduler = lsam.schedule(CosineAnnealingLR(optimizer, 1000))
+            for batch in lsam.batches(lsam.shard(loader)):
+                lsam.step(lambda: loss_fn(model(batch["x"]), batch["y"]))
+                scheduler.step()
+        ```
+
+        Raises:
+            ValueError: if `loader` has no batch.
+        """
+        while self.session.steps_are_left:
+            empty = True
+            for batch in loader:
+                if not self.session.steps_are_left:
+                    return
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError("There is no batch in `loader`, and steps of the run are left: it would never end.")
+
+    def schedule(self, scheduler: LRScheduler) -> RunSchedule:
+        """`scheduler`, of `max_steps` steps, such that it follows the run: call its `step` after each of your own."""
+        schedule = RunSchedule(scheduler, self.session.position)
+        schedule.catch_up()
+        return schedule
 
     # --- data, evaluation, logging ---
 
@@ -360,7 +404,7 @@ class LSAM:
         self.session.hooks.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.session.hooks.after_step(getattr(self.optimizer, "step_was_skipped", False))
+        self.session.after_optimizer_step(getattr(self.optimizer, "step_was_skipped", False))
 
     @property
     def _learning_rate(self) -> float:

@@ -1,10 +1,11 @@
-"""What one worker measures of itself: since the last log point, and over a run."""
+"""What one worker measures of itself: since the last log point or entry of the record, and over a run."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .transport.base import LinkStatus
 from .worker import Worker
 
 
@@ -19,7 +20,9 @@ class WorkerMetrics:
         self._worker = worker
         self._sharpness = torch.zeros((), device=worker.anchor.device)
         self._perturbed_steps: set[int] = set()
-        self._logged = worker.link.status  # as it was at the last log point
+        self._logged = self._recorded = worker.link.status  # as it was at the last log point, or entry
+        self._loss = torch.zeros((), device=worker.anchor.device)  # since the last entry, and from which step on
+        self._loss_from = worker.local_steps
 
     def add_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
         """Takes the losses of pass 1 and pass 2 of one (micro-)batch; losses of one local step add up.
@@ -36,11 +39,38 @@ class WorkerMetrics:
 
     def since_last_log(self) -> dict[str, float]:
         """What is logged beside the loss; the only place where it is read back from the device."""
+        metrics = {"lsam/drift": self._worker.drift(), **self._exchanged_since(self._logged)}
+        self._logged = self._worker.link.status
+        if self._perturbed_steps:
+            metrics["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
+            self._sharpness.zero_()
+            self._perturbed_steps.clear()
+        return metrics
+
+    def add_loss(self, loss: Tensor, share: float) -> None:
+        """Takes the loss of one (micro-)batch, 0-d, which is `share` of a step's."""
+        self._loss.add_(loss, alpha=share)
+
+    @property
+    def steps_since_last_entry(self) -> int:
+        """Local steps whose losses no entry of the record holds."""
+        return self._worker.local_steps - self._loss_from
+
+    def since_last_entry(self) -> dict[str, float]:
+        """What the record gets between log points: what the host knows, and one number from the device."""
+        metrics = {"loss": self._loss.item() / self.steps_since_last_entry, **self._exchanged_since(self._recorded)}
+        self.entry_was_made()
+        return metrics
+
+    def entry_was_made(self) -> None:
+        """The next entry of the record is about what comes after now."""
+        self._loss.zero_()
+        self._loss_from, self._recorded = self._worker.local_steps, self._worker.link.status
+
+    def _exchanged_since(self, before: LinkStatus) -> dict[str, float]:
         worker, link = self._worker, self._worker.link.status
-        pushes, staleness = link.accepted - self._logged.accepted, link.staleness_sum - self._logged.staleness_sum
-        self._logged = link
-        metrics = {
-            "lsam/drift": worker.drift(),
+        pushes, staleness = link.accepted - before.accepted, link.staleness_sum - before.staleness_sum
+        return {
             "lsam/staleness": staleness / max(1, pushes),
             "lsam/anchor_version": worker.version,
             "lsam/skipped_pushes": worker.skipped_pushes,
@@ -48,11 +78,6 @@ class WorkerMetrics:
             "lsam/bytes_pushed": link.bytes_pushed,
             "lsam/bytes_pulled": link.bytes_pulled,
         }
-        if self._perturbed_steps:
-            metrics["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
-            self._sharpness.zero_()
-            self._perturbed_steps.clear()
-        return metrics
 
     def of_run(self) -> dict[str, float]:
         """Totals of the run so far."""

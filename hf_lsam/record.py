@@ -1,12 +1,14 @@
 """The record of a run, in `output_dir/lsam/`: what it was, and what each worker saw, for whoever looks at it.
 
     run.json             what the run is, written by worker 0 when it has joined (see `describe`)
-    worker-<rank>.jsonl  one JSON object a line, appended at each log point
+    worker-<rank>.jsonl  one JSON object a line, appended at each log point and every few seconds
 
 Lines of a worker, all with "time" (unix seconds) and "step" (its local step):
 
     {"begin": true, "pid": ..., "process_started": ..., "host": ...}     it has joined, or joined again
     {"loss": ..., "learning_rate": ..., "lsam/drift": ..., ...}          a log point
+    {"between_logs": true, "loss": ..., "lsam/anchor_version": ..., ...}  a step between log points, some seconds after
+                                                                         the last entry; and the last step
     {"eval_loss": ..., "eval_accuracy": ..., ...}                        worker 0: an evaluation of the anchor
     {"end": true, "error": null or a text}                               it has left
 

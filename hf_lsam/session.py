@@ -13,6 +13,7 @@ Trainer and loop call these in this order, and `log`, `showing_anchor` and the t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .buffers import kept_buffers, movable_buffers, moved_since, values_of
+from .budget import StepBudget
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators
 from .failure_signatures import FailureSignatures
@@ -38,6 +40,8 @@ from .run import EndSignals, Run
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
+
+RECORD_SECONDS = 5.0  # after which a step adds an entry to the record, where no log point has
 
 
 class Session:
@@ -53,6 +57,7 @@ class Session:
         sync_steps: tau, once prepared.
         worker: None until the first run is joined; stays when it is left.
         hooks, metrics: of this worker (see `StepHooks`, `WorkerMetrics`).
+        budget: the steps of the run, where workers share them (see `StepBudget`).
         finished: whether the worker has finished, so that it may hold the anchor for good.
         cast: the tensors that are trained in another type than they came in, with the dtypes they had.
         run, record, signals, signatures: what the session is made of.
@@ -74,10 +79,13 @@ class Session:
         self.signals = EndSignals()
         self.signatures = FailureSignatures(identity.num_workers)
         self.worker: Worker | None = None
+        self.budget: StepBudget | None = None
         self.finished = False
         self.cast: list[tuple[Tensor, torch.dtype]] = []
         self._sam_rho = arguments.sam_rho
         self._final_drift = 0.0
+        self._record_at = 0.0  # when the next entry is due, by time.monotonic()
+        self._at_step_begin = False  # no micro-batch of the next step has been seen
 
     # --- a run: prepare, join, finish, leave ---
 
@@ -120,10 +128,13 @@ class Session:
         """Of what is trained, once prepared."""
         return self._named[0][1].device
 
-    def join(self, server_state: Path | None = None, worker_state: Path | None = None) -> dict[str, Tensor] | None:
+    def join(
+        self, server_state: Path | None = None, worker_state: Path | None = None, max_steps: int | None = None
+    ) -> dict[str, Tensor] | None:
         """Takes part: x is what the worker was saved with, or else the anchor.
 
         Args:
+            max_steps: see `StepBudget`; only asked for where workers share their steps.
             server_state: a server's snapshot to go on from.
             worker_state: file that `save_worker` has written.
 
@@ -144,6 +155,9 @@ class Session:
         )
         self.metrics = WorkerMetrics(self.worker)
         self.hooks = StepHooks(self.optimizer, self.worker, self._factor)
+        self.budget = None
+        if arguments.share_steps:
+            self.budget = StepBudget(self.worker.link, max_steps, arguments.identity.num_workers)
         switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
         if worker_state is None or not worker_state.exists():
             self.worker.adopt_anchor()
@@ -161,6 +175,9 @@ class Session:
             configuration: what the record tells of the run beside LSAM's own fields.
         """
         self.signals.catch()
+        self._record_at = 0.0
+        if self.budget is not None:
+            self.budget.begin_step()
         run = None
         if self.arguments.identity.rank == 0:
             base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
@@ -198,6 +215,8 @@ class Session:
             step: optimizer steps made.
             error: what it ends with; the other workers of the launch then end with one as well.
         """
+        if error is None and self.finished and self.metrics.steps_since_last_entry:
+            self._add_entry(step, {"lsam/drift": self._final_drift})
         self.record.end(step, error)
         self.signals.restore()
         self.run.leave(failed=error is not None)
@@ -245,6 +264,22 @@ class Session:
             )
         self._sam_rho = radius
 
+    @property
+    def steps_are_left(self) -> bool:
+        """Whether this worker is to make another step: it has one of the run's, where workers share them."""
+        return self.budget is None or not self.budget.is_spent
+
+    def position(self) -> int:
+        """Where the schedule of a run whose steps are shared stands (see `RunSchedule`)."""
+        return 0 if self.budget is None else self.budget.position
+
+    def after_optimizer_step(self, skipped: bool = False) -> None:
+        """The optimizer has stepped: see `StepHooks.after_step`, which says what is raised."""
+        if self.budget is not None:
+            self.budget.begin_step()
+        self._at_step_begin = True
+        self.hooks.after_step(skipped)
+
     def add_gradient(
         self,
         step: int,
@@ -252,6 +287,7 @@ class Session:
         other_pass: Callable[[], Tensor] | None = None,
         ascent_on_part: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """Adds one (micro-)batch's gradient to `.grad`: SAM's, one along a known direction, or the plain one.
 
@@ -261,10 +297,14 @@ class Session:
             other_pass: the other of SAM's two passes; `one_pass` again if None.
             ascent_on_part: `other_pass` is the first of the two, on a part of the batch; else the second.
             scaler: what the losses are scaled by (fp16).
+            share: of the step's loss that the loss of `one_pass` is.
 
         Returns:
             the loss of `one_pass`, 0-d, on the device.
         """
+        if self._at_step_begin and self.metrics.steps_since_last_entry and time.monotonic() >= self._record_at:
+            self._add_entry(step, {})
+        self._at_step_begin = False
         arguments, parameters = self.arguments, self.worker.parameters
         rho, eps, adaptive = self._sam_rho, arguments.sam_eps, arguments.sam_adaptive
         if not rho or step % arguments.sam_interval:
@@ -289,6 +329,7 @@ class Session:
             self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
             loss = losses[ascent_on_part]
         self.worker.note_loss(loss)
+        self.metrics.add_loss(loss, share)
         return loss
 
     # --- what is evaluated is the anchor ---
@@ -339,6 +380,7 @@ class Session:
         metrics = self.metrics.since_last_log()
         if self.hooks.factor != 1.0:
             metrics["lsam/worker_learning_rate"] = logs["learning_rate"] * self.hooks.factor
+        metrics |= self._steps_of_all()
         seen = metrics["lsam/drift"], metrics["lsam/staleness"], metrics["lsam/anchor_version"], logs["learning_rate"]
         for warning in self.signatures.observe(*seen):
             self._warn(warning)
@@ -346,7 +388,19 @@ class Session:
             self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
             self._buffers_before = None  # known from the first log point on
         self.record.log(step, {**metrics, **logs})
+        self.metrics.entry_was_made()
+        self._record_at = time.monotonic() + RECORD_SECONDS
         return metrics
+
+    def _add_entry(self, step: int, more: dict[str, float]) -> None:
+        """Writes into the record how the worker is, between two log points: nothing is computed for it."""
+        rates = {"learning_rate": max(self.hooks.learning_rates(), default=0.0)}
+        entry = {"between_logs": True, **self.metrics.since_last_entry(), **self._steps_of_all(), **rates, **more}
+        self.record.log(step, entry)
+        self._record_at = time.monotonic() + RECORD_SECONDS
+
+    def _steps_of_all(self) -> dict[str, int]:
+        return {} if self.budget is None else {"lsam/steps_of_all": self.budget.steps_begun}
 
     def summary(self) -> dict[str, float]:
         """This worker's totals of the run, or of the run so far: steps, pushes, bytes, staleness, anchor version, and

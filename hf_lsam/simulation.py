@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import sam
 from .algorithms import ServerSettings, WorkerSettings
 from .batchnorm import tracking_layers
+from .budget import RunSchedule, StepBudget
 from .compression import encoded_bytes, rounded
 from .optimizers import StepHooks, known_direction, momentum_buffers
 from .parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
@@ -185,6 +186,13 @@ class _Link(Link):
         by = self._clock.now - self.transfer
         return next(entry for entry in reversed(self._server.published) if entry[0] <= by)
 
+    @property
+    def steps_begun(self) -> int:
+        return self._server.core.steps_begun
+
+    def begin_step(self) -> None:
+        self._server.core.steps_begun += 1  # all know at once: a link would delay it as it delays anchors
+
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         self._status, self._answered_at = self._status.after_push(self._size), math.inf
         vector = self._rounded(total)
@@ -251,6 +259,7 @@ class Cluster:
         gradient: see `Gradient`.
         make_scheduler: given an optimizer, its learning rate schedule, stepped once a step.
         learning_rate_factor: see `LSAMArguments.learning_rate_factor`.
+        share_steps: workers share the steps of the run (see `budget`); schedules follow it.
         barrier: after a push a worker waits for the anchor that counts it, as local SGD and DiLoCo do.
         seed: of jitter, and of what workers draw from torch's generator (dropout, noise); worker r draws from seed + r.
 
@@ -269,36 +278,43 @@ class Cluster:
         make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         learning_rate_factor: float = 1.0,
         barrier: bool = False,
+        share_steps: bool = False,
         seed: int = 0,
     ):
         named = trainable_parameters(model)
         self.layout = ParameterLayout(named)
         self.model, self.make_optimizer, self.loss, self.make_scheduler = model, make_optimizer, loss, make_scheduler
         self.worker_settings, self.gradient, self.barrier = worker, gradient, barrier
-        self.learning_rate_factor = learning_rate_factor
+        self.learning_rate_factor, self.share_steps = learning_rate_factor, share_steps
         start = self.layout.read([parameter for _, parameter in named], torch.empty(self.layout.numel))
         longest = max(machine.transfer(encoded_bytes(self.layout.numel, server.exchange_bits)) for machine in machines)
+        self.num_workers = len(machines)
         self.clock = _Clock()
         self.server = _Server(self.clock, ServerCore(start, server), longest)
         self._before = (0, 0)  # accepted pushes and the sum of their staleness, at the last moment
         self._workers = [_SimulatedWorker(self, number, machine, seed) for number, machine in enumerate(machines)]
 
     def run(self, steps: int, moments: int = 1) -> Iterator[Moment]:
-        """Every worker makes `steps` steps, or as many as it lives for.
+        """Every worker makes `steps` steps, or as many as it lives for; with `share_steps` on average.
 
         Args:
-            moments: how many times to look at the run, evenly spaced by the steps of the worker that has made the most;
-                the last is when all have finished.
+            moments: how many times to look at the run, evenly spaced by the steps of the worker that has made the most,
+                with `share_steps` by their mean; the last is when all have finished.
         """
         due = [round(steps * (index + 1) / moments) for index in range(moments - 1)]
         for each in self._workers:
             each.begin(steps)
         for _ in self.clock.run():
-            if due and max(each.done for each in self._workers) >= due[0]:
+            if due and self._steps_done >= due[0]:
                 due.pop(0)
                 yield self._moment()
         self.server.core.flush()
         yield self._moment()
+
+    @property
+    def _steps_done(self) -> float:
+        done = [each.done for each in self._workers]
+        return sum(done) / len(done) if self.share_steps else max(done)
 
     @property
     def anchor(self) -> Tensor:
@@ -337,13 +353,14 @@ class _SimulatedWorker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + number)
             self._random_state = torch.get_rng_state()
-        self._left = 0
+        self._steps = 0
         self.done = 0
         self.worker: Worker | None = None
+        self._budget: StepBudget | None = None  # of the run, where workers share one
 
     def begin(self, steps: int) -> None:
         """Joins at its time; those that begin together all count before the first step."""
-        self._left = steps
+        self._steps = steps
         if self._machine.joins_at:
             self._cluster.clock.at(self._machine.joins_at, self.number, self._join)
         else:
@@ -360,7 +377,13 @@ class _SimulatedWorker:
         self._hooks = StepHooks(self._optimizer, self.worker, cluster.learning_rate_factor)
         self._scheduler = cluster.make_scheduler(self._optimizer) if cluster.make_scheduler else None
         self._batchnorm = tracking_layers(self._model)
-        self._schedule()
+        if cluster.share_steps:
+            self._budget = StepBudget(self.link, self._steps, cluster.num_workers)
+            self._budget.begin_step()
+            if self._scheduler is not None:
+                self._scheduler = RunSchedule(self._scheduler, lambda: self._budget.position)
+                self._scheduler.catch_up()
+        self._go_on()
 
     def _schedule(self) -> None:
         clock = self._cluster.clock
@@ -376,13 +399,20 @@ class _SimulatedWorker:
             self._optimize()
             self._random_state = torch.get_rng_state()
         self.done += 1
-        self._left -= 1
-        if not self._left:
-            self.worker.finish()
-        elif self._cluster.barrier and self.done % self._cluster.worker_settings.sync_steps == 0:
+        if self._has_steps_left and self._cluster.barrier and self.done % self._cluster.worker_settings.sync_steps == 0:
             self.look_for_anchor()
         else:
+            self._go_on()
+
+    @property
+    def _has_steps_left(self) -> bool:
+        return self.done < self._steps if self._budget is None else not self._budget.is_spent
+
+    def _go_on(self) -> None:
+        if self._has_steps_left:
             self._schedule()
+        else:
+            self.worker.finish()
 
     def _optimize(self) -> None:
         cluster, parameters = self._cluster, self.worker.parameters
@@ -391,6 +421,8 @@ class _SimulatedWorker:
         clip(parameters, cluster.gradient)
         self._hooks.before_step()
         self._optimizer.step()
+        if self._budget is not None:
+            self._budget.begin_step()
         self._hooks.after_step()
         self._optimizer.zero_grad()
         if self._scheduler is not None:

@@ -22,9 +22,10 @@ from hf_lsam.server.core import ServerCore
 from hf_lsam.transport.base import FinalAnchor, JoinRequest, Link, LinkStatus, ServerGone, Transport
 
 HEADER = struct.Struct("<cqqd")  # what, two integers, loss
-# From workers: B(egin) with the first anchor, P(ush) of steps, F(inish). From the server: W(elcome), worker; A(nchor),
-# version; C(ounted) at a version, and whether it was accepted, with the anchor that it has moved; E(nd), version of the
-# final anchor. Whoever has read that a push is counted has the anchor that it completed, and the other way round.
+# From workers: B(egin) with the first anchor, S(tep) begun, P(ush) of steps, F(inish). From the server: W(elcome),
+# worker; A(nchor), version; T(otal) of the steps begun, and how many of them by this worker; C(ounted) at a version,
+# and whether it was accepted, with the anchor that it has moved; E(nd), version of the final anchor. Whoever has read
+# that a push is counted has the anchor that it completed, and the other way round.
 
 
 def send(connection: Connection, what: bytes, first: int = 0, second: int = 0, loss: float = 0.0, vector=None) -> None:
@@ -47,12 +48,21 @@ class PipeLink(Link):
         self._newest: tuple[int, Tensor] | None = None
         self._finished = False
         self._pushed_version = 0
+        self._steps = self._steps_of_all = self._steps_counted = 0
         send(self._connection, b"B", vector=request.first_anchor(torch.device("cpu")))
         _, self._worker, _, _, _ = receive(self._connection)
 
     @property
     def can_push(self) -> bool:
         return self._status.counted_at is not None
+
+    @property
+    def steps_begun(self) -> int:
+        return self._steps_of_all + self._steps - self._steps_counted
+
+    def begin_step(self) -> None:
+        self._steps += 1
+        send(self._connection, b"S")
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         self._status, self._pushed_version = self._status.after_push(total.nbytes), version
@@ -92,6 +102,8 @@ class PipeLink(Link):
             what, version, accepted, _, vector = receive(self._connection)
         except (EOFError, OSError):
             raise ServerGone("The server at the other end of the pipe has ended.") from None
+        if what == b"T":
+            self._steps_of_all, self._steps_counted = version, accepted
         if what == b"C":
             self._status = self._status.after_answer(bool(accepted), version, version - self._pushed_version)
             version += 1
@@ -124,6 +136,7 @@ def serve(address: str, workers: int, settings: ServerSettings) -> None:
         core.join(number)
         send(connection, b"W", number)
         send(connection, b"A", 0, vector=core.anchor.vector)
+    begun = [0] * workers
     while connections:
         for connection in wait(list(connections)):
             number, version = connections[connection], core.anchor.version
@@ -133,6 +146,11 @@ def serve(address: str, workers: int, settings: ServerSettings) -> None:
                 core.leave(number)
                 del connections[connection]
                 connection.close()
+                continue
+            if what == b"S":
+                begun[number] += 1
+                for other, theirs in connections.items():
+                    send(other, b"T", sum(begun), begun[theirs])
                 continue
             if what == b"P":
                 accepted = core.push(vector, steps, number, loss)

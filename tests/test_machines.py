@@ -240,6 +240,8 @@ class Cluster:
         version = self.top.core.anchor.version
         for link in self.links.values():
             self.until(lambda link=link: link.can_push)
+            for _ in range(TAU):
+                link.begin_step()
             link.push(torch.full((NUMEL,), TAU * difference), TAU, version)
         self.until(lambda: all(folder.version > version for folder in self.folders))
 
@@ -304,6 +306,12 @@ def test_one_push_a_machine_and_period_crosses_and_all_begin_and_end_at_one_anch
             run.period()
         assert run.top.pushes_of(1) == [2 * TAU] * 5
         assert run.top.pushes_of(2) == [3 * TAU] * 5
+        # What a machine's workers have begun they know themselves; of the others', what came with the last anchor.
+        root, *relays = run.folders
+        run.until(lambda: root.steps_begun == 5 * 6 * TAU)
+        for relay, here in zip(relays, (2, 3), strict=True):
+            assert relay.steps_begun_here == 5 * here * TAU
+            assert 5 * here * TAU + 4 * (6 - here) * TAU - here * TAU <= relay.steps_begun <= 5 * 6 * TAU
         ends = run.finish()
         assert len(ends) == 6
         assert set(ends) == {ends[0]}
@@ -367,6 +375,8 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
             lost = relay._peer
             lost._wire.socket.shutdown(socket.SHUT_RDWR)
             link = run.links[1, 0]
+            for _ in range(TAU):
+                link.begin_step()
             link.push(torch.full((NUMEL,), TAU * 0.1), TAU, 0)  # into whatever is left of the link
             run.until(lambda relay=relay, lost=lost: relay._linked and relay._peer is not lost)
             run.until(lambda: run.top.core.live_workers == 2)
@@ -376,6 +386,7 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
         ends = run.finish()
         assert ends[0] == ends[1]
         assert sum(run.top.pushes_of(1)) == 5 * TAU
+        assert run.folders[0].steps_begun == run.folders[1].steps_begun == (2 + 5) * TAU
         assert run.top.core.accepted_pushes == len(run.top.pushes_of(1)) + 2
 
 

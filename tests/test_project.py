@@ -37,6 +37,7 @@ ROOMS = [
     "simulation",
     "optimizers",
     "worker",
+    "budget",
     "server",
     "transport",
     "checkpoint",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from models import arguments, blobs, net
+from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
+from hf_lsam import LSAM, LSAMConfig, LSAMTrainer, session
+from hf_lsam.cli.monitor import log_points, render
 from hf_lsam.record import RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
 from hf_lsam.trainer.callbacks import OtherWorkers
 
@@ -199,3 +203,34 @@ def test_trackers_are_told_of_this_run_and_no_other_whatever_the_clocks_say(
     worker.log(100, {"loss": 0.125})
     others.report([tracker], None, TrainerState(), TrainerControl())
     assert tracker.told == [*((step, 0.25) for step in range(1, length + 1)), (100, 0.125)]
+
+
+def test_between_log_points_the_record_has_entries_of_its_own_by_time(tmp_path, monkeypatch):
+    def points(name: str, seconds: float, **fields) -> list[dict]:
+        monkeypatch.setattr(session, "RECORD_SECONDS", seconds)
+        args = arguments(LSAMConfig, tmp_path / name, max_steps=12, sync_steps=4, **fields)
+        LSAMTrainer(model=net(), args=args, train_dataset=blobs()).train()
+        record = read_record(tmp_path / name)
+        assert "loss" in str(record.workers[0])
+        console = Console(width=200, color_system=None)
+        with console.capture() as said:
+            console.print(render(record, time.time()))
+        assert f"{log_points(record, 0)[-1]['loss']:.4f}" in said.get()  # also of a run without a log point
+        return log_points(record, 0)
+
+    logged = points("logged", 1e9)
+    assert [(point["step"], "between_logs" in point) for point in logged] == [(step, False) for step in range(1, 13)]
+
+    rarely = points("rarely", 1e9, logging_steps=500)  # the first step, and the last
+    assert [point["step"] for point in rarely] == [1, 12]
+    assert rarely[0]["loss"] == pytest.approx(logged[0]["loss"], rel=1e-4)
+    assert rarely[1]["loss"] == pytest.approx(mean(point["loss"] for point in logged[1:]), rel=1e-4)
+    assert rarely[1]["lsam/drift"] == pytest.approx(logged[-1]["lsam/drift"])
+
+    always = points("always", 0.0, logging_steps=500, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    assert [point["step"] for point in always] == [*range(1, 13)]
+    for each, reference in zip(always, logged, strict=True):
+        assert each["between_logs"]
+        assert each["loss"] == pytest.approx(reference["loss"], rel=0.1)  # SAM perturbs for half of the batch at a time
+        for name in ("lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "learning_rate"):
+            assert each[name] == reference[name]

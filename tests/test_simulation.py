@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,42 @@ def test_what_rounding_holds_back_goes_with_the_next_push(bits):
     *_, reference = cluster([Machine()] * 3).run(10 * TAU)
     # Without feedback, the rounding of 10 exchanges would add up; with it, about one is left.
     assert 0 < (last.anchor - reference.anchor).norm() < (0.2 if bits == 4 else 0.02) * reference.anchor.norm()
+
+
+def test_workers_that_share_their_steps_do_not_wait_for_the_slowest():
+    steps = 12 * TAU
+    *_, alone = cluster([Machine(1.0), Machine(2.0)]).run(steps)
+    assert alone.seconds == 2.0 * steps
+    made = cluster([Machine(1.0), Machine(2.0)], share_steps=True)
+    half, last = made.run(steps, moments=2)
+    assert last.seconds == steps * 4 / 3  # not 2: what both together take for 2 * steps
+    assert [each.done for each in made._workers] == [steps * 4 / 3, steps * 2 / 3]
+    assert half.steps_in_all == steps  # half of the run
+    *_, even = cluster([Machine()] * 2, share_steps=True).run(steps)
+    *_, before = cluster([Machine()] * 2).run(steps)
+    assert torch.equal(even.anchor, before.anchor)  # equally fast workers make what they made
+
+
+def test_the_schedule_of_shared_steps_follows_the_run():
+    rates: dict[int, list[float]] = {}
+
+    def linear(optimizer):
+        mine = rates.setdefault(len(rates), [])
+        optimizer.register_step_pre_hook(lambda optimizer, *_: mine.append(optimizer.param_groups[0]["lr"]))
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 24)
+
+    made = cluster([Machine(1.0), Machine(2.0), Machine(1.0, joins_at=10.5)], share_steps=True, make_scheduler=linear)
+    *_, _ = made.run(24)
+    assert sum(each.done for each in made._workers) == 3 * 24
+    # The last steps of all are among the last three of the run's 72, at the schedule's last.
+    assert [mine[-1] for mine in rates.values()] == pytest.approx([ETA / 24] * 3)
+    assert rates[0][:4] == pytest.approx([ETA * (1 - step // 3 / 24) for step in (0, 2, 3, 5)])
+    assert rates[2][0] == pytest.approx(ETA * (1 - (11 + 6) // 3 / 24))  # where the run was when it came
+    assert all(later <= earlier for mine in rates.values() for earlier, later in pairwise(mine))
+
+
+def test_what_a_worker_that_dies_has_left_the_others_make():
+    made = cluster([Machine(), Machine(dies_at=6.5)], share_steps=True)
+    *_, last = made.run(12)
+    assert last.steps_in_all == 2 * 12 - 1  # but for the step in which it died
+    assert last.seconds == 17.0

@@ -98,11 +98,12 @@ def join_both(transports: list[Transport], problems: list[LockstepProblem], sett
 
 def test_a_trainer_joins_by_the_address_of_a_new_transport(tmp_path, pipes):
     with served(tmp_path / "socket", 1, ServerSettings(sync_steps=4)) as address:
-        fields = {"sync_steps": 4, "max_steps": 24, "sam_rho": 0.05, "server_address": address}
+        fields = {"sync_steps": 4, "max_steps": 24, "sam_rho": 0.05, "server_address": address, "share_steps": True}
         trainer = LSAMTrainer(model=net(), args=arguments(LSAMConfig, tmp_path, **fields), train_dataset=blobs())
         before = vector(trainer.model)
         trainer.train()
     worker, summary = trainer.worker, trainer.worker_summary()
+    assert worker.local_steps == worker.link.steps_begun == 24
     assert worker.version == worker.link.status.accepted >= 1  # with one worker each push is an update
     assert summary["pushes"] + summary["skipped_pushes"] >= 24 // 4
     assert summary["bytes_pushed"] == 4 * worker.layout.numel * summary["pushes"]

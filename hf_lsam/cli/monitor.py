@@ -111,10 +111,10 @@ _WAYS = ("pushed", "pulled")
 
 
 def log_points(record: Record, rank: int) -> list[dict[str, Any]]:
-    """A worker's log points since it last joined."""
+    """A worker's log points, and its entries between them, since it last joined."""
     entries = record.workers.get(rank, [])
     begun = max((index for index, entry in enumerate(entries) if entry.get("begin")), default=0)
-    return [entry for entry in entries[begun:] if "lsam/drift" in entry]
+    return [entry for entry in entries[begun:] if "lsam/anchor_version" in entry]
 
 
 def _states(record: Record) -> list[str]:
@@ -131,7 +131,8 @@ def _row(record: Record, rank: int, now: float) -> list[str | Text]:
     if state == "training" and len(points) > 1 and seen > max(SILENT_SECONDS, SILENT_INTERVALS * _interval(points)):
         state = "silent"
     point = points[-1] if points else {}
-    loss, drift, stale = (point.get(name) for name in ("loss", "lsam/drift", "lsam/staleness"))
+    loss, stale = point.get("loss"), point.get("lsam/staleness")
+    drift = next((each["lsam/drift"] for each in reversed(points) if "lsam/drift" in each), None)
     sent, received = (_latest(record, rank, f"lsam/bytes_{way}") for way in _WAYS)
     return [
         str(rank),
@@ -161,14 +162,20 @@ def _sentence(record: Record, state: str) -> str:
 
 
 def _remaining(record: Record) -> str:
-    steps = record.run["configuration"].get("max_steps") or -1
+    configuration = record.run["configuration"]
+    steps = configuration.get("max_steps") or -1
+    shared = configuration.get("share_steps")  # then all have one end, and see how far it is
     seconds = []
+    if shared:
+        steps *= record.run["num_workers"]
     for rank in record.workers:
         points = log_points(record, rank)
-        rate = _rate([(point["time"], point["step"]) for point in points])
+        series = [(point["time"], point["lsam/steps_of_all" if shared else "step"]) for point in points]
+        rate = _rate(series)
         if rate and steps > 0:
-            seconds.append((steps - points[-1]["step"]) / rate)
-    return f", about {_duration(max(seconds))} to go of {steps:,} steps" if seconds else ""
+            seconds.append((steps - series[-1][1]) / rate)
+    together = " of all workers" if shared else ""
+    return f", about {_duration(max(seconds))} to go of {steps:,} steps{together}" if seconds else ""
 
 
 def _update_rate(record: Record) -> str:

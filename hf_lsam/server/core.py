@@ -27,7 +27,10 @@ class ServerCore:
         vector: initial anchor, float32 [d]; owned from here on.
         settings: see `ServerSettings`.
 
-    State: the anchor's and the algorithm's.
+    Attributes:
+        steps_begun: of all workers of the run; counted elsewhere, kept here for checkpoints.
+
+    State: the anchor's, the algorithm's, and the steps begun.
     Process: one; not thread-safe.
     """
 
@@ -44,6 +47,7 @@ class ServerCore:
         self.live: dict[int, int] = {}  # worker -> 1; a machine -> the workers that are live on it
         self.accepted_pushes = 0
         self.refused_pushes = 0
+        self.steps_begun = 0
 
     def join(self, worker: int) -> None:
         """Counts `worker` as live."""
@@ -93,12 +97,14 @@ class ServerCore:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold, as tensors by name."""
-        return {**self.anchor.state_tensors(), **self._algorithm.state_tensors()}
+        steps = {"steps_begun": torch.tensor(self.steps_begun)}
+        return {**self.anchor.state_tensors(), **self._algorithm.state_tensors(), **steps}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_tensors` gave."""
         self.anchor.load_state_tensors(state)
         self._algorithm.load_state_tensors(state)
+        self.steps_begun = int(state.get("steps_begun", 0))  # older checkpoints do not say
 
 
 class RelayCore:
@@ -120,6 +126,7 @@ class RelayCore:
         self._live: set[int] = set()
         self.accepted_pushes = 0
         self.refused_pushes = 0
+        self.steps_begun = 0
         self.forwarded = 0
         self._sum = torch.zeros_like(vector)
         self._steps = 0
@@ -212,8 +219,8 @@ class RelayCore:
         """The end: nothing to do here, the global server flushes."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The last anchor; sums are not taken up again."""
-        return self.anchor.state_tensors()
+        """The last anchor, and the steps begun; sums are not taken up again."""
+        return {**self.anchor.state_tensors(), "steps_begun": torch.tensor(self.steps_begun)}
 
     def _add(self, vector: Tensor, steps: int) -> None:
         if self._steps or self.settings.exchange_bits < 32:  # then it holds what rounding has left behind

@@ -87,6 +87,10 @@ class Relay(Role):
         self._asked = False  # JOIN is on its way, or has been answered
         self._linked = False  # and this machine is counted
         self._live_sent = 0
+        # Steps begun here: those that the root has counted, and those told with the sum that has no answer yet. One
+        # that takes the place of another relay considers all counted.
+        self._steps_told = folder.steps_begun_here
+        self._steps_under_way = 0
         self._stop_wanted = self._stop_sent = False
         self._finishing = self._finish_sent = False
         self._root_ends = False  # it was told to
@@ -143,7 +147,8 @@ class Relay(Role):
             return
         if (claimed := self.core.claim(self._finishing)) is not None:
             vector, steps, number, bits = claimed
-            self._peer.post(Sum(number, steps), vector, bits)
+            self._steps_under_way = self._service.folder.steps_begun_here - self._steps_told
+            self._peer.post(Sum(number, steps, self._steps_under_way), vector, bits)
             logger.info("forwarded sum %d of %d steps", number, steps)
         elif self._finishing and self.core.is_empty:
             self._finish_sent = True
@@ -244,19 +249,24 @@ class Relay(Role):
 
     def _handle(self, message: Message, vector: Tensor | None) -> None:
         match message:
-            case WelcomeMachine(version, last_counted):
+            case WelcomeMachine(version, last_counted, begun):
                 self._adopt(vector, version)
                 self.core.settle(last_counted)
+                self._settle_steps(counted=last_counted >= self.core.forwarded)
+                self._note_steps(begun)
                 self._linked, self._stop_sent, self._finish_sent = True, False, False
                 logger.info("takes part as a machine of the run, at version %d", version)
                 self._service.start_if_ready()
-            case NewAnchor(version):
+            case NewAnchor(version, begun):
                 self._adopt(vector, version)
-            case AnchorChange(version) if vector is not None:
+                self._note_steps(begun)
+            case AnchorChange(version, begun) if vector is not None:
+                self._note_steps(begun)
                 self.core.change(vector, version)
                 self._service.publish_if_newer()
             case SumAnswer(number, accepted):
                 self.core.answered(number)
+                self._settle_steps(counted=True)
                 if not accepted:
                     logger.warning("the global server refused sum %d", number)
             case StopMachine(save, failed):
@@ -278,6 +288,15 @@ class Relay(Role):
                 raise ConnectionError("The global server still has this machine's last link.")
             case _:
                 raise ValueError(f"unexpected {message}")
+
+    def _settle_steps(self, counted: bool) -> None:
+        if counted:
+            self._steps_told += self._steps_under_way
+        self._steps_under_way = 0
+
+    def _note_steps(self, begun: int) -> None:
+        """`begun` by all, this machine's as far as it was told: what is not told yet is known here."""
+        self._service.folder.set_steps_begun_elsewhere(max(0, begun - self._steps_told))
 
     def _adopt(self, vector: Tensor | None, version: int) -> None:
         if vector is None:

@@ -99,6 +99,7 @@ class Root(Role):
         folder, anchor = self._service.folder, self.core.anchor
         if not isinstance(resume, bool):
             self.core.load_state_tensors(load_tensors(resume))
+            folder.set_steps_begun_elsewhere(self.core.steps_begun)
             folder.publish(anchor.vector, anchor.version)
             return None
         until = time.monotonic() + self._settings.server_timeout
@@ -113,6 +114,8 @@ class Root(Role):
                 logger.error("%s", error)
         if snapshot is not None:
             self.core.load_state_tensors(snapshot)
+            if not folder.steps_begun:  # it was cleared when its last workers had left
+                folder.set_steps_begun_elsewhere(self.core.steps_begun)
         anchor.version = folder.next_version(anchor.version)
         folder.publish(anchor.vector, anchor.version)
         logger.info("took the run up at version %d; the last published was %d", anchor.version, version)
@@ -230,7 +233,7 @@ class Root(Role):
     def _welcome(self, machine: _Machine) -> None:
         machine.welcomed, machine.sent = True, self.core.anchor.version
         last = self._service.counted.last(machine.process)
-        machine.peer.post(WelcomeMachine(machine.sent, last), self._newest())
+        machine.peer.post(WelcomeMachine(machine.sent, last, self._service.folder.steps_begun), self._newest())
         if self.core.settings.exchange_bits < 32:
             machine.held = self._newest().clone()
         if self._stopping or self._service.terminating:
@@ -282,9 +285,15 @@ class Root(Role):
                 raise ValueError(f"unexpected {message}")
 
     def _take_sum(self, machine: _Machine, message: Sum, vector: Tensor) -> None:
+        if not 0 <= message.begun < 2**31:
+            raise ValueError(f"{message.begun} steps begun since the last sum")
         self._service.counted.note(machine.process, message.number, message.steps)
         accepted = not self._service.ended and self.core.push(vector, message.steps, -machine.number)
         self._service.publish_if_newer()
+        # Between the anchor and the answer: whoever has read that its steps are counted reads a number with them next.
+        folder = self._service.folder
+        elsewhere = folder.steps_begun - folder.steps_begun_here
+        folder.set_steps_begun_elsewhere(elsewhere + message.begun)
         machine.peer.post(SumAnswer(message.number, accepted))
         if not accepted:
             logger.warning("refused a sum of machine %d: NaN or infinity, or too late", machine.number)
@@ -299,20 +308,20 @@ class Root(Role):
             self._welcome(machine)
         if not machine.peer.can_post:
             return
-        version = self.core.anchor.version
+        version, begun = self.core.anchor.version, self._service.folder.steps_begun
         if self._service.ended and not machine.sent_final:
             machine.sent_final, machine.sent = True, version
             machine.peer.post(FinishedAnchor(version, self._service.best_step), self._newest())
         elif version > machine.sent:
             machine.sent = version
             if machine.held is None:
-                machine.peer.post(NewAnchor(version), self._newest())
+                machine.peer.post(NewAnchor(version, begun), self._newest())
                 return
             # What rounding leaves out is in the next difference, as `held` is what the machine has.
             bits = self.core.settings.exchange_bits
             difference = rounded(self.core.anchor.vector - machine.held, bits)
             machine.held += difference
-            machine.peer.post(AnchorChange(version), difference, bits)
+            machine.peer.post(AnchorChange(version, begun), difference, bits)
 
     def _newest(self) -> Tensor:
         """A copy of the anchor for sending, shared by the machines that are sent the same version."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import save_tensors
-from ..transport.mailbox import Channel, RunFolder
+from ..transport.mailbox import MAX_WORKERS, Channel, RunFolder
 from ..transport.messages import (
     Answer,
     Evicted,
@@ -57,7 +57,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING = 64  # connections at a time that have not joined yet
 JOIN_SECONDS = 10.0  # how long they may take
-MAX_WORKERS = 4096
 GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
 
 
@@ -401,6 +400,7 @@ class Service:
 
     def save(self) -> bool:
         """Writes the server's state into the run folder; False, and training goes on, if there is no room."""
+        self._core.steps_begun = self.folder.steps_begun
         state = {
             **self._core.state_tensors(),
             "pushes": torch.tensor([self._core.accepted_pushes, self._core.refused_pushes]),

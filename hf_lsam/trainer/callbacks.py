@@ -47,7 +47,7 @@ class OtherWorkers:
     def report(self, trackers: Sequence[TrainerCallback], args, state, control) -> None:
         """Gives each tracker what is new, as `worker_<rank>/loss` and so on, at the steps of that worker."""
         for rank, entry in self._new_entries():
-            if "loss" not in entry:
+            if "loss" not in entry or entry.get("between_logs"):
                 continue
             metrics = {f"worker_{rank}/{name}": entry[name] for name in entry if name not in ("time", "step")}
             then = copy.copy(state)
@@ -88,9 +88,11 @@ class LSAMCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         try:
-            self._session.hooks.after_step(self._trainer.accelerator.optimizer_step_was_skipped)
+            self._session.after_optimizer_step(self._trainer.accelerator.optimizer_step_was_skipped)
         except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
             self.server_gone = error
+        if not self._session.steps_are_left:
+            state.max_steps = state.global_step + 1  # counted in a moment: Trainer ends as it does after its last step
 
     def on_step_end(self, args, state, control, **kwargs):
         self._leave_evaluation_to_worker_0(control)

@@ -114,11 +114,11 @@ class Checkpoints:
         if self.args.identity.rank == 0 or checkpoint is None or Path(checkpoint) != self._common_checkpoint:
             super()._load_rng_state(checkpoint)
 
-    def _join(self, server_state: Path | None, checkpoint: Path | None):
+    def _join(self, server_state: Path | None, checkpoint: Path | None, max_steps: int):
         """Takes part, with x from the worker's own checkpoint, or else from the anchor."""
         rank = self.args.identity.rank
         own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
-        if self.session.join(server_state, checkpoint / WORKER_STATE if own else None) is not None:
+        if self.session.join(server_state, checkpoint / WORKER_STATE if own else None, max_steps) is not None:
             return
         if checkpoint is not None:
             logger.warning(

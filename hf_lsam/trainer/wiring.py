@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..arguments import LSAMArguments
 from ..batchnorm import kept_statistics
+from ..budget import RunSchedule
 from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
 from ..data import agree_on_order
@@ -339,6 +341,20 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
                 self.session.record.log(self.state.global_step, evaluation)
         super().log(logs, start_time)
 
+    # --- the steps of the run, where its workers share them ---
+
+    def set_initial_training_values(self, args, dataloader):
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if args.share_steps:  # one worker alone may make all of them
+            epochs *= args.identity.num_workers
+        return epochs, *others, max_steps
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.share_steps and not isinstance(scheduler, RunSchedule):
+            self.lr_scheduler = scheduler = RunSchedule(scheduler, self.session.position)
+        return scheduler
+
     # --- a run: join, train, finish ---
 
     def train(self, resume_from_checkpoint=None, *positional, **keywords):
@@ -391,9 +407,14 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         if server_state is not None and not server_state.exists():
             logger.warning("%s holds no anchor: its model becomes the first one.", self._common_checkpoint)
             server_state = None
-        self._join(server_state, None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        self._join(server_state, None if resume_from_checkpoint is None else Path(resume_from_checkpoint), max_steps)
         configuration = {name: getattr(self.args, name) for name in _RECORDED} | {"max_steps": max_steps}
         self.session.begin(self.state.global_step, resume_from_checkpoint is not None, configuration)
+        if self.session.budget is not None:
+            self._max_steps, self.state.max_steps = max_steps, self.session.budget.total
+            self.lr_scheduler.catch_up()
+            if not self.session.steps_are_left:
+                return model, DataLoader([])
         return model, train_dataloader
 
     def _finalize_training(self, trial, num_train_samples, start_time):
@@ -420,6 +441,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
             # Worker 0 has evaluated and saved; all load the same best checkpoint.
             folder = Path(self.args.output_dir) / f"checkpoint-{best}"
             state.best_global_step, state.best_model_checkpoint = best, str(folder) if folder.is_dir() else None
+        if session.budget is not None:
+            num_train_samples *= state.global_step / self._max_steps  # as many as it has made
         return super()._finalize_training(trial, num_train_samples, start_time)
 
 

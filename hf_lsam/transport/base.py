@@ -128,6 +128,15 @@ class Link(ABC):
     def can_push(self) -> bool:
         """Whether `push` may be called: there is a server, and it has answered the last push."""
 
+    @property
+    @abstractmethod
+    def steps_begun(self) -> int:
+        """Steps that all workers of the run have begun, as far as is known here; never falls. Never waits."""
+
+    @abstractmethod
+    def begin_step(self) -> None:
+        """Counts one more step of this worker into `steps_begun`. Never waits."""
+
     @abstractmethod
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         """Begins to hand in what `steps` local steps came to. Only when `can_push`; never waits.

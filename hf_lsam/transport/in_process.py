@@ -19,6 +19,7 @@ class Aggregator(Protocol):
     anchor: Anchor
     accepted_pushes: int
     refused_pushes: int
+    steps_begun: int
 
     @property
     def live_workers(self) -> int: ...
@@ -46,6 +47,13 @@ class InProcessLink(Link):
     @property
     def can_push(self) -> bool:
         return True
+
+    @property
+    def steps_begun(self) -> int:
+        return self._core.steps_begun
+
+    def begin_step(self) -> None:
+        self._core.steps_begun += 1
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         came_to = self._core.anchor.version

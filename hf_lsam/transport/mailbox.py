@@ -6,6 +6,7 @@ A run folder (mode 0700) holds
     parameters.json  the manifest of names, shapes and dtypes, for the error of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [2]: (last version complete, last version begun)
+    steps            int64 [1 + workers]: steps begun elsewhere, by the server; then each worker's, by itself
     mailbox_N        float32 [d], the Nth join's: written by its worker, read by the server
     socket           Unix stream socket; its frames are those of `messages`
     snapshot.safetensors, lock, create, server.json    the server's last saved state; who serves the folder
@@ -62,6 +63,7 @@ with suppress(ImportError):  # on Windows, where one worker trains without any o
 logger = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
+MAX_WORKERS = 4096  # external ones at a time
 LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
 # What tells others that this process lives. A child that is forked, such as a worker of a DataLoader, would hold it
 # open, and the process would not be known to have left, or died, before all its children have.
@@ -156,10 +158,11 @@ def _allocate(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
-def _allocate_anchor(path: Path, numel: int) -> None:
+def _allocate_shared(path: Path, numel: int, num_workers: int) -> None:
     for name in ("anchor_0", "anchor_1"):
         _allocate(path / name, numel * FLOAT_BYTES)
     _allocate(path / "version", 32)
+    _allocate(path / "steps", 8 * (1 + num_workers + MAX_WORKERS))
 
 
 def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,7 +175,7 @@ def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
 
 
-_ANCHOR_FILES = ("anchor_0", "anchor_1", "version")
+_SHARED_FILES = ("anchor_0", "anchor_1", "version", "steps")
 
 
 def _barrier() -> None:
@@ -204,6 +207,7 @@ class RunFolder:
         self.numel = int(self.run["numel"])
         self._version = _map(self.path / "version", 4, torch.int64)  # complete, begun, final, best step
         self._slots = [_map(self.path / f"anchor_{i}", self.numel) for i in (0, 1)]
+        self._steps = _map(self.path / "steps", 1 + int(self.run["num_workers"]) + MAX_WORKERS, torch.int64)
 
     @classmethod
     def create(cls, path: Path, initial: Tensor, num_workers: int, manifest: list, run: dict) -> RunFolder:
@@ -223,7 +227,7 @@ class RunFolder:
         contents = {**run, "numel": initial.numel(), "num_workers": num_workers}
         try:
             path.chmod(0o700)
-            _allocate_anchor(path, initial.numel())
+            _allocate_shared(path, initial.numel(), num_workers)
             free = shutil.disk_usage(path).free
             if free < num_workers * size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -233,7 +237,7 @@ class RunFolder:
             os.rename(path / "run.json.new", path / "run.json")
         except OSError as error:
             free = shutil.disk_usage(path).free
-            for name in (*_ANCHOR_FILES, "parameters.json", "run.json.new"):
+            for name in (*_SHARED_FILES, "parameters.json", "run.json.new"):
                 (path / name).unlink(missing_ok=True)
             with suppress(OSError):
                 path.rmdir()
@@ -254,13 +258,13 @@ class RunFolder:
             FileNotFoundError: if no run was ever created in it.
             RuntimeError: if nothing is left of its anchor.
         """
-        numel = int(json.loads((path / "run.json").read_text())["numel"])
+        run = json.loads((path / "run.json").read_text())
         if not (path / "version").exists():
             if not (path / "snapshot.safetensors").exists():
                 raise RuntimeError(f"{path} holds neither an anchor nor a snapshot to go on from. Use a new folder.")
-            for name in _ANCHOR_FILES:
+            for name in _SHARED_FILES:
                 (path / name).unlink(missing_ok=True)
-            _allocate_anchor(path, numel)
+            _allocate_shared(path, int(run["numel"]), int(run["num_workers"]))
         for mailbox in path.glob("mailbox_*"):
             mailbox.unlink()
         for unfinished in path.glob(".snapshot.safetensors.*"):  # by a server that was killed while it saved
@@ -312,6 +316,26 @@ class RunFolder:
     def mailbox(self, number: int) -> Tensor:
         """Maps the mailbox of one join, float32 [d]."""
         return _map(self.path / f"mailbox_{number}", self.numel)
+
+    # --- the steps that were begun: each worker writes its own, all read the sum ---
+
+    @property
+    def steps_begun(self) -> int:
+        """By all workers of the run: those of this folder, and elsewhere as far as the server knows."""
+        return int(self._steps.sum())
+
+    @property
+    def steps_begun_here(self) -> int:
+        """By the workers of this folder, also by those that have left."""
+        return int(self._steps[1:].sum())
+
+    def begin_step(self, worker: int) -> None:
+        """Worker only: counts one more step of its own."""
+        self._steps[1 + worker] += 1
+
+    def set_steps_begun_elsewhere(self, steps: int) -> None:
+        """Server only: by workers of other machines, and before this folder was made."""
+        self._steps[0] = steps
 
     # --- the anchor: one writer ---
 
@@ -420,7 +444,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Server only: removes what nobody needs once the run rests; its snapshot and description stay."""
-        for name in (*_ANCHOR_FILES, "socket", "server.json"):
+        for name in (*_SHARED_FILES, "socket", "server.json"):
             (self.path / name).unlink(missing_ok=True)
         for mailbox in self.path.glob("mailbox_*"):
             mailbox.unlink()

@@ -172,7 +172,8 @@ class Sum(Message):
     """With a vector: the sum of what the machine's workers have pushed."""
 
     number: int  # which sum of this relay it is, from 1
-    steps: int
+    steps: int  # that it counts as
+    begun: int = 0  # steps that the machine's workers have begun since the last sum
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class WelcomeMachine(Message):
 
     version: int
     last_counted: int  # sum of this relay
+    begun: int = 0  # steps that all workers have begun, this machine's as far as it has told
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ class NewAnchor(Message):
     """With a vector: the newest anchor."""
 
     version: int
+    begun: int = 0  # as in `WelcomeMachine`
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,7 @@ class AnchorChange(Message):
     """With a vector: what to add to the anchor that the machine was last sent, to have (nearly) the newest."""
 
     version: int
+    begun: int = 0  # as in `WelcomeMachine`
 
 
 @dataclass(frozen=True)

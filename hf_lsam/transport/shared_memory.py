@@ -132,6 +132,13 @@ class SharedMemoryLink(Link):
     def can_push(self) -> bool:
         return self._push_frame is None and self._status.connected and self._evicted_at is None
 
+    @property
+    def steps_begun(self) -> int:
+        return self._folder.steps_begun
+
+    def begin_step(self) -> None:
+        self._folder.begin_step(self._worker)
+
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         self._outgoing.start(self._mailbox, total)
         self._announce(steps, version, loss, total.nbytes)

@@ -1,0 +1,167 @@
+"""budget.py: workers that share the steps of a run, in real processes; under a virtual clock in test_simulation.py.
+
+A slow worker waits, at each of its steps, until the run has come on by so many steps: the fast one waits for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import accelerate_launch, wait_until, write_script
+from models import arguments, blobs, net
+
+from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
+from hf_lsam.record import read_record
+from hf_lsam.server.lifetime import start_server
+
+TESTS = Path(__file__).parent
+PATHS = f"{TESTS}{os.pathsep}{TESTS.parent}"
+PREAMBLE = """
+import json, os, sys, time
+from pathlib import Path
+
+from models import arguments, blobs, net
+from transformers import TrainerCallback
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+OUT, RANK = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
+
+
+class Pace(TrainerCallback):
+    def __init__(self, of_run=0, total=0):
+        self.of_run, self.total, self.rates = of_run, total, []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **keywords):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        while trainer.worker.link.steps_begun < min(self.total, self.of_run * (state.global_step + 1)):
+            time.sleep(0.005)
+
+
+def report(**values):
+    (OUT / f"rank{RANK}.json").write_text(json.dumps(values))
+"""
+LAUNCH = """
+fields = dict(share_steps=True, lr_scheduler_type="linear", per_device_train_batch_size=4, save_strategy="steps")
+fields |= dict(num_train_epochs=3, save_steps=12) | json.loads(sys.argv[2])
+pace = Pace(4 * RANK, 48)
+args = arguments(LSAMConfig, OUT / "run", **fields)
+trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(64), callbacks=[pace])
+trainer.train(resume_from_checkpoint="resume" in sys.argv)
+state = trainer.state
+report(
+    steps=state.global_step, max_steps=state.max_steps, epochs=state.epoch, rates=pace.rates,
+    begun=trainer.session.budget.steps_begun, checkpoint=(OUT / "run" / f"checkpoint-{state.global_step}").is_dir(),
+    progress=[entry["lsam/steps_of_all"] for entry in state.log_history if "lsam/steps_of_all" in entry],
+)
+"""
+
+
+def launch(folder: Path, *words: str) -> list[dict]:
+    path = write_script(folder / "script.py", PREAMBLE + LAUNCH)
+    accelerate_launch(path, str(folder), *words, PYTHONPATH=PATHS)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_trainers_of_uneven_pace_make_the_steps_of_the_run_together_and_a_longer_run_goes_on(tmp_path):
+    # 64 rows in batches of 4: each worker's share of an epoch is 8 steps, and 3 epochs are 24 steps for each of two.
+    fast, slow = launch(tmp_path, "{}")
+    assert 48 <= fast["steps"] + slow["steps"] == fast["begun"] <= 49  # both may begin a last one at one moment
+    assert slow["steps"] <= 48 // 4 + 1
+    assert fast["epochs"] == pytest.approx(fast["steps"] / 8)  # on through its share of the data
+    assert fast["epochs"] >= 4
+    for each in (fast, slow):
+        assert each["max_steps"] == each["steps"]  # where Trainer ends as after its last step
+        assert each["rates"] == sorted(each["rates"], reverse=True)
+        assert each["rates"][0] == pytest.approx(0.05)
+        assert each["progress"] == sorted(each["progress"])
+    assert fast["rates"][-1] <= 0.05 * 2 / 24  # the schedule's end, though it has made more steps than it has
+    assert fast["checkpoint"]
+
+    # Both go on from where the run stood when worker 0 saved, and make what the longer run has more.
+    again, _ = launch(tmp_path, '{"num_train_epochs": 4}', "resume")
+    assert 64 <= again["begun"] <= 65
+    assert again["steps"] > fast["steps"]
+    # Until the schedule next steps, the optimizer has the rate that it was saved with, as Trainer's always has.
+    assert 0 < max(again["rates"]) <= 0.05 * (1 - 24 / 32)
+
+
+EXTERNAL = """
+fields = dict(share_steps=True, max_steps=60, lr_scheduler_type="linear", server_address=str(OUT / "served"))
+of_run, total = json.loads(sys.argv[2])
+pace = Pace(of_run, total)
+args = arguments(LSAMConfig, OUT / sys.argv[3], seed=int(sys.argv[4]), **fields)
+trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(64), callbacks=[pace])
+trainer.train()
+(OUT / f"{sys.argv[3]}.json").write_text(json.dumps({"steps": trainer.state.global_step, "rates": pace.rates}))
+"""
+
+
+def test_what_an_external_worker_that_is_killed_has_left_another_makes_that_joins(tmp_path):
+    path = write_script(tmp_path / "script.py", PREAMBLE + EXTERNAL)
+    (tmp_path / "served").mkdir()
+    server = start_server(tmp_path / "served", tmp_path / "server.log")
+
+    def start(pace: str, name: str, seed: int) -> subprocess.Popen:
+        command = [sys.executable, str(path), str(tmp_path), pace, name, str(seed)]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"})
+
+    def points() -> list[dict]:
+        record = tmp_path / "first" / "lsam" / "run.json"
+        return read_record(tmp_path / "first").workers.get(0, []) if record.exists() else []
+
+    first = start("[1000, 21]", "first", 0)  # waits at its first step for the 21st of the run, which it cannot make
+    wait_until(lambda: any(entry.get("begin") for entry in points()))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = start("[0, 0]", "second", 1)
+    assert second.wait(240) == 0
+    done = json.loads((tmp_path / "second.json").read_text())
+    assert done["steps"] == 60 - 1  # but for the one that the first had begun
+    assert done["rates"] == pytest.approx([0.05 * (1 - step / 60) for step in range(1, 60)])
+    server.terminate()
+    server.wait()
+
+
+def test_a_loop_shares_steps_and_its_schedule_follows(tmp_path):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    loader = torch.utils.data.DataLoader(blobs(24), batch_size=8)
+    rates = []
+    with LSAM(model, optimizer, share_steps=True, max_steps=10, output_dir=tmp_path) as lsam:
+        schedule = lsam.schedule(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10))
+        for batch in lsam.batches(lsam.shard(loader)):
+            rates.append(optimizer.param_groups[0]["lr"])
+            lsam.step(lambda batch=batch: model(**batch))
+            schedule.step()
+        assert lsam.log()["lsam/steps_of_all"] == 10
+    assert rates == pytest.approx([0.05 * (1 - step / 10) for step in range(10)])
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    with LSAM(model, optimizer, share_steps=True, max_steps=2) as lsam, pytest.raises(ValueError, match="no batch"):
+        list(lsam.batches([]))
+    for wrong in ({"share_steps": True}, {"max_steps": 5}, {"share_steps": True, "max_steps": 0}):
+        with pytest.raises(ValueError, match="`max_steps` must be positive with share_steps=True"):
+            LSAM(model, optimizer, **wrong)
+
+
+def test_a_worker_alone_makes_bit_for_bit_what_it_makes_without_and_no_step_more_when_it_is_resumed(tmp_path):
+    def trained(share: bool, resume: bool = False) -> LSAMTrainer:
+        fields = {"num_train_epochs": 2, "lr_scheduler_type": "cosine", "sync_steps": 3, "save_strategy": "steps"}
+        args = arguments(LSAMConfig, tmp_path / str(share), share_steps=share, **fields)
+        trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(64))
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == trainer.worker.local_steps == 16
+        return trainer
+
+    anchor = trained(False).worker.anchor
+    assert torch.equal(trained(True).worker.anchor, anchor)
+    again = trained(True, resume=True)
+    assert torch.equal(again.worker.anchor, anchor)
+    assert again.session.budget.steps_begun == 16
