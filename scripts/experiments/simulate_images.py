@@ -6,7 +6,7 @@
     methods   n = 4, every method with the same three trials over its learning rate
     long      three times as many steps
     workers   error against n, LSAM and data-parallel SAM, with each worker's batch fixed
-    clock     virtual time to data-parallel SAM's accuracy: a slow worker, slow links, a pause
+    clock     virtual time of a run, and its error: a slow worker, slow links, a pause
 
 ResNet-20 of half the width on images of 16x16 pixels. Trials are judged on a tenth of the training images, held out for
 them; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has finished is not made again.
@@ -88,7 +88,7 @@ class Run:
 
     Args:
         method: a key of `METHODS`.
-        steps: of each worker.
+        steps: of each worker; of all together so many times n, where they share them (all methods without a barrier).
         learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
         sam_rho: radius of the methods with SAM's gradient.
         batch_size: of one worker.
@@ -179,7 +179,8 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
             scheduler,
             arguments.learning_rate_factor(sync_steps, momentum=0.9),
             method.get("barrier", False),
-            run.seed,
+            share_steps=not method.get("barrier", False),
+            seed=run.seed,
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -293,39 +294,44 @@ def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
     return made, markdown_table(("error, %", *(f"n = {number}" for number in numbers)), rows)
 
 
-# A step of two passes takes 0.2 s; the model is charged as if it had 22.7 M parameters (MiniLM), so a link is slowed
-# down by as much as this network is smaller.
-STEP, PARAMETERS, OWN = 0.2, 22.7e6, 68_074
+# A step takes 0.1 s; the model is charged as if it had 22.7 M parameters (MiniLM), so a link is slowed down by as much
+# as this network is smaller.
+STEP, PARAMETERS, OWN = 0.1, 22.7e6, 68_074
 CLUSTERS = {
-    "even, one machine": [{"step_seconds": STEP}] * 4,
-    "one worker at half speed": [{"step_seconds": STEP}] * 3 + [{"step_seconds": 2 * STEP}],
+    "four alike on one machine": [{"step_seconds": STEP}] * 4,
+    "one at half speed": [{"step_seconds": STEP}] * 3 + [{"step_seconds": 2 * STEP}],
+    "one pauses for a minute": [{"step_seconds": STEP}] * 3 + [{"step_seconds": STEP, "pauses": [[20.0, 60.0]]}],
     "links of 1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 125e6 * OWN / PARAMETERS}] * 4,
     "links of 0.1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 12.5e6 * OWN / PARAMETERS}] * 4,
-    "one worker pauses for a minute": [{"step_seconds": STEP}] * 3 + [{"step_seconds": STEP, "pauses": [[20.0, 60.0]]}],
+}
+CLOCKED = {
+    "LSAM without SAM": ("LSAM without SAM", SHORT),
+    "the same, 1,440 steps": ("LSAM without SAM", LONG),
+    "data-parallel SGD": ("data-parallel SGD", SHORT),
+    "DiLoCo": ("DiLoCo", SHORT),
 }
 
 
 def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Virtual seconds until all have finished, and the error then."""
-    names = ("LSAM", "data-parallel SAM", "DiLoCo")
-    plans = [
-        Run(name, seed=seed, machines=machines)
-        for machines in CLUSTERS.values()
-        for name in names
-        for seed in range(seeds)
+    """Virtual seconds until all have finished, and the error then; longer runs where links are slow."""
+    _, rates = tuned(runs)
+    cells = [
+        (label, column)
+        for label, column in itertools.product(CLUSTERS, CLOCKED)
+        if CLOCKED[column][1] == SHORT or label.startswith("links")
     ]
+    plans = []
+    for label, column in cells:
+        name, steps = CLOCKED[column]
+        plans += [Run(name, steps, rates[name], seed=seed, machines=CLUSTERS[label]) for seed in range(seeds)]
     made = runs.results(plans)
-    rows = []
-    for label, machines in CLUSTERS.items():
-        cells = []
-        for name in names:
-            own = [
-                r["points"][-1] for p, r in zip(plans, made, strict=True) if p.method == name and p.machines == machines
-            ]
-            errors = mean_and_spread([point["error"] for point in own])
-            cells.append(f"{statistics.fmean(point['virtual_seconds'] for point in own):.0f} s, {errors} %")
-        rows.append((label, *cells))
-    return made, markdown_table(("", *names), rows)
+    texts = {}
+    for index, cell in enumerate(cells):
+        points = [result["points"][-1] for result in made[index * seeds : (index + 1) * seeds]]
+        seconds = statistics.fmean(point["virtual_seconds"] for point in points)
+        texts[cell] = f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
+    rows = [(label, *(texts.get((label, column), "") for column in CLOCKED)) for label in CLUSTERS]
+    return made, markdown_table(("", *CLOCKED), rows)
 
 
 EXPERIMENTS = {each.__name__: each for each in (methods, long, workers, clock)}

@@ -5,6 +5,7 @@ python scripts/tools/write_tables.py
 
 from __future__ import annotations
 
+import statistics
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results
 from scripts.experiments.compare_text import text
+from scripts.experiments.simulate_images import CLUSTERS, SHORT
 from scripts.tools.summarize_results import table, write_between
 
 SENTENCES = REPOSITORY / "recipes/text_classification/results"
@@ -52,7 +54,7 @@ def of_runs(runs: list[dict[str, Any]]) -> str:
 
 
 def write_experiments(folder: Path) -> None:
-    """The tables of reproduce.py and simulate_images.py between the markers of the recipe's README."""
+    """The tables of reproduce.py and of the simulations between the markers of the recipe's README."""
     for path in sorted(folder.glob("results/*/*.json")):
         report = load_results(path)
         if path.parent.name == "simulated":
@@ -80,97 +82,102 @@ def write_recipes(recipes: Path) -> None:
         write_between(path.parents[1] / "README.md", "methods", table(load_results(path)))
 
 
-def final(runs: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
-    """The last points of a method's runs on the test images, by simulate_images.py."""
-    own = [run for run in runs if run["run"]["method"] == method and not run["run"]["validation"]]
+def simulated(folder: str, name: str) -> list[dict[str, Any]]:
+    """The runs of an experiment of simulate_images.py or simulate_text.py that are not trials."""
+    report = load_results(REPOSITORY / f"recipes/{folder}/results/simulated/{name}.json")
+    return [run for run in report["runs"] if not run["run"]["validation"]]
+
+
+def of_images(runs: list[dict[str, Any]], method: str, **fields: Any) -> list[dict[str, Any]]:
+    """The last points of a method's runs on the test images."""
+    own = [run for run in runs if {"method": method, **fields}.items() <= run["run"].items()]
     return [run["points"][-1] for run in own]
 
 
+def of_sentences(runs: list[dict[str, Any]], method: str, wrong_labels: float) -> list[dict[str, Any]]:
+    """A method's runs with this share of wrong labels."""
+    return [run for run in runs if (run["run"]["method"], run["run"]["wrong_labels"]) == (method, wrong_labels)]
+
+
 def summary() -> str:
-    """The table of README.md: a line a claim."""
-    quickstart = load_results(SENTENCES / "quickstart.json")
-    lsam = next(row for row in quickstart if row["method"] == "lsam")
-    reports = {name: load_results(REPOSITORY / f"benchmarks/{name}.json") for name in BENCHMARKS}
+    """The table of README.md: a line a claim, LSAM against data-parallel training."""
+    reports = {name: load_results(REPOSITORY / f"benchmarks/{name}.json") for name in ("async", "step")}
     slowed = {(row["method"], row["worker_1"]): row for row in reports["async"]["results"]}
     steps = {row["variant"]: row for row in reports["step"]["results"]}
-    pushes = {(row["megabytes"], row["senders"], row["mode"]): row for row in reports["server"]["results"]}
-    accuracy, seeds = lsam["eval_accuracy"], [run["seed"] for run in lsam["runs"]]
-    moved = sum(run["bytes_data_parallel"] for run in lsam["runs"]) / len(lsam["runs"])
+    questions, images = simulated("text_classification", "trec_wrong_labels"), simulated("cifar10_resnet20", "methods")
+    clocked = simulated("cifar10_resnet20", "clock")
+
+    def accuracy(method: str, wrong_labels: float) -> str:
+        return mean_and_spread([run["accuracy"] for run in of_sentences(questions, method, wrong_labels)], 1)
+
+    def error(method: str) -> str:
+        return mean_and_spread([point["error"] for point in of_images(images, method)], 1)
+
+    def share(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+        return f"1/{round(others[0]['bytes'] / runs[0]['bytes'])}"
+
+    def seconds(method: str, cluster: str) -> str:
+        own = of_images(clocked, method, machines=CLUSTERS[cluster], steps=SHORT)
+        errors = mean_and_spread([point["error"] for point in own], 1)
+        return f"{statistics.fmean(point['virtual_seconds'] for point in own):,.0f} s, error {errors} %"
+
     rows = [
         (
-            f"MiniLM with LoRA, {lsam['num_workers']} workers of {lsam['runs'][0]['steps_per_worker'][0]} steps: "
-            f"held-out accuracy of the anchor on {lsam['eval_examples']:,} sentences (coupling_strength="
-            f"{lsam['configuration']['coupling_strength']:g}, pulled at every step)",
-            f"{accuracy['mean']:.3f} ± {accuracy['std']:.3f}",
-            f"seeds {', '.join(map(str, seeds))}",
-        ),
-        (
-            "bytes it exchanged, of what data-parallel training would have for the same steps",
-            f"{lsam['bytes_exchanged'] / moved:.3f}",
-            f"sync_steps={lsam['configuration']['sync_steps']}",
-        ),
+            f"accuracy, {what} (1,000 TREC questions, MiniLM with LoRA, 2 workers; simulated)",
+            f"{accuracy('LSAM', wrong_labels)} %",
+            f"{accuracy('data-parallel AdamW', wrong_labels)} %; "
+            f"with SAM {accuracy('data-parallel SAM', wrong_labels)} %",
+        )
+        for what, wrong_labels in (("40 % of the training labels wrong", 0.4), ("all labels right", 0.0))
     ]
-    simulated = load_results(REPOSITORY / "recipes/cifar10_resnet20/results/simulated/methods.json")["runs"]
-    parallel = final(simulated, "data-parallel SAM")
-    for method in ("data-parallel SAM", "LSAM", "LSAM, 4 bits", "local SGD", "EASGD", "LSAM as in the paper"):
-        points = final(simulated, method)
-        errors, sent = [point["error"] for point in points], points[0]["bytes"] / parallel[0]["bytes"]
+    rows.append(
+        (
+            "error from scratch (small ResNet-20, small CIFAR-10, 4 workers, 480 steps; simulated)",
+            f"{error('LSAM without SAM')} % (`sam_rho=0`); {error('LSAM')} %",
+            f"{error('data-parallel SGD')} %; with SAM {error('data-parallel SAM')} %",
+        )
+    )
+    rows.append(
+        (
+            "bytes sent and received in these runs, n = 2 and n = 4",
+            ", ".join(
+                (
+                    share(of_sentences(questions, "LSAM", 0.0), of_sentences(questions, "data-parallel SAM", 0.0)),
+                    share(of_images(images, "LSAM"), of_images(images, "data-parallel SAM")),
+                )
+            ),
+            "1",
+        )
+    )
+    for cluster in CLUSTERS:
         rows.append(
             (
-                f"simulated: 4 workers train a small ResNet-20 on CIFAR-10 from scratch, 480 steps each; test error of "
-                f"{method}, and its bytes",
-                f"{mean_and_spread(errors, 1)} %, {sent:.2f} of data-parallel SAM's",
-                f"{len(points)} seeds",
+                f"time of the run with four workers: {cluster} (virtual clock)",
+                seconds("LSAM without SAM", cluster),
+                seconds("data-parallel SGD", cluster),
             )
         )
-    for method, label in (
-        ("lsam", "a worker's step while the other pauses for 1.5 steps at each of its own: LSAM"),
-        ("ddp", "the same: DDP"),
-    ):
-        row = slowed[method, "busy"]
-        rows.append((label, f"{row['worker_0_ratio']:.2f} x its step without", f"n = {row['worker_0_n']}"))
+    rows.append(
+        (
+            "a worker's step while the other pauses for 1.5 steps at each of its own (two processes)",
+            *(f"{slowed[method, 'busy']['worker_0_ratio']:.2f} x its step without" for method in ("lsam", "ddp")),
+        )
+    )
     for variant, label in (
-        ("lsam", "an LSAM step, of a plain Trainer step (MiniLM, all parameters, one worker, CPU)"),
-        ("lsam quarter", "the same with sam_ascent_fraction=0.25"),
-        ("lsam momentum", "the same with one pass, along the momentum (sam_direction)"),
-        ("pytorch_optimizer", "the same with pytorch_optimizer's SAM"),
-        ("davda54", "the same with a SAM of two optimizer steps, as in davda54/sam"),
+        ("lsam", "a step with SAM's two passes, of a plain Trainer step (CPU)"),
+        ("lsam quarter", "the same with `sam_ascent_fraction=0.25`"),
+        ("lsam momentum", 'the same with one pass (`sam_direction="momentum"`)'),
     ):
         if variant in steps:
-            rows.append((label, f"{steps[variant]['ratio']:.2f} x", f"n = {steps[variant]['n']}"))
-    rows.append(
-        (
-            "time of the training thread that goes into the exchange, of a step (sync_steps=16)",
-            f"{steps['lsam server']['exchange_share']:.2%}",
-            f"n = {steps['lsam server']['exchange_n']}",
-        )
+            rows.append((label, f"{steps[variant]['ratio']:.2f} x", ""))
+    clock_seeds = len({run["run"]["seed"] for run in clocked})
+    return (
+        markdown_table(("what", "LSAM", "data-parallel training"), rows)
+        + f"\n\n± is over {len(of_sentences(questions, 'LSAM', 0.0))} seeds (sentences), "
+        f"{len(of_images(images, 'LSAM'))} (images), "
+        f"{clock_seeds} (the clock). "
+        f"Simulations: {of_runs([*questions, *images, *clocked])} Benchmarks: on {origin(reports['step'])}"
     )
-    images, batch = reports["images"]["results"], reports["images"]["parameters"]["batch"]
-    loops, (_, ours, _) = images["step"], images["throughput"]
-    rows.append(
-        (
-            "an image loop's LSAM step, of two forward-backward passes of a plain PyTorch loop (ResNet-20, "
-            f"batch {batch}, CPU): glibc's malloc as it comes, and told to keep memory",
-            ", ".join(f"{loop['ratio']:.3f} x" for loop in loops),
-            f"n = {loops[0]['n']} each",
-        )
-    )
-    rows.append(
-        (
-            "images a second of two workers of one run, of two processes that share nothing",
-            f"{ours['ratio']:.3f} x",
-            f"n = {ours['n']}",
-        )
-    )
-    absorbed = [pushes[90.0, senders, "absorb"]["ratio"] for senders in (1, 4, 16)]
-    rows.append(
-        (
-            "pushes of 90 MB that a server absorbs from 1, 4, 16 workers, of a plain memory copy",
-            ", ".join(f"{ratio:.2f}" for ratio in absorbed),
-            f"n = {pushes[90.0, 1, 'absorb']['n']} each",
-        )
-    )
-    return markdown_table(("what", "measured", "n"), rows) + "\n\n" + f"On {origin(reports['step'])}"
 
 
 def write_benchmarks() -> None:
@@ -202,6 +209,7 @@ def main() -> None:
     write_lists()
     write_benchmarks()
     write_experiments(REPOSITORY / "recipes/cifar10_resnet20")
+    write_experiments(REPOSITORY / "recipes/text_classification")
     write_recipes(REPOSITORY / "recipes")
     write_between(REPOSITORY / "README.md", "results", summary())
 
