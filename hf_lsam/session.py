@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from . import sam
 from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
-from .buffers import kept_buffers, movable_buffers, moved_since, values_of
 from .budget import StepBudget
+from .buffers import kept_buffers, movable_buffers, moved_since, values_of
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators
 from .failure_signatures import FailureSignatures
