@@ -63,7 +63,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "data-parallel SAM": {"sam": True, "data_parallel": True},
     "data-parallel SGD": {"data_parallel": True},
     "local SGD": {"barrier": True},
-    "local SGD, 32 bits, tau = 8": {"barrier": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
     "DiLoCo": {
         "barrier": True,
         "lsam": {
