@@ -16,7 +16,6 @@ from recipes.common.recipe import load
 from recipes.common.results import REPOSITORY, write_atomically
 from recipes.common.tables import mean_and_spread
 from scripts.common.results import load_results
-from scripts.tools.write_tables import COMPARISONS
 
 RECIPES = REPOSITORY / "recipes"
 SENTENCES = RECIPES / "text_classification/results"
@@ -191,8 +190,8 @@ def main(folder: Path = REPOSITORY / "model_cards") -> None:
         folder: where to.
     """
     found = [*of_quickstart(SENTENCES / "quickstart.json")]
-    for name in COMPARISONS:
-        found += of_comparison(SENTENCES / f"{name}.json")
+    for path in sorted(SENTENCES.glob("comparisons/*.json")):
+        found += of_comparison(path)
     for path in sorted(RECIPES.glob("*/results/methods.json")):
         found += of_recipe(path)
     for path in sorted(EXPERIMENTS.glob("*.json")):

@@ -19,12 +19,6 @@ from scripts.experiments.simulate_images import CLUSTERS, SHORT
 from scripts.tools.summarize_results import table, write_between
 
 SENTENCES = REPOSITORY / "recipes/text_classification/results"
-COMPARISONS = {
-    "trec_full": "TREC questions, all parameters",
-    "trec_lora": "TREC, LoRA",
-    "sst2_full": "SST-2 sentences, all parameters",
-    "sst2_lora": "SST-2, LoRA",
-}
 BENCHMARKS = {
     import_module(f"scripts.benchmarks.{path.stem}").NAME: path
     for path in sorted((REPOSITORY / "scripts/benchmarks").glob("[!_]*.py"))
@@ -76,8 +70,8 @@ def write_recipes(recipes: Path) -> None:
     sentences = recipes / "text_classification"
     for name in ("short", "quickstart"):
         write_between(sentences / "README.md", name, table(load_results(sentences / f"results/{name}.json")))
-    for name in COMPARISONS:
-        write_between(sentences / "README.md", name, text(load_results(sentences / f"results/{name}.json")))
+    for path in sorted(sentences.glob("results/comparisons/*.json")):
+        write_between(sentences / "README.md", path.stem, text(load_results(path)))
     for path in sorted(recipes.glob("*/results/methods.json")):
         write_between(path.parents[1] / "README.md", "methods", table(load_results(path)))
 
