@@ -7,15 +7,16 @@ same order. Samplers of torch with a generator do; one that draws from the proce
 from __future__ import annotations
 
 import copy
+import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 
 class Generators:
@@ -84,6 +85,58 @@ class AgreedBatches:
         for part in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
+
+
+class BatchesInTurn:
+    """Batches of the sizes of the workers, in turn: of each n, Accelerate gives each worker the one of its size.
+
+    Args:
+        sampler: of the rows.
+        sizes: rows of a batch of each worker.
+        drop_last: leave out rows that do not fill a batch of each worker; else the epoch's first fill it.
+    """
+
+    batch_size = None  # none that holds for all
+
+    def __init__(self, sampler: Sampler, sizes: Sequence[int], drop_last: bool):
+        self.sampler, self.drop_last = sampler, drop_last
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        rows, in_all = len(self.sampler), sum(self._sizes)
+        return len(self._sizes) * (rows // in_all if self.drop_last else -(-rows // in_all))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, first = iter(self.sampler), None
+        while taken := list(itertools.islice(rows, sum(self._sizes))):
+            first = first or taken
+            missing = sum(self._sizes) - len(taken)
+            if missing and self.drop_last:
+                return
+            taken = [*taken, *itertools.islice(itertools.cycle(first), missing)]
+            for size in self._sizes:
+                yield taken[:size]
+                taken = taken[size:]
+
+
+def share_unevenly(loader: DataLoader, sizes: Sequence[int]) -> None:
+    """Makes the shards of a loader that Accelerate has prepared shards of batches of different sizes.
+
+    Args:
+        sizes: of each worker's batches.
+
+    Raises:
+        ValueError: if the loader does not batch rows by their index.
+    """
+    shard = loader.batch_sampler
+    if not (isinstance(shard, BatchSamplerShard) and isinstance(shard.batch_sampler, BatchSampler)):
+        raise ValueError(
+            f"The workers' batches have {list(sizes)} rows, and a stream, or a batch sampler of one's own, is shared "
+            "in batches of one size: rows would be seen twice, or never. Use the same batch size in every worker, a "
+            "data set with a length, or data_distribution='independent'."
+        )
+    shard.batch_sampler = BatchesInTurn(shard.batch_sampler.sampler, sizes, shard.batch_sampler.drop_last)
+    shard.batch_size, shard.even_batches = None, False  # all of a turn are whole
 
 
 def agree_on_order(loader: DataLoader, seed: int) -> DataLoader:

@@ -83,6 +83,7 @@ class Session:
         self.finished = False
         self.cast: list[tuple[Tensor, torch.dtype]] = []
         self._sam_rho = arguments.sam_rho
+        self._weight = 1.0
         self._final_drift = 0.0
         self._record_at = 0.0  # when the next entry is due, by time.monotonic()
         self._at_step_begin = False  # no micro-batch of the next step has been seen
@@ -123,6 +124,24 @@ class Session:
         self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer))
         logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
 
+    def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> list[int]:
+        """Tells the launch how large this worker's batches are, and weighs its differences by what it trains on.
+
+        All workers must call it as often. Blocking: until all have.
+
+        Args:
+            rows: of a batch of its data.
+            rows_per_step: of an optimizer step, all micro-batches together.
+
+        Returns:
+            `rows` of each worker, in the order of ranks.
+        """
+        sizes = self.run.agree("batch_sizes", self.run.gather("batch_size", [rows, rows_per_step]))
+        self._weight = rows_per_step * len(sizes) / sum(each for _, each in sizes)
+        if self.worker is not None:
+            self.worker.weigh(self._weight)
+        return [each for each, _ in sizes]
+
     @property
     def device(self) -> torch.device:
         """Of what is trained, once prepared."""
@@ -153,6 +172,7 @@ class Session:
             arguments.server_settings(self.sync_steps),
             server_state,
         )
+        self.worker.weigh(self._weight)
         self.metrics = WorkerMetrics(self.worker)
         self.hooks = StepHooks(self.optimizer, self.worker, self._factor)
         self.budget = None

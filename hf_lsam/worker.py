@@ -72,6 +72,10 @@ class Worker:
             self._last_anchor, self._move = self.anchor.clone(), vector()
         self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings, self.parameters)
 
+    def weigh(self, weight: float) -> None:
+        """Sets how much this worker's differences count (see `WorkerHalf.weight`)."""
+        self._algorithm.weight = weight
+
     def adopt_anchor(self) -> None:
         """x <- y: how a worker begins, so that all begin at one point."""
         self.layout.write(self.anchor, self.parameters)

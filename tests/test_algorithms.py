@@ -339,3 +339,30 @@ def test_a_pull_at_every_step_slows_a_steady_drift_by_its_closed_form(coupling, 
     unbraked = eta * slope / (1 - momentum)
     slowdown = drift_slowdown(strength, tau, anchor_lr, coupling == "score", momentum)
     assert speed == pytest.approx(unbraked / slowdown, rel=1e-3)
+
+
+@pytest.mark.parametrize("coupling", ["merge", "decoupled"])
+def test_a_difference_counts_with_the_rows_that_its_worker_has_seen(coupling):
+    def run(weights: list[float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        core = ServerCore(torch.zeros(3), ServerSettings(2))
+        xs = [nn.Parameter(torch.zeros(3)) for _ in weights]
+        links = [InProcessLink(core, rank) for rank in range(len(weights))]
+        settings = WorkerSettings(2, 1.0 if coupling == "merge" else 0.0, coupling)
+        workers = [Worker([("x", x)], link, settings) for x, link in zip(xs, links, strict=True)]
+        for worker, weight in zip(workers, weights, strict=True):
+            worker.weigh(weight)
+        for _ in range(2):
+            for rank, (x, worker) in enumerate(zip(xs, workers, strict=True)):
+                x.data += (rank + 1) * torch.tensor([0.1, 0.2, 0.3])
+                worker.after_optimizer_step([0.1])
+        for worker in workers:
+            worker.pull_newest()
+        return core.anchor.vector.clone(), [x.detach().clone() for x in xs]
+
+    move = torch.tensor([0.2, 0.4, 0.6]) if coupling == "merge" else torch.tensor([0.15, 0.3, 0.45])
+    anchor, xs = run([0.5, 1.5])  # of 8 and of 24 rows
+    torch.testing.assert_close(anchor, move * (0.5 * 1 + 1.5 * 2) / 2)
+    if coupling == "merge":  # all that was handed in is counted: they hold y
+        for x in xs:
+            torch.testing.assert_close(x, anchor)
+    torch.testing.assert_close(run([1.0, 1.0])[0], move * 1.5)

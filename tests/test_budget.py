@@ -1,6 +1,7 @@
-"""budget.py: workers that share the steps of a run, in real processes; under a virtual clock in test_simulation.py.
+"""Uneven workers, in real processes: some share the steps of a run (budget.py), some have batches of their own size.
 
-A slow worker waits, at each of its steps, until the run has come on by so many steps: the fast one waits for nobody.
+What sharing steps spares, under a virtual clock, is in test_simulation.py. Here a slow worker waits, at each of its
+steps, until the run has come on by so many steps: the fast one waits for nobody.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from launch import accelerate_launch, wait_until, write_script
 from models import arguments, blobs, net
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
+from hf_lsam.data import BatchesInTurn, share_unevenly
 from hf_lsam.record import read_record
 from hf_lsam.server.lifetime import start_server
 
@@ -165,3 +167,52 @@ def test_a_worker_alone_makes_bit_for_bit_what_it_makes_without_and_no_step_more
     again = trained(True, resume=True)
     assert torch.equal(again.worker.anchor, anchor)
     assert again.session.budget.steps_begun == 16
+
+
+BATCHES = """
+class Watched(LSAMTrainer):
+    drawn = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.drawn.append([round(value, 4) for value in inputs["x"][:, 0].tolist()])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+fields = dict(num_train_epochs=2, train_sampling_strategy="random", per_device_train_batch_size=[4, 12][RANK])
+trainer = Watched(model=net(), args=arguments(LSAMConfig, OUT / "run", **fields), train_dataset=blobs(64))
+trainer.train()
+report(drawn=trainer.drawn, weight=trainer.worker._algorithm.weight, anchor=trainer.worker.anchor.tolist())
+"""
+
+
+def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_them(tmp_path):
+    path = write_script(tmp_path / "script.py", PREAMBLE + BATCHES)
+    accelerate_launch(path, str(tmp_path), PYTHONPATH=PATHS)
+    small, large = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert (small["weight"], large["weight"]) == (0.5, 1.5)
+    assert [len(batch) for batch in small["drawn"]] == [4] * 8  # two epochs of as many steps in both
+    assert [len(batch) for batch in large["drawn"]] == [12] * 8
+    rows = sorted(round(row["x"][0].item(), 4) for row in blobs(64).rows)
+    for epoch in (slice(0, 4), slice(4, 8)):
+        assert sorted(x for each in (small, large) for batch in each["drawn"][epoch] for x in batch) == rows
+    assert small["drawn"][:4] != small["drawn"][4:]
+    assert small["anchor"] == large["anchor"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "drop_last", "batches"), [(32, False, 4), (20, False, 4), (20, True, 2), (3, False, 2)]
+)
+def test_batches_in_turn_are_whole_and_begin_anew_where_rows_run_out(rows, drop_last, batches):
+    made = BatchesInTurn(torch.utils.data.SequentialSampler(range(rows)), [4, 12], drop_last)
+    drawn = list(made)
+    assert len(drawn) == len(made) == batches
+    assert [len(batch) for batch in drawn] == [4, 12] * (batches // 2)
+    flat = [row for batch in drawn for row in batch]
+    assert flat[:rows] == list(range(rows))[: len(flat)]
+    assert all(row == (place - rows) % min(rows, 16) for place, row in enumerate(flat) if place >= rows)
+
+
+def test_a_stream_is_not_shared_in_batches_of_different_sizes():
+    loader = torch.utils.data.DataLoader(blobs(8), batch_size=2)
+    with pytest.raises(ValueError, match="Use the same batch size in every worker"):
+        share_unevenly(loader, [2, 4])

@@ -77,9 +77,14 @@ class WorkerHalf:
         settings: see `WorkerSettings`.
         x: the worker's parameters.
 
+    Attributes:
+        weight: of this worker in the mean difference of "lsam", where workers' batches differ in size: its rows a step
+            over the workers' mean. The weights of a launch sum to n.
+
     Process: the training thread; nothing here waits.
     """
 
+    weight = 1.0
     hands_in_a_part = True  # whether a period that the run's end cuts short is handed in
     wants_loss = False  # whether the server is told the mean loss
 

@@ -50,6 +50,12 @@ class StepwiseCoupling(WorkerHalf):
     def after_step(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor]) -> None:
         pull_and_accumulate(x, y, push, self.settings.pull if self.settings.coupling == "decoupled" else 0.0)
 
+    def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
+        """push = w sum of (x - y)."""
+        if self.weight != 1:
+            torch._foreach_mul_(list(push), self.weight)
+        return steps
+
     def after_push(self, push: Sequence[Tensor]) -> None:
         torch._foreach_zero_(list(push))
 
@@ -69,11 +75,11 @@ class Merge(WorkerHalf):
 
     @torch.no_grad()
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
-        """push = tau (x - r), which counts as tau steps however many it took: the server's mean over steps is the mean
-        movement of those who pushed. r <- x."""
+        """push = w tau (x - r), which counts as tau steps however many it took: the server's mean over steps is the
+        mean movement of those who pushed, weighted. r <- x."""
         for current, known, handed_in in blocks([parameter.detach() for parameter in x], self._known, push):
             torch._foreach_copy_(handed_in, torch._foreach_sub(current, known))
-            torch._foreach_mul_(handed_in, float(self.settings.sync_steps))
+            torch._foreach_mul_(handed_in, self.weight * self.settings.sync_steps)
             torch._foreach_copy_(known, current)
         return self.settings.sync_steps
 
@@ -85,7 +91,7 @@ class Merge(WorkerHalf):
         for current, known, anchor, last in blocks([p.detach() for p in x], self._known, y, handed_in):
             shift = torch._foreach_sub(anchor, known)
             if uncounted is not None:
-                torch._foreach_add_(shift, last, alpha=1.0 / self.settings.sync_steps)
+                torch._foreach_add_(shift, last, alpha=1.0 / (self.weight * self.settings.sync_steps))
             torch._foreach_mul_(shift, share)
             torch._foreach_add_(known, shift)
             torch._foreach_add_(current, shift)

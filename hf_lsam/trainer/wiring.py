@@ -31,7 +31,7 @@ from ..batchnorm import kept_statistics
 from ..budget import RunSchedule
 from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
-from ..data import agree_on_order
+from ..data import agree_on_order, share_unevenly
 from ..identity import data_sharding, is_pinned
 from ..parameters import in_stored_types, trainable_parameters
 from ..record import read_record
@@ -128,6 +128,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
             args.eval_on_start = False
         self.session = Session(args, Path(args.output_dir))
         self._callback = LSAMCallback(self, self.session)
+        self._batch_sizes: list[int] = []  # of each worker, while and after it trains
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
         super().__init__(*positional, **keywords)
@@ -258,7 +259,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         before, config.data_seed = config.data_seed, seed
         try:
             with data_sharding(num_shards):
-                return agree_on_order(super().get_train_dataloader(), seed)
+                loader = super().get_train_dataloader()
+                if num_shards > 1 and len(set(self._batch_sizes)) > 1:
+                    share_unevenly(loader, self._batch_sizes)
+                return agree_on_order(loader, seed)
         finally:
             config.data_seed = before
 
@@ -321,7 +325,12 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
 
         def batches():
-            return itertools.islice(self._train_dataloader(1, self._data_seed), self.args.batchnorm_batches)
+            own, self._train_batch_size = self._train_batch_size, min(self._batch_sizes or [self._train_batch_size])
+            try:
+                loader = self._train_dataloader(1, self._data_seed)
+            finally:
+                self._train_batch_size = own
+            return itertools.islice(loader, self.args.batchnorm_batches)
 
         def forward(batch):
             return self.compute_loss(self.model, self._prepare_inputs(batch))
@@ -361,6 +370,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
         self._refuse_unwritable()
         self._common_checkpoint = None
         identity = self.args.identity
+        rows = self.args.train_batch_size
+        self._batch_sizes = self.session.agree_on_batch_sizes(rows, rows * self.args.gradient_accumulation_steps)
         if identity.rank == 0 and identity.num_workers > 1:
             self._callback.others = OtherWorkers(Path(self.args.output_dir), identity.num_workers)
         if resume_from_checkpoint:
