@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -243,3 +244,13 @@ def test_the_defaults_in_how_it_works_are_those_of_the_arguments():
                 assert defaults[name] == value
         checked.update(names)
     assert len(checked) == 7
+
+
+def test_the_versions_that_the_project_admits_were_tried_and_the_page_says_so():
+    from scripts.tools import try_versions
+
+    tried = json.loads(try_versions.RESULTS.read_text())
+    assert tried["lowest"]["asked"] == ", ".join(try_versions.requirements("lowest"))
+    assert all(test["passed"] for result in tried.values() for test in result["tests"].values())
+    page = try_versions.PAGE.read_text().split("<!-- versions:begin -->\n")[1].split("\n<!-- versions:end -->")[0]
+    assert page == try_versions.table(tried)
