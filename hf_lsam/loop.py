@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .arguments import TRAINER_ONLY, LSAMArguments
+from .arguments import TRAINER_ONLY, LSAMArguments, refuse_former_names
 from .checkpoint import SERVER_STATE, WORKER_STATE
 from .data import agree_on_order, from_the_start
 from .fields import marked
@@ -104,6 +104,7 @@ class LSAM:
         resume_from: str | Path | None = None,
         **lsam: Any,
     ):
+        refuse_former_names(lsam)
         known = {field.name for field in fields(LSAMArguments)}.difference(NOT_IN_A_LOOP)
         unknown = sorted(lsam.keys() - known)
         if unknown:
