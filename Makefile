@@ -35,9 +35,10 @@ style: .venv/.quality  ## Formats the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: .venv/.quality  ## Checks format and style
+quality: .venv/.quality .venv/.test  ## Checks format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: .venv/.docs  ## Builds the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -56,7 +57,7 @@ clean:  ## Removes .venv, site/ and dist/
 	$(PYTHON) -m venv .venv
 
 .venv/.quality: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet "$$(sed -n 's/^ *"\(ruff==[0-9.]*\)".*/\1/p' pyproject.toml)"
+	$(BIN)/pip install --quiet $$(sed -n 's/^ *"\(\(ruff\|mypy\)==[0-9.]*\)".*/\1/p' pyproject.toml)
 	touch $@
 
 .venv/.docs: pyproject.toml | .venv/bin/python

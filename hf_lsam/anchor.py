@@ -44,6 +44,7 @@ class Anchor:
         self.version = 0
         self._beta = momentum_correction
         self._previous: Tensor | None = None
+        self._optimizer: torch.optim.Optimizer
         if optimizer == "adam":
             self._optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(momentum, 0.999))
         elif optimizer in OPTIMIZERS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -52,6 +52,18 @@ LANDSCAPE_POINTS = Rule(
     lambda points: type(points) is int and (points == 0 or (points >= 5 and points % 4 == 1)),
 )
 TRAINER_ONLY = "a field that needs Trainer's data loader or its loss"
+# What fields were called, and what they are called now.
+FORMER_NAMES = {"server_rule": "algorithm, with 'lsam', 'easgd' and 'lsgd' for 'smoothed', 'elastic' and 'leader'"}
+
+
+def refuse_former_names(names: Iterable[str]) -> None:
+    """
+    Raises:
+        TypeError: for the name that a field had before.
+    """
+    for name in names:
+        if name in FORMER_NAMES:
+            raise TypeError(f"`{name}` is now {FORMER_NAMES[name]}.")
 
 
 @dataclass
@@ -196,6 +208,10 @@ class LSAMArguments:
     batchnorm_batches: Annotated[int, whole(1, "batchnorm_statistics='worker' keeps the worker's own.")] = 32
     landscape_points: Annotated[int, LANDSCAPE_POINTS, TRAINER_ONLY] = 0
     landscape_batches: Annotated[int, whole(1, "landscape_points=0 measures nothing."), TRAINER_ONLY] = 4
+
+    def __new__(cls, *_: Any, **fields: Any):
+        refuse_former_names(fields)
+        return super().__new__(cls)
 
     def __post_init__(self):
         self._saving_own_state = False

@@ -199,7 +199,8 @@ def anchor_lr_bound(
         g = [-(1 + beta) * b, beta * b, 0.0]
         v = [g[0], g[1], momentum]
         e = [a + lr * (g[0] + momentum * v[0]), lr * (g[1] + momentum * v[1]), lr * momentum * v[2]]
-        return torch.linalg.eigvals(torch.tensor([e, [1.0, 0.0, 0.0], v], dtype=torch.float64)).abs().max().item()
+        companion = torch.tensor([e, [1.0, 0.0, 0.0], v], dtype=torch.float64)
+        return float(torch.linalg.eigvals(companion).abs().max())
 
     low, high = 0.0, closed_form
     for _ in range(50):

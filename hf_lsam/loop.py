@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .arguments import TRAINER_ONLY, LSAMArguments
+from .arguments import TRAINER_ONLY, LSAMArguments, refuse_former_names
 from .budget import RunSchedule
 from .checkpoint import SERVER_STATE, WORKER_STATE
 from .data import agree_on_order, from_the_start
@@ -108,6 +108,7 @@ class LSAM:
         resume_from: str | Path | None = None,
         **lsam: Any,
     ):
+        refuse_former_names(lsam)
         known = {field.name for field in fields(LSAMArguments)}.difference(NOT_IN_A_LOOP)
         unknown = sorted(lsam.keys() - known)
         if unknown:

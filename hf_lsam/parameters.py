@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,7 @@ class ParameterLayout:
         torch._foreach_copy_([tensor.detach() for tensor in tensors], self.views(flat))
 
 
-def first_difference(ours: Sequence, theirs: Sequence) -> str:
+def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
     """Names the first entry in which two manifests differ, for the error a refused worker prints."""
     for mine, other in zip(ours, theirs, strict=False):
         if list(mine) != list(other):

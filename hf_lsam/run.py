@@ -84,6 +84,7 @@ class Run:
         server_log: file that receives the log of the server process, if this worker starts it.
         server_address: of a running server to join (see `joining.TRANSPORTS`), or None.
         timeouts: see `Timeouts`.
+        transport: how to join, where it is not what the address or the number of workers says.
 
     Raises:
         ValueError: if no transport joins by such an address.
@@ -99,17 +100,20 @@ class Run:
         server_log: Path,
         server_address: str | None = None,
         timeouts: Timeouts | None = None,
+        transport: Transport | None = None,
     ):
         timeouts = timeouts or Timeouts()
         self._identity = identity
         self._store = LaunchStore(identity)
-        self._transport: Transport
-        if server_address is not None:
-            self._transport = transport_of(server_address, timeouts)
+        self.transport: Transport
+        if transport is not None:
+            self.transport = transport
+        elif server_address is not None:
+            self.transport = transport_of(server_address, timeouts)
         elif identity.num_workers == 1:
-            self._transport = Alone()
+            self.transport = Alone()
         else:
-            self._transport = Launch(identity, self._store, shared_memory_dir, server_log, timeouts)
+            self.transport = Launch(identity, self._store, shared_memory_dir, server_log, timeouts)
         self._link: Link | None = None
 
     def join(
@@ -132,7 +136,7 @@ class Run:
         """
         parameters = [parameter.detach() for _, parameter in named]
         request = JoinRequest(ParameterLayout(named), parameters, server_settings, server_state)
-        self._link = self._transport.join(request)
+        self._link = self.transport.join(request)
         return Worker(named, self._link, worker_settings)
 
     def leave(self, failed: bool = False) -> None:
@@ -146,7 +150,7 @@ class Run:
             finished = self._link.status.finished
             self._link.close(failed)
             self._link = None
-        self._transport.leave(finished)
+        self.transport.leave(finished)
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
         """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.

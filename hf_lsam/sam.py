@@ -143,7 +143,7 @@ def perturb(
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     if not moved:
         return []
-    gradients = [parameter.grad for parameter in moved]
+    gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
     if any(gradient.is_sparse for gradient in gradients):
         raise ValueError(
             "A gradient is sparse (nn.Embedding(sparse=True)?). The perturbation is dense: it moves every weight, so "

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import PATIENCE
+from launch import TIMEOUT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -59,7 +59,7 @@ class Browser:
         try:
             self._session = None
             self("Browser.close")
-            self._process.wait(timeout=PATIENCE)
+            self._process.wait(timeout=TIMEOUT)
         finally:
             if self._process.poll() is None:
                 self._process.kill()
@@ -109,7 +109,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._answers], [], [], PATIENCE)
+            ready, _, _ = select.select([self._answers], [], [], TIMEOUT)
             data = os.read(self._answers, 1 << 20) if ready else b""
             if not data:
                 raise AssertionError("the browser has ended, or says nothing")

@@ -15,6 +15,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# As many test processes run as there are cores: threads that wait for each other would spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from launch import SESSION, SHARED_MEMORY, own_processes, own_shared_memory
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
 # What must happen on an idle machine within a second may take this long on one that is busy.
-PATIENCE = 240.0
+TIMEOUT = 240.0
 # All that tests start inherits it, and so do the servers that outlive who started them: sessions on one machine can
 # tell whose a process is.
 SESSION = "HF_LSAM_TEST_SESSION"
@@ -26,6 +28,11 @@ SESSION = "HF_LSAM_TEST_SESSION"
 def own_processes() -> list[tuple[int, str]]:
     """(pid, command line) of this process's descendants, and of what they have started and left behind."""
     found = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            # The servers of this session themselves, not what they have forked.
+            if any(word.startswith("from multiprocessing.") for word in process.cmdline()):
+                found.pop(process.pid, None)
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # gone, or another user's
             if process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]:
@@ -63,9 +70,9 @@ def wait_until(condition: Callable[[], object], explain: Callable[[], object] = 
     """Returns once the condition holds.
 
     Raises:
-        AssertionError: with what `explain` says, if it still does not after `PATIENCE`.
+        AssertionError: with what `explain` says, if it still does not after `TIMEOUT`.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, explain()
         time.sleep(0.02)
@@ -79,6 +86,13 @@ def free_port() -> int:
             return probe.getsockname()[1]
 
 
+# Importing what a worker needs takes 6 CPU seconds. A launch may be forked from a process that has done so, which the
+# first one starts, and torchrun's own options have its workers forked from it.
+fork_server = multiprocessing.get_context("forkserver")
+fork_server.set_forkserver_preload(["accelerate.commands.launch", "torch.distributed.run", "hf_lsam.trainer"])
+FORK_WORKERS = {"PET_START_METHOD": "fork", "PET_RUN_PATH": "1"}
+
+
 def accelerate_launch(
     script: str | Path,
     *arguments: str,
@@ -86,6 +100,7 @@ def accelerate_launch(
     multi_gpu: bool = True,
     check: bool = True,
     extra: tuple[str, ...] = (),
+    fork: bool = False,
     **environment: str,
 ) -> subprocess.CompletedProcess:
     """Runs `accelerate launch` on CPU workers.
@@ -96,17 +111,45 @@ def accelerate_launch(
         multi_gpu: without it `accelerate launch` starts one process on a CPU machine.
         check: raise, with the output, if the run fails.
         extra: further options of `accelerate launch`.
+        fork: spare its processes their imports, where nothing depends on how they begin or end: a forked worker
+            inherits the launcher's signal handlers, and stays until its launcher has seen all of them end.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--multi_gpu"] if multi_gpu else []
-    command += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", *extra, str(script), *arguments]
+    options = ["--multi_gpu"] if multi_gpu else []
+    options += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", "0", *extra, str(script), *arguments]
     # Warnings are errors in the tests' own process; the workers' are looked at where a test is about them.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if fork:
+        run = _forked_launch(Path(script), options, {**environment, **FORK_WORKERS})
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if check and run.returncode != 0:
         raise AssertionError(f"exit code {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}")
     return run
+
+
+def _forked_launch(script: Path, options: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        launcher = fork_server.Process(target=_launch, args=(script, options, environment, outputs))
+        launcher.start()
+        launcher.join()
+        said = [path.read_text() for path in outputs]
+    return subprocess.CompletedProcess(options, launcher.exitcode, *said)
+
+
+def _launch(script: Path, options: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    """What `python -m accelerate.commands.launch` does, in a forked process."""
+    from accelerate.commands import launch
+
+    for descriptor, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [str(script.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.argv[1:] = options
+    launch.main()
 
 
 def write_script(path: Path, source: str) -> Path:

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_lsam import LSAMArguments, LSAMConfig
+from hf_lsam import LSAM, LSAMArguments, LSAMConfig
 from hf_lsam.identity import Identity
 
 
@@ -96,8 +97,8 @@ def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
     }
     args = config(tmp_path, **values)
     given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}
-    patience = args.timeouts()
-    for settings in (args.worker_settings(9), args.server_settings(9), patience, patience.service):
+    timeouts = args.timeouts()
+    for settings in (args.worker_settings(9), args.server_settings(9), timeouts, timeouts.service):
         told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         told.pop("service", None)
         assert told == {name: given[name] for name in told}
@@ -261,6 +262,14 @@ def test_every_training_argument_is_there_and_unknown_ones_are_errors(tmp_path):
         config(tmp_path, sam_roh=0.1)
     with pytest.raises(ValueError, match="sam_roh"):
         HfArgumentParser(LSAMConfig).parse_dict({"output_dir": str(tmp_path), "sam_roh": 0.1})
+
+
+def test_the_former_name_of_a_field_is_refused_with_its_new_one(tmp_path):
+    with pytest.raises(TypeError, match="`server_rule` is now algorithm, with 'lsam'"):
+        config(tmp_path, server_rule="smoothed")
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="`server_rule` is now algorithm, with 'lsam'"):
+        LSAM(model, torch.optim.SGD(model.parameters()), server_rule="smoothed")
 
 
 def test_arguments_survive_the_command_line_and_json(tmp_path):

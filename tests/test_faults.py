@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import PATIENCE, accelerate_launch, wait_until, write_script
+from launch import TIMEOUT, accelerate_launch, wait_until, write_script
 from lockstep import SYNC_STEPS, LockstepProblem, digest, initial_parameters
 from models import arguments, blobs, net, vector
 from torch import nn
@@ -66,7 +66,7 @@ def signal_handlers_stay():
         signal.signal(number, handler)
 
 
-# --- guests: scripts/stress/chaos.py's workers, one schedule each ---
+# --- external workers: scripts/stress/chaos.py's workers, one schedule each ---
 
 
 def outcome_of(*faults: Fault) -> chaos.Outcome:
@@ -75,13 +75,13 @@ def outcome_of(*faults: Fault) -> chaos.Outcome:
     return outcome
 
 
-def test_a_guest_that_is_killed_is_dropped_and_each_push_is_counted_once():
+def test_an_external_worker_that_is_killed_is_dropped_and_each_push_is_counted_once():
     outcome = outcome_of(Fault(2, 70, "kill"), Fault(0, 100, "join"))
     assert sorted(report["worker"] for report in outcome.reports) == [0, 1, 3, 4]
     assert outcome.restarts == 0  # so `run_schedule` has compared every worker's count with the server's
 
 
-def test_a_guest_that_hangs_is_evicted_and_begins_again_when_it_wakes():
+def test_an_external_worker_that_hangs_is_evicted_and_begins_again_when_it_wakes():
     outcome = outcome_of(Fault(2, 70, "stop"))
     assert len(outcome.reports) == 4
     stopped = next(report for report in outcome.reports if report["worker"] == 2)
@@ -97,7 +97,7 @@ def test_fifty_steps_of_nan_are_refused_and_counted_and_the_worker_begins_again(
     assert all(report["refused"] == 0 for report in outcome.reports if report["worker"] != 1)
 
 
-def test_guests_outlive_a_server_that_is_killed_and_started_again():
+def test_external_workers_outlive_a_server_that_is_killed_and_started_again():
     outcome = outcome_of(Fault(0, 50, "kill server"), Fault(3, 120, "kill server"))
     assert outcome.restarts == 2
     assert len(outcome.reports) == 4
@@ -113,13 +113,13 @@ def test_ten_random_schedules_end_as_a_run_without_faults_does():
         assert outcome.failures == [], schedule
 
 
-def test_the_place_of_a_dead_guest_is_taken_by_a_new_one_that_begins_at_the_anchor(tmp_path):
+def test_the_place_of_a_dead_external_worker_is_taken_by_a_new_one_that_begins_at_the_anchor(tmp_path):
     cluster = Cluster(tmp_path / "run", tmp_path / "log")
     try:
         cluster.start_worker([Fault(0, 30, "kill")])
         while cluster.workers:
             cluster.look_after()
-        run, worker = join_as_guest(cluster.folder, chaos.DIMENSION, chaos.SYNC_STEPS)
+        run, worker = join_by_address(cluster.folder, chaos.DIMENSION, chaos.SYNC_STEPS)
         worker.adopt_anchor()
         assert worker.link.worker == 0
         assert worker.version > 0
@@ -133,34 +133,34 @@ def test_the_place_of_a_dead_guest_is_taken_by_a_new_one_that_begins_at_the_anch
     assert "worker 0 is gone" in (tmp_path / "log").read_text()
 
 
-def test_a_guest_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
+def test_an_external_worker_that_comes_before_its_server_waits_for_it(tmp_path, caplog):
     folder, results = tmp_path / "run", []
     folder.mkdir()
 
     def body():
         try:
-            run, worker = join_as_guest(folder, 3, 4)
+            run, worker = join_by_address(folder, 3, 4)
             results.append(worker.link.worker)
             run.leave()
         except ServerGone as error:
             results.append(error)
 
     with caplog.at_level(logging.INFO, "hf_lsam.joining"):
-        guest = threading.Thread(target=body)
-        guest.start()
+        external = threading.Thread(target=body)
+        external.start()
         wait_until(lambda: "waiting for a server in server_address=" in caplog.text or results)
     cluster = Cluster(folder, tmp_path / "log")
     try:
-        guest.join()
+        external.join()
         assert results == [0]
     finally:
         cluster.end()
         cluster.kill_all()
 
 
-def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tuple[Run, Worker]:
+def join_by_address(folder: Path, numel: int, sync_steps: int, **timeouts) -> tuple[Run, Worker]:
     """Joins the run in `folder` from the test's own process, with the settings of chaos.py's workers."""
-    run = Run(Identity(), folder, folder / "log", str(folder), Timeouts(**{"server_timeout": PATIENCE, **patience}))
+    run = Run(Identity(), folder, folder / "log", str(folder), Timeouts(**{"server_timeout": TIMEOUT, **timeouts}))
     settings = ServerSettings(sync_steps, anchor_momentum_correction=0.0)
     try:
         worker = run.join([("x", nn.Parameter(torch.zeros(numel)))], WorkerSettings(sync_steps), settings)
@@ -170,16 +170,16 @@ def join_as_guest(folder: Path, numel: int, sync_steps: int, **patience) -> tupl
     return run, worker
 
 
-def test_a_guest_with_other_settings_or_without_a_server_is_refused(tmp_path):
+def test_an_external_worker_with_other_settings_or_without_a_server_is_refused(tmp_path):
     with pytest.raises(ServerGone, match=r"No server runs in .*python -m hf_lsam\.server --run_dir"):
-        join_as_guest(tmp_path, 3, 4, server_timeout=0.1)
+        join_by_address(tmp_path, 3, 4, server_timeout=0.1)
     cluster = Cluster(tmp_path / "run", tmp_path / "log")
     try:
-        run, _ = join_as_guest(cluster.folder, 3, 4)
+        run, _ = join_by_address(cluster.folder, 3, 4)
         with pytest.raises(RefusedError, match="sync_steps is 8 here and 4 in the run"):
-            join_as_guest(cluster.folder, 3, 8)
+            join_by_address(cluster.folder, 3, 8)
         with pytest.raises(RefusedError, match=r"This worker's trainable.*`x` \[4\]"):
-            join_as_guest(cluster.folder, 4, 4)
+            join_by_address(cluster.folder, 4, 4)
         run.leave()
         assert cluster.end() == 143
     finally:
@@ -217,7 +217,7 @@ def test_a_server_by_hand_keeps_its_snapshot_and_goes_on_from_it(tmp_path):
         unfinished.mkdir()
         (unfinished / "snapshot.safetensors").touch()
         first._start_server(resume=True)
-        run, worker = join_as_guest(first.folder, chaos.DIMENSION, chaos.SYNC_STEPS)
+        run, worker = join_by_address(first.folder, chaos.DIMENSION, chaos.SYNC_STEPS)
         assert not unfinished.exists()
         assert worker.version > before > 0
         assert torch.equal(worker.anchor, state["anchor"])
@@ -263,7 +263,7 @@ class Served:
             time.sleep(0.01)
 
     def join(self, **options) -> SharedMemoryLink:
-        return SharedMemoryLink(self.folder, 0, self.layout, CPU, server_timeout=PATIENCE, **options)
+        return SharedMemoryLink(self.folder, 0, self.layout, CPU, server_timeout=TIMEOUT, **options)
 
     def kill(self) -> None:
         self.server.kill()
@@ -273,7 +273,7 @@ class Served:
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.join(PATIENCE)
+        self.server.join(TIMEOUT)
         self.kill()
         self.folder.remove()
 
@@ -367,28 +367,28 @@ def test_a_server_killed_while_it_publishes_leaves_the_last_anchor_readable(tmp_
         assert finish(link).tolist() == [1.0] * NUMEL
 
 
-def test_a_guest_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_path):
+def test_an_external_worker_of_a_launch_is_asked_to_stop_when_the_launch_has_finished(tmp_path):
     with Served(tmp_path) as run:
         link = run.join()
-        guest = SharedMemoryLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=PATIENCE)
-        assert guest.worker == 1
-        for who in (link, guest):
+        external = SharedMemoryLink(run.folder, ANY_NUMBER, run.layout, CPU, server_timeout=TIMEOUT)
+        assert external.worker == 1
+        for who in (link, external):
             who.push(torch.ones(NUMEL) * 4, 4, 0)
             who.settle()
         assert run.folder.version == 1  # n = 2
         results = []
         waiting = threading.Thread(target=lambda: results.append(finish(link)))
         waiting.start()
-        while not guest.status.stop_requested:
-            guest.poll(1, torch.empty(NUMEL))
-        guest.push(torch.ones(NUMEL) * 4, 4, 1)  # of the steps it made meanwhile
-        guest.settle()
-        results.append(finish(guest))
+        while not external.status.stop_requested:
+            external.poll(1, torch.empty(NUMEL))
+        external.push(torch.ones(NUMEL) * 4, 4, 1)  # of the steps it made meanwhile
+        external.settle()
+        results.append(finish(external))
         waiting.join()
         assert [result.tolist() for result in results] == [[2.0] * NUMEL] * 2
 
 
-def test_a_worker_of_a_launch_that_ends_with_an_error_does_not_harm_a_guest_and_a_guest_nobody(tmp_path):
+def test_a_worker_of_a_launch_that_ends_with_an_error_does_not_harm_an_external_one_nor_that_one_the_others(tmp_path):
     with Served(tmp_path) as run:
         link = run.join()
         first, second = (SharedMemoryLink(run.folder, ANY_NUMBER, run.layout, CPU) for _ in range(2))
@@ -484,7 +484,7 @@ def test_a_saver_killed_at_any_instant_leaves_a_whole_file(tmp_path):
         has_saved = processes.Event()
         saver = processes.Process(target=save_for_ever, args=[has_saved])
         saver.start()
-        assert has_saved.wait(PATIENCE)
+        assert has_saved.wait(TIMEOUT)
         saver.join(generator.uniform(0.0, 0.05))
         saver.kill()
         saver.join()

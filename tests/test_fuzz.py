@@ -1,4 +1,4 @@
-"""A stranger, or a worker gone mad, talks to a real server: 110,000 messages that it reads, and nothing gives way."""
+"""What is no worker, or a broken one, talks to a real server: 110,000 messages that it reads, and nothing gives way."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CountingService(Service):
 
 @pytest.fixture
 def server(tmp_path):
-    """A server that guests join, in this process, driven by `turn`."""
+    """A server that external workers join, in this process, driven by `turn`."""
     layout = ParameterLayout([("w", torch.zeros(NUMEL))])
     path = tmp_path / "run"
     path.mkdir()

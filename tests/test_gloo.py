@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import PATIENCE, free_port
+from launch import TIMEOUT, free_port
 from netns import machines, why_not
 
 from hf_lsam.compression import rounded
@@ -162,7 +162,7 @@ def listening(**settings) -> Iterator[Listener]:
 
 
 def join(address: tuple[str, int], **different) -> Peer:
-    settings = {"secret": SECRET, "run_id": "run", "fingerprint": FINGERPRINT, "numel": NUMEL, "timeout": PATIENCE}
+    settings = {"secret": SECRET, "run_id": "run", "fingerprint": FINGERPRINT, "numel": NUMEL, "timeout": TIMEOUT}
     return connect(address, **{**settings, "silence": SILENCE, **different})
 
 
@@ -207,10 +207,10 @@ def serving(listener: Listener) -> Iterator[list[Peer]]:
 
 
 def read(connection: socket.socket, size: int) -> bytes:
-    return gloo._read_exactly(connection, size, time.monotonic() + PATIENCE)
+    return gloo._read_exactly(connection, size, time.monotonic() + TIMEOUT)
 
 
-def stranger(listener: Listener) -> tuple[socket.socket, bytes]:
+def unproven(listener: Listener) -> tuple[socket.socket, bytes]:
     """A connection that has received its challenge."""
     connection = socket.create_connection(listener.address)
     assert listener.accept() == []
@@ -291,7 +291,10 @@ def test_a_file_without_a_secret_is_refused(tmp_path, content):
         ({"run_id": "another run"}, Refusal.RUN),
         ({"fingerprint": b"g" * 32}, Refusal.FINGERPRINT),
         ({"numel": NUMEL + 1}, Refusal.LENGTH),
-        ({"secret": b"x" * 32, "run_id": "another run"}, Refusal.SECRET),  # a stranger learns nothing else
+        (
+            {"secret": b"x" * 32, "run_id": "another run"},
+            Refusal.SECRET,
+        ),  # without it, nothing else is told
     ],
 )
 def test_a_machine_that_does_not_belong_is_refused_with_the_reason(listener, caplog, different, reason):
@@ -302,7 +305,7 @@ def test_a_machine_that_does_not_belong_is_refused_with_the_reason(listener, cap
         assert f"refused a machine at 127.0.0.1: {reason.name}" in caplog.text
         assert peers == []
         join(listener.address).close()
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + TIMEOUT
         while not peers and time.monotonic() < give_up:  # the other side may know of the link a moment later
             time.sleep(0.01)
         assert len(peers) == 1
@@ -344,16 +347,16 @@ def test_nobody_there_is_said_so():
 
 
 def test_a_recorded_join_does_not_work_twice(listener):
-    first, challenge = stranger(listener)
+    first, challenge = unproven(listener)
     said = join_bytes(challenge)
-    second, _ = stranger(listener)
+    second, _ = unproven(listener)
     with first, second:
         first.sendall(said)
         second.sendall(said)
         while listener.accept() == [] and not select.select([second], [], [], 0.01)[0]:
             pass
         reply = read(second, gloo._ANSWER_BYTES)
-        # A refusal for want of proof carries no proof either: the listener signs nothing for strangers.
+        # A refusal for want of proof carries no proof either: the listener signs nothing for those without it.
         assert reply == gloo._ANSWER.pack(gloo._MAGIC, Refusal.SECRET) + bytes(32)
         assert closed_by_listener(listener, second)
         assert read(first, gloo._ANSWER_BYTES)[8] == 0
@@ -361,7 +364,7 @@ def test_a_recorded_join_does_not_work_twice(listener):
 
 @pytest.mark.parametrize("trick", ["replay", "reflect", "nothing"])
 def test_a_server_that_does_not_know_the_secret_is_not_joined(listener, trick):
-    connection, challenge = stranger(listener)
+    connection, challenge = unproven(listener)
     with connection:  # an attacker who has seen a good handshake
         said = join_bytes(challenge)
         connection.sendall(said)
@@ -387,10 +390,10 @@ def test_a_server_that_does_not_know_the_secret_is_not_joined(listener, trick):
     assert refused.value.reason is Refusal.SECRET
 
 
-def test_a_stranger_that_says_nothing_or_half_of_it_keeps_nobody_out():
+def test_a_connection_that_says_nothing_or_half_of_it_keeps_nobody_out():
     with listening(handshake_timeout=1.0) as listener:
-        silent, _ = stranger(listener)
-        half, challenge = stranger(listener)
+        silent, _ = unproven(listener)
+        half, challenge = unproven(listener)
         with silent, half:
             half.sendall(join_bytes(challenge)[:70])
             with serving(listener):
@@ -401,7 +404,7 @@ def test_a_stranger_that_says_nothing_or_half_of_it_keeps_nobody_out():
 
 def test_pending_connections_are_limited_in_number():
     with listening(max_pending=3) as listener:
-        inside = [stranger(listener)[0] for _ in range(3)]
+        inside = [unproven(listener)[0] for _ in range(3)]
         with socket.create_connection(listener.address) as one_more:
             assert closed_by_listener(listener, one_more)
         inside.pop().close()
@@ -413,7 +416,7 @@ def test_pending_connections_are_limited_in_number():
 
 @pytest.mark.parametrize("then", ["leaves", "is silent", "says nonsense"])
 def test_a_machine_that_fails_half_way_through_its_join_keeps_nobody_out(listener, then):
-    connection, challenge = stranger(listener)
+    connection, challenge = unproven(listener)
     with connection:
         connection.sendall(join_bytes(challenge))
         while not select.select([connection], [], [], 0.01)[0]:
@@ -448,7 +451,7 @@ def test_ten_thousand_broken_handshakes_change_nothing(listener):
 
     before = files(), threading.active_count()
     for _ in range(10_000):
-        connection, challenge = stranger(listener)
+        connection, challenge = unproven(listener)
         with connection:
             with suppress(ConnectionError):
                 connection.sendall(broken(challenge))
@@ -573,7 +576,7 @@ def test_the_loss_waits_for_a_message_that_the_other_side_was_told_has_arrived(l
     def pausing(self, what, *rest):
         tell(self, what, *rest)
         if what == peer._ARRIVED:
-            go_on.wait(PATIENCE)  # the thread that receives may be stopped anywhere
+            go_on.wait(TIMEOUT)  # the thread that receives may be stopped anywhere
 
     with serving(listener) as peers:
         machine = join(listener.address)

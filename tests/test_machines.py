@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import PATIENCE, free_port, wait_until, write_script
+from launch import TIMEOUT, free_port, wait_until, write_script
 from netns import Machine, machines, why_not
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
@@ -228,7 +228,7 @@ class Cluster:
     def until(self, condition: Callable[[], bool]) -> None:
         """Lets workers poll until it holds."""
         nowhere = torch.empty(NUMEL)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not condition():
             assert time.monotonic() < deadline
             for link in self.links.values():
@@ -439,7 +439,7 @@ def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_pat
 
 def test_a_relay_with_another_secret_is_refused_and_its_workers_are_told(tmp_path):
     with cluster(tmp_path, [1]) as run:
-        path = tmp_path / "stranger"
+        path = tmp_path / "wrong"
         path.mkdir()
         contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
         folder = RunFolder.create(path, torch.zeros(NUMEL), 1, LAYOUT.manifest, contents)

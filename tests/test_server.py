@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from launch import PATIENCE, wait_until
+from launch import TIMEOUT, wait_until
 from links import SlowServerLink
 from torch import nn
 
@@ -244,7 +244,7 @@ def served(tmp_path):
     server = start_server(folder.path, tmp_path / "server.log")
     yield folder, layout, server
     try:
-        server.wait(PATIENCE)
+        server.wait(TIMEOUT)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
@@ -399,10 +399,10 @@ def test_garbage_on_the_socket_changes_nothing(served):
     links = join_all(folder, layout)
     unknown_kind = struct.pack("<IH", 0x4C53414D, 99).ljust(WORKER_MESSAGES.size, b"\0")
     for garbage in (b"GET / HTTP/1.0\r\n\r\n" * 10, os.urandom(1000), unknown_kind):
-        channel = folder.connect(lambda: True, PATIENCE)
+        channel = folder.connect(lambda: True, TIMEOUT)
         channel._socket.sendall(garbage)
         with pytest.raises(ConnectionError):  # the server hangs up
-            channel.wait(PATIENCE)
+            channel.wait(TIMEOUT)
         channel.close()
     links[0].push(torch.ones(5) * 8, 8, 0)
     links[0].settle()

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import PATIENCE, accelerate_launch, write_script
+from launch import TIMEOUT, accelerate_launch, write_script
 from safetensors.torch import load_file
 
 from hf_lsam.checkpoint import is_sealed, newest_sealed
@@ -54,7 +54,7 @@ def launch(tmp_path: Path, script: str, *arguments: str, num_processes: int = 2,
         old.unlink()
     path = write_script(tmp_path / "script.py", PREAMBLE + script)
     paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    options = {"num_processes": num_processes, "PYTHONPATH": paths, **options}
+    options = {"num_processes": num_processes, "fork": True, "PYTHONPATH": paths, **options}
     run = accelerate_launch(path, str(tmp_path), *arguments, **options)
     reports = [tmp_path / f"rank{rank}.json" for rank in range(num_processes)]
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
@@ -525,7 +525,7 @@ def test_a_fast_worker_keeps_the_state_that_belongs_to_worker_0s_checkpoint(tmp_
 
 def left_behind(path: Path) -> list[str]:
     """Processes whose command line names `path`, and exchange files below it, once they have had time to go."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while True:
         left = [str(file) for file in (path / "shared").iterdir()]
         for process in psutil.process_iter(["cmdline"]):
@@ -560,7 +560,7 @@ except BaseException as error:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_worker_ends_all_with_an_error_and_leaves_nothing_behind(tmp_path, failing):
-    run, reports = launch(tmp_path, FAILING, f"raise {failing}", check=False)
+    run, reports = launch(tmp_path, FAILING, f"raise {failing}", check=False, fork=False)
     assert run.returncode != 0
     assert reports[failing]["error"] == f"RuntimeError: worker {failing} has had enough"
     # The launcher ends the others when one has ended, which may come first.
@@ -572,7 +572,7 @@ def test_an_error_in_one_worker_ends_all_with_an_error_and_leaves_nothing_behind
 
 
 def test_workers_with_different_parameters_are_refused(tmp_path):
-    run, _ = launch(tmp_path, FAILING, "mismatch", check=False)
+    run, _ = launch(tmp_path, FAILING, "mismatch", check=False, fork=False)
     assert run.returncode != 0
     assert "Worker 1's trainable parameters are not worker 0's" in run.stderr
     assert "`last.weight` [4, 16] torch.float32 here, `last.weight` [3, 16] torch.float32 there" in run.stderr
@@ -590,7 +590,7 @@ def test_an_option_of_the_script_is_not_the_launchers(tmp_path):
 
 
 def test_a_launch_that_starts_one_process_instead_of_two_is_an_error_that_names_multi_gpu(tmp_path):
-    run, _ = launch(tmp_path, FAILING, "nothing", multi_gpu=False, check=False)
+    run, _ = launch(tmp_path, FAILING, "nothing", multi_gpu=False, check=False, fork=False)
     assert run.returncode != 0
     assert "asked for 2 processes and started 1" in run.stderr
     assert "Add --multi_gpu" in run.stderr

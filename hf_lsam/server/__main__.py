@@ -12,12 +12,14 @@ import argparse
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from ..transport.mailbox import missing_here
+from ..transport.mailbox import RunFolder, missing_here
 from ..transport.secret import read_secret
 from .lifetime import run_server
 from .relay import Relay
+from .role import Role
 from .root import Root, listen, refuse_taken_port
 
 
@@ -53,14 +55,15 @@ if arguments.connect and isinstance(arguments.resume, Path):
     parser.error("--resume FILE is for the server of all machines: a relay begins with the anchor that it has")
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 try:
-    make_role = Root
+    make_role: Callable[[RunFolder], Role] = Root
     if arguments.listen:
         refuse_taken_port(arguments.listen)
         secret = read_secret(arguments.secret_file)
 
-        def make_role(folder):
+        def listening(folder: RunFolder) -> Root:
             return Root(folder, listen(folder, arguments.listen, secret, arguments.allow_remote))
 
+        make_role = listening
     elif arguments.connect:
         make_role = functools.partial(Relay, address=arguments.connect, secret=read_secret(arguments.secret_file))
     run_server(

@@ -51,7 +51,7 @@ def run_server(
         launched = bool(folder.run["num_workers"])
         server = Service(folder, make_role(folder), resume, join_timeout, idle_timeout, parent)
 
-        def end(*_) -> None:
+        def end(*_: object) -> None:
             server.terminating = True
 
         signal.signal(signal.SIGTERM, end)
@@ -88,7 +88,7 @@ def _open(run_dir: Path, holds_a_run: bool, resume: bool, idle_timeout: float) -
 
 def start_server(
     run_dir: Path, log: Path, resume: Path | bool | None = None, options: Sequence[str] = ()
-) -> subprocess.Popen:
+) -> subprocess.Popen[bytes]:
     """Starts `python -m hf_lsam.server` for the run in `run_dir`.
 
     Not multiprocessing: its spawn would import the user's script again.

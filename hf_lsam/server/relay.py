@@ -160,6 +160,7 @@ class Relay(Role):
 
     def terminate(self) -> None:
         if self._service.failed not in (None, ELSEWHERE) and self._linked:
+            assert self._peer is not None
             self._peer.post(Failed())
 
     def conclude(self) -> bool:
@@ -172,7 +173,12 @@ class Relay(Role):
         """Hands in what is left, as far as the link takes it in a moment, and leaves."""
         self._finishing = True
         deadline = time.monotonic() + DEPART_SECONDS
-        while self._linked and not (self._finish_sent and self._peer.can_post) and time.monotonic() < deadline:
+        while (
+            self._peer is not None
+            and self._linked
+            and not (self._finish_sent and self._peer.can_post)
+            and time.monotonic() < deadline
+        ):
             self._hear()
             time.sleep(0.01)
         if self._peer is not None:
@@ -192,7 +198,7 @@ class Relay(Role):
         """In a thread of its own: one attempt."""
         run, silence = self._settings.run_id, self._settings.silence
         try:
-            outcome = gloo.connect(
+            peer = gloo.connect(
                 self._address,
                 self._secret,
                 run,
@@ -202,14 +208,16 @@ class Relay(Role):
                 silence,
             )
         except (OSError, ValueError) as error:
-            outcome = error
-        self._connected.put(outcome)
+            self._connected.put(error)
+        else:
+            self._connected.put(peer)
         os.eventfd_write(self._wakeup, 1)
 
     def _meet(self) -> None:
         """Takes over what the thread has brought about."""
         os.eventfd_read(self._wakeup)
         outcome = self._connected.get()
+        assert self._connecting is not None
         self._connecting.join()
         self._connecting = None
         if isinstance(outcome, JoinRefused):
@@ -241,6 +249,7 @@ class Relay(Role):
         self._drop_link()
 
     def _drop_link(self) -> None:
+        assert self._peer is not None
         self._service.unwatch(self._peer)
         self._peer.close()
         self._peer, self._linked = None, False

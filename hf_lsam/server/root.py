@@ -7,6 +7,7 @@ link is lost, its workers leave n at once; the end of the launch waits for it as
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -180,10 +181,11 @@ class Root(Role):
     # --- who takes part ---
 
     def _accept(self) -> None:
+        assert self._listener is not None
         for peer in self._listener.accept():
             machine = _Machine(peer, time.monotonic())
             self._pending.add(machine)
-            self._service.watch(peer, lambda machine=machine: self._hear(machine))
+            self._service.watch(peer, functools.partial(self._hear, machine))
 
     def _hear(self, machine: _Machine) -> None:
         """Handles every message of one machine, and sends it what is due."""

@@ -191,7 +191,7 @@ class Service:
         for key, _ in self._selector.select(self._longest_wait if timeout is None else timeout):
             if not isinstance(key.data, _Connection):
                 key.data()
-            elif key.fileobj.fileno() >= 0:  # not hung up on a moment ago
+            elif key.data.channel.fileno() >= 0:  # not hung up on a moment ago
                 self._read(key.data)
         return self._look_after(time.monotonic())
 
@@ -376,6 +376,7 @@ class Service:
         worker = connection.worker
         self.counted.note(connection.process, message.number, message.steps)
         version = self._core.anchor.version
+        assert connection.mailbox is not None
         accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss)
         self.publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.

@@ -118,7 +118,7 @@ class Listener:
         _check(secret, fingerprint, numel, silence)
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, resolved = found[0]
-        if not allow_remote and not ipaddress.ip_address(resolved[0].partition("%")[0]).is_loopback:
+        if not allow_remote and not ipaddress.ip_address(str(resolved[0]).partition("%")[0]).is_loopback:
             raise ValueError(
                 f"Listening on {resolved[0]} lets other machines connect. Only those that know the secret can join, "
                 "but the vectors cross the network unencrypted. Set allow_remote=True if all who can read that network "
@@ -155,6 +155,7 @@ class Listener:
             elif key.fileobj is self._wakeup:
                 os.eventfd_read(self._wakeup)
             else:
+                assert isinstance(key.fileobj, socket.socket)
                 self._read(key.fileobj)
         now = time.monotonic()
         for connection in [each for each, pending in self._pending.items() if pending.deadline < now]:

@@ -50,7 +50,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -210,7 +210,9 @@ class RunFolder:
         self._steps = _map(self.path / "steps", 1 + int(self.run["num_workers"]) + MAX_WORKERS, torch.int64)
 
     @classmethod
-    def create(cls, path: Path, initial: Tensor, num_workers: int, manifest: list, run: dict) -> RunFolder:
+    def create(
+        cls, path: Path, initial: Tensor, num_workers: int, manifest: list[Any], run: dict[str, Any]
+    ) -> RunFolder:
         """Allocates the files of a run and publishes `initial` as version 0.
 
         Args:
@@ -272,7 +274,7 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def create_or_open(cls, path: Path, initial: Tensor, manifest: list, run: dict) -> RunFolder:
+    def create_or_open(cls, path: Path, initial: Tensor, manifest: list[Any], run: dict[str, Any]) -> RunFolder:
         """Opens the run in `path`; the first worker that comes creates it, with `create`'s arguments.
 
         Raises:
@@ -285,8 +287,9 @@ class RunFolder:
         return cls(path)
 
     @property
-    def manifest(self) -> list:
-        return json.loads((self.path / "parameters.json").read_text())
+    def manifest(self) -> list[Any]:
+        manifest: list[Any] = json.loads((self.path / "parameters.json").read_text())
+        return manifest
 
     @property
     def snapshot_path(self) -> Path:
@@ -357,7 +360,7 @@ class RunFolder:
 
     def next_version(self, at_least: int) -> int:
         """Server only, after a restart: a version above all that were ever begun, in the slot that nobody reads."""
-        version = max(at_least, *self._version[:2].tolist()) + 1
+        version: int = max(at_least, *self._version[:2].tolist()) + 1
         return version + (version - self.version + 1) % 2
 
     # --- the anchor: many readers ---

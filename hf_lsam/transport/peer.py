@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Peer:
     def __init__(self, wire: Wire, group: ProcessGroupGloo, numel: int, silence: float, address: tuple[str, int]):
         self.address = address
         self._wire = wire
-        self._group = group
+        self._group: Any = group  # torch's stub knows neither `send` nor `recv`
         self._numel = numel
         self._silence = silence
         self._changed = threading.Condition()
@@ -243,7 +244,7 @@ class Peer:
                 digest = hashlib.sha256()
                 self._send_frame(_READY)
                 for chunk in self._cross(self._group.recv, arriving):
-                    digest.update(chunk.numpy())
+                    digest.update(chunk.numpy().data)
                 if digest.digest() != announced:
                     raise ConnectionAbortedError("a vector arrived changed")
                 if bits < 32:

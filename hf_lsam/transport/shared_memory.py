@@ -140,6 +140,7 @@ class SharedMemoryLink(Link):
         self._folder.begin_step(self._worker)
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
+        assert self._mailbox is not None, "a push before the server has welcomed this worker"
         self._outgoing.start(self._mailbox, total)
         self._announce(steps, version, loss, total.nbytes)
 
@@ -176,12 +177,12 @@ class SharedMemoryLink(Link):
             if time.monotonic() - waited_from > 30:
                 waited_from += 30
                 logger.info("worker %d: waiting for the other workers to finish", self._worker)
-        self._start_pull(incoming)
+        version = self._start_pull(incoming)
         self._incoming.wait()
-        while not self._folder.is_whole(self._pulling):
-            self._start_pull(incoming)
+        while not self._folder.is_whole(version):
+            version = self._start_pull(incoming)
             self._incoming.wait()
-        version, self._pulling = self._pulling, None
+        self._pulling = None
         self._status = replace(self._status, finished=True)
         return FinalAnchor(version, self._final.best_step)
 
@@ -237,13 +238,15 @@ class SharedMemoryLink(Link):
         self._pushed_version = version
         self._status = self._status.after_push(size)
 
-    def _start_pull(self, incoming: Tensor) -> None:
-        self._pulling = self._folder.version
-        self._incoming.start(incoming, self._folder.slot(self._pulling))
+    def _start_pull(self, incoming: Tensor) -> int:
+        self._pulling = version = self._folder.version
+        self._incoming.start(incoming, self._folder.slot(version))
         self._status = self._status.after_pull(incoming.nbytes)
+        return version
 
     def _send(self, message: Message) -> bool:
         """Whether the server's socket took the frame. One that did not is dead, which is read, or has stopped."""
+        assert self._channel is not None
         try:
             self._channel.send(message)
         except OSError:
@@ -334,6 +337,7 @@ class SharedMemoryLink(Link):
         """The first join: here a server that ends, or that nobody else joins, is an error."""
         begin = time.monotonic()
         while not self._status.connected:
+            assert self._channel is not None
             message = self._channel.wait(30.0)
             if message is None:
                 waited = time.monotonic() - begin
@@ -410,7 +414,8 @@ class SharedMemoryLink(Link):
             self._push_frame = None
             self._status = self._status.after_answer(True, NOTHING_UNCOUNTED)
         else:
-            self._mailbox.copy_(before)
+            assert before is not None, "a push without a mailbox"
+            mailbox.copy_(before)
             self._push_sent = False
 
     def _drop_push(self) -> None:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 
-from torch.distributed import ProcessGroupGloo, Store
+from torch.distributed import ProcessGroupGloo
+from torch.distributed.distributed_c10d import Store
 
 GLOBAL, MACHINE = 0, 1  # ranks in the Gloo pair, and directions of frames
 MAC_BYTES = 32
@@ -80,7 +81,7 @@ class WireStore(Store):
         self._deadline = time.monotonic() + timeout
         self._values: dict[str, bytes] = {}
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # torch's stub says str: Gloo hands bytes
         assert len(key.encode()) <= _KEY_BYTES, f"Gloo's key {key} is too long"
         assert len(value) <= _VALUE_BYTES, f"Gloo's {key} has {len(value)} bytes, more than {_VALUE_BYTES}"
         self._values[key] = bytes(value)
@@ -110,7 +111,7 @@ def make_pair(wire: Wire, timeout: float) -> ProcessGroupGloo:
     Raises:
         OSError or RuntimeError: if the other side does not do the same within `timeout` seconds.
     """
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stub
     # By address: the host's name may resolve to another interface, or not at all.
     options._devices = [ProcessGroupGloo.create_device(hostname=wire.socket.getsockname()[0], lazy_init=False)]
     options._timeout = timedelta(seconds=timeout)

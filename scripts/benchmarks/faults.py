@@ -2,10 +2,10 @@
 
     python scripts/benchmarks/faults.py --output benchmarks/faults.json
 
-Two guests of a server that was started by hand, one thread each. One makes local steps without a pause (products of
-matrices, the coupling, an exchange every 4 steps). The other does the same until it is killed with SIGKILL; a new one
-takes its place, and so on. In between a process that shares nothing multiplies as many matrices: the machine is as
-loaded after a kill as before. Reported over the kills:
+Two external workers of a server that was started by hand, one thread each. One makes local steps without a pause
+(products of matrices, the coupling, an exchange every 4 steps). The other does the same until it is killed with
+SIGKILL; a new one takes its place, and so on. In between a process that shares nothing multiplies as many matrices: the
+machine is as loaded after a kill as before. Reported over the kills:
 
 1. seconds from the kill until the server has dropped the worker,
 2. the survivor's median step in the time after a kill, until the next one joins, of its median step in as long a time
@@ -53,7 +53,7 @@ def serve(run_dir: Path, log: Path) -> None:
 
 
 def work(run_dir: Path, numel: int, pipe: Connection) -> None:
-    """The body of a guest: says that it has joined, steps until it is told to end, reports (when, seconds) a step."""
+    """The body of a worker: says that it has joined, steps until it is told to end, reports (when, seconds) a step."""
     torch.set_num_threads(1)
     x = nn.Parameter(torch.zeros(numel))
     matrix = torch.randn(SIDE, SIDE)
@@ -97,10 +97,10 @@ def measure(kills: int, seconds: float, numel: int, quiet: bool) -> dict:
 
         def start() -> tuple[processes.Process, Connection]:
             near, far = processes.Pipe()
-            guest = processes.Process(target=work, args=(folder, numel, far))
-            guest.start()
+            worker = processes.Process(target=work, args=(folder, numel, far))
+            worker.start()
             near.recv()
-            return guest, near
+            return worker, near
 
         idle_core = processes.Event()
         processes.Process(target=multiply, args=(idle_core, numel), daemon=True).start()

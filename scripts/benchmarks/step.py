@@ -45,7 +45,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.identity import Identity
+from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.run import Run
 from recipes.common.progress import add_quiet, pairs, track
@@ -177,12 +177,10 @@ def _package_sam(parameters) -> torch.optim.Optimizer:
 # --- LSAM with a server process for a single worker ---
 
 
-class ServedRun(Run):
-    """Starts a server process even for a worker that is alone."""
-
-    def __init__(self, identity: Identity, shared_memory_dir: Path, server_log: Path):
-        super().__init__(identity, shared_memory_dir, server_log)
-        self._transport = Launch(identity, self._store, shared_memory_dir, server_log, Timeouts())
+def served_run(identity: Identity, shared_memory_dir: Path, server_log: Path) -> Run:
+    """A run with a server process, also of a worker that is alone."""
+    transport = Launch(identity, LaunchStore(identity), shared_memory_dir, server_log, Timeouts())
+    return Run(identity, shared_memory_dir, server_log, transport=transport)
 
 
 class ExchangeTimes(TrainerCallback):
@@ -237,9 +235,8 @@ def make_trainer(
         args = LSAMConfig(sam_rho=RHO, sync_steps=SYNC_STEPS, **LSAM_VARIANTS[variant], **options)
         trainer = LSAMTrainer(args=args, optimizers=(_adamw(parameters), None), **common)
         if variant == "lsam server":
-            trainer.session.run = ServedRun(
-                args.identity, Path(args.shared_memory_dir), Path(output_dir) / "server.log"
-            )
+            log = Path(output_dir) / "server.log"
+            trainer.session.run = served_run(args.identity, Path(args.shared_memory_dir), log)
     else:
         trainer_type, optimizer = {
             "plain": (Trainer, _adamw),

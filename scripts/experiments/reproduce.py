@@ -7,7 +7,7 @@
     async_vs_sync       LSAM against data-parallel SAM at the same total batch, without and with a slow worker
     methods             all five methods, each tuned with the same number of trials
     failure_signatures  what goes wrong shows, is warned of, and is remedied; where BatchNorm's statistics come from
-    levers              what the paper leaves open, each against the default
+    open_choices        what the paper leaves open, each against the default
 
 Any key of recipes/cifar10_resnet20/train.py may follow, for example `--dataset cifar10 --data_dir FOLDER`. Runs are
 kept in `--runs_dir`; one that has finished is not run again, so an interrupted experiment goes on where it was. Tables
@@ -247,7 +247,7 @@ def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     return plans, {"signatures": signs}
 
 
-def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
+def open_choices(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     lsam = {**runner.tuned("lsam"), "method": "lsam", **VALIDATION}
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5}
     plans = []
@@ -273,7 +273,8 @@ def levers(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
 
 EXPERIMENTS = {
-    each.__name__: each for each in (single_worker, sync_interval, async_vs_sync, methods, failure_signatures, levers)
+    each.__name__: each
+    for each in (single_worker, sync_interval, async_vs_sync, methods, failure_signatures, open_choices)
 }
 
 TIMED = ("sync_interval", "async_vs_sync")  # the machine must have nothing else to do

@@ -2,8 +2,9 @@
 
     python scripts/stress/chaos.py --schedules 20 --seed 0
 
-Four guests of a server that was started by hand fit a linear model, each by SGD on batches of its own. A schedule is
-data, printed before it runs: (worker, its local step, fault). Workers carry their own faults out, at that very step:
+Four external workers of a server that was started by hand fit a linear model, each by SGD on batches of its own. A
+schedule is data, printed before it runs: (worker, its local step, fault). Workers carry their own faults out, at that
+very step:
 
     kill         SIGKILL to itself
     stop         SIGSTOP to itself; continued after the server must have given it up
@@ -156,7 +157,7 @@ def commit(fault: Fault, run_dir: Path, x: nn.Parameter, pipe: Connection) -> No
 
 
 class Cluster:
-    """The processes of one run: a server in `folder`, started again whenever it is killed, and its guests."""
+    """The processes of one run: a server in `folder`, started again whenever it is killed, and its external workers."""
 
     def __init__(self, folder: Path, log: Path):
         self.folder = folder
@@ -183,10 +184,10 @@ class Cluster:
         self.workers[near] = worker
         return worker
 
-    def look_after(self, patience: float = 0.05) -> list[dict]:
+    def look_after(self, timeout: float = 0.05) -> list[dict]:
         """Waits a moment, does what workers ask for, restarts a killed server; returns the reports that came."""
         reports = []
-        for pipe in wait(list(self.workers), timeout=patience):
+        for pipe in wait(list(self.workers), timeout=timeout):
             try:
                 what, value = pipe.recv()
             except EOFError:

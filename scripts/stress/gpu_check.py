@@ -40,7 +40,7 @@ from hf_lsam.parameters import trainable_parameters
 from hf_lsam.transport.mailbox import FLOAT_BYTES
 from recipes.common.results import provenance
 from recipes.common.tables import markdown_table
-from scripts.benchmarks.step import SYNC_STEPS, ServedRun, SyntheticTokens, make_trainer
+from scripts.benchmarks.step import SYNC_STEPS, SyntheticTokens, make_trainer, served_run
 from scripts.common.launches import launch_command
 
 # Small enough for the exchange to fit in the 64 MB of shared memory that containers often have.
@@ -217,10 +217,10 @@ def check_side_stream() -> str:
     settings = ServerSettings(sync_steps=4)
     pulls = pushes = compared_pushes = compared_pulls = 0
     with tempfile.TemporaryDirectory() as scratch:
-        run = ServedRun(Identity(), Path("/dev/shm"), Path(scratch) / "server.log")
+        run = served_run(Identity(), Path("/dev/shm"), Path(scratch) / "server.log")
         try:
             worker = run.join(named, WorkerSettings(sync_steps=4), settings)
-            link, folder = worker.link, run._transport.folder
+            link, folder = worker.link, run.transport.folder
             require(len(link._outgoing._pinned) == 1, "the mailbox is not pinned")
             require(len(link._incoming._pinned) == 2, "the anchor slots are not pinned")
             sent: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Does the server grow? Guests come and are killed for as long as you like; its memory and descriptors stay flat.
+"""Does the server grow? Workers come and are killed for as long as you like; its memory and descriptors stay flat.
 
     python scripts/stress/soak.py --minutes 10
 
