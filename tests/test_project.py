@@ -38,6 +38,7 @@ ROOMS = [
     "optimizers",
     "worker",
     "budget",
+    "memory",
     "server",
     "transport",
     "checkpoint",
