@@ -65,7 +65,7 @@ class Alone(Transport):
         core = ServerCore(request.first_anchor(request.device), request.settings)
         if request.server_state is not None:
             core.load_state_tensors(load_tensors(request.server_state))
-        return InProcessLink(core)
+        return InProcessLink(core, alone=True)
 
     def leave(self, finished: bool) -> None:
         pass

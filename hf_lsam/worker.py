@@ -48,12 +48,13 @@ class Worker:
         def vector() -> Tensor:
             return torch.zeros(self.layout.numel, dtype=torch.float32, device=device)
 
-        self.anchor = vector()  # y, [d]
+        self.anchor = vector() if link.anchor_in_place is None else link.anchor_in_place  # y, [d]
         self._total = vector()  # what is to be pushed, [d]
         # On an accelerator vectors are copied beside the training stream: the next y while it comes and the last push
         # while it goes need places of their own.
-        self._incoming = self.anchor if device.type == "cpu" else vector()
-        self._total_in_flight = self._total if device.type == "cpu" else vector()
+        at_once = device.type == "cpu" or link.anchor_in_place is not None
+        self._incoming = self.anchor if at_once else vector()
+        self._total_in_flight = self._total if at_once else vector()
         self._anchor_views = self.layout.views(self.anchor)
         self._total_views = self.layout.views(self._total)
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)

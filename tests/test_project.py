@@ -39,6 +39,7 @@ ROOMS = [
     "optimizers",
     "worker",
     "budget",
+    "memory",
     "server",
     "transport",
     "checkpoint",

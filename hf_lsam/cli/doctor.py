@@ -24,7 +24,7 @@ import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 
-VECTORS_OF_SERVER, VECTORS_OF_SNAPSHOTS = 2, 6  # beside one a worker, of as many float32 as are trained
+VECTORS_OF_SNAPSHOTS = 6  # beside those of the exchange, of as many float32 as are trained
 DEFAULT_PORT = 29500
 MARKS = {"ok": "green", "note": "yellow", "wrong": "red"}
 # Where these stand in a launch, the user's script stands behind them.
@@ -317,8 +317,19 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
     """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
+    from ..algorithms import ServerSettings, WorkerSettings
+    from ..memory import shared_bytes, worker_bytes
     from ..transport.mailbox import dead_launches  # loads torch, for which --help need not wait
 
+    alone = ServerSettings(sync_steps=4) if workers == 1 else None
+    kept = [worker_bytes(WorkerSettings(sync_steps=4), alone, accelerator) for accelerator in (False, True)]
+    each = f"{kept[0]} bytes" if kept[0] == kept[1] else f"{kept[0]} bytes (on a GPU {kept[1]})"
+    total = (
+        ""
+        if trainable is None
+        else f": {' or '.join(f'{size * trainable / 2**30:.2f}' for size in sorted({*kept}))} GiB"
+    )
+    yield Finding("ok", f"with the default settings LSAM keeps {each} a trained parameter in each worker{total}.")
     folder = Path("/dev/shm")
     elsewhere = "Name a folder on a local disk in shared_memory_dir; in a container, raise --shm-size."
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -326,7 +337,7 @@ def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
         return
     if workers > 1:
         free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
-        vectors = workers + VECTORS_OF_SERVER + VECTORS_OF_SNAPSHOTS
+        vectors = shared_bytes(workers) // 4 + VECTORS_OF_SNAPSHOTS
         fits = free // (4 * vectors)
         room = f"/dev/shm has room for {free / 2**30:.1f} GiB, and {workers} workers exchange {vectors} vectors there"
         if trainable is None:

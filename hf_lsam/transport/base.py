@@ -108,7 +108,14 @@ class Link(ABC):
     another one. Only when the link has given up does a call raise `ServerGone`; any call that waits may, and `poll`.
 
     An implementation sets `_worker` and `_status`.
+
+    Attributes:
+        anchor_in_place: the newest anchor, float32 [d] on the worker's device, where it lies in the worker's process
+            and changes in `push` and `finish` alone, which are done when they return: the worker keeps no copy. Else
+            None.
     """
+
+    anchor_in_place: Tensor | None = None
 
     _worker: int
     _status: LinkStatus

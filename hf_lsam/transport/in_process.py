@@ -36,9 +36,12 @@ class InProcessLink(Link):
     Args:
         core: the server; several links may share one.
         worker: this worker's number.
+        alone: no other link shares the server, which is on the worker's device: the worker has no copy of the anchor.
     """
 
-    def __init__(self, core: Aggregator, worker: int = 0):
+    def __init__(self, core: Aggregator, worker: int = 0, alone: bool = False):
+        if alone:
+            self.anchor_in_place = core.anchor.vector
         self._core = core
         self._worker = worker
         self._status = LinkStatus()
@@ -64,7 +67,8 @@ class InProcessLink(Link):
         anchor = self._core.anchor
         if anchor.version == held:
             return None
-        incoming.copy_(anchor.vector)
+        if incoming is not anchor.vector:
+            incoming.copy_(anchor.vector)
         return anchor.version
 
     def settle(self) -> None:
