@@ -240,9 +240,11 @@ def test_every_method_is_simulated_on_images(data, method):
     values = parse_configuration((ImageDataArguments,), [f"--{k}={v}" for k, v in data.items() if v is not None])
     result = simulate_images.simulate(run, json.dumps(values))
     first, last = result["points"]
-    assert (first["step"], last["step"]) == (4, 8)
+    waits = simulate_images.METHODS[method].keys() & {"barrier", "data_parallel"}
+    # Without a barrier workers share 16 steps, of which the fast one makes two of three.
+    assert (first["step"], last["step"]) == ((4, 8) if waits else (6, 11))
     assert last["bytes"] > first["bytes"] > 0 or method == "LSAM as in the paper"  # it first exchanges at step 16
-    assert last["virtual_seconds"] > 8 * 0.2
+    assert (last["virtual_seconds"] > 8 * 0.2) == bool(waits)
     assert 0 <= last["error"] <= 100
     assert (result["sync_steps"] is None) == method.startswith("data-parallel")
 

