@@ -304,7 +304,7 @@ def expected_points(finished: Path) -> dict[str, list[tuple[int, float]]]:
     """By the name in a tracker that takes Trainer's as they are: (step, value) of what worker 1 and the anchor have."""
     workers = read_record(finished).workers
     names = ("loss", "lsam/drift", "lsam/bytes_pushed")
-    logged = [entry for entry in workers[1] if "loss" in entry]
+    logged = [entry for entry in workers[1] if "loss" in entry and "between_logs" not in entry]
     points = {f"worker_1/{name}": [(entry["step"], entry[name]) for entry in logged] for name in names}
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in workers[0] if "eval_loss" in entry]
     return {**points, "eval_loss": evaluated}
