@@ -1,4 +1,4 @@
-"""Simulated runs that are made once, several at a time, and the tables of them."""
+"""Simulated runs: how one is set up, and many that are made once, several at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,51 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from hf_lsam.loop import LoopArguments
+from hf_lsam.simulation import Cluster, DataParallel, Gradient, Loss, Machine
 from recipes.common.progress import Progress
 from recipes.common.results import write_atomically
+
+
+def make_run(
+    arguments: LoopArguments | None,
+    model: nn.Module,
+    make_optimizer: Callable,
+    loss: Loss,
+    machines: Sequence[Machine],
+    gradient: Gradient,
+    make_scheduler: Callable,
+    momentum: float,
+    seed: int,
+    barrier: bool = False,
+) -> tuple[Cluster | DataParallel, int | None]:
+    """A run with these arguments of LSAM, or data-parallel if they are None; and its sync_steps.
+
+    Args:
+        momentum: of the optimizer.
+        barrier: workers wait for their anchor; else they share the steps of the run.
+        model, make_optimizer, loss, machines, gradient, make_scheduler, seed: see `Cluster`.
+    """
+    if arguments is None:
+        return DataParallel(model, make_optimizer, loss, machines, gradient, make_scheduler, seed), None
+    sync_steps = arguments.steps_between_pushes(len(machines))
+    cluster = Cluster(
+        model,
+        make_optimizer,
+        loss,
+        machines,
+        arguments.worker_settings(sync_steps),
+        arguments.server_settings(sync_steps),
+        gradient,
+        make_scheduler,
+        arguments.learning_rate_factor(sync_steps, momentum),
+        barrier,
+        share_steps=not barrier,
+        seed=seed,
+    )
+    return cluster, sync_steps
 
 
 class SimulatedRuns:

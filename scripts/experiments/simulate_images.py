@@ -33,14 +33,14 @@ from torch.nn.functional import cross_entropy
 from hf_lsam import vision
 from hf_lsam.batchnorm import reestimate
 from hf_lsam.loop import LoopArguments
-from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
+from hf_lsam.simulation import Gradient, Machine
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_batches import Batches, channel_statistics
 from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
 from recipes.common.progress import add_quiet
 from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
-from scripts.common.simulated import SimulatedRuns
+from scripts.common.simulated import SimulatedRuns, make_run
 
 # What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor. An
 # exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
@@ -161,26 +161,11 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
     machines = [Machine(**fields) for fields in run.machines]
     gradient = Gradient(run.sam_rho if method.get("sam") else 0.0)
-    sync_steps = None
-    if method.get("data_parallel"):
-        made = DataParallel(model, optimizer, loss, machines, gradient, scheduler, run.seed)
-    else:
-        arguments = LoopArguments(**method.get("lsam", {}))
-        sync_steps = arguments.steps_between_pushes(workers)
-        made = Cluster(
-            model,
-            optimizer,
-            loss,
-            machines,
-            arguments.worker_settings(sync_steps),
-            arguments.server_settings(sync_steps),
-            gradient,
-            scheduler,
-            arguments.learning_rate_factor(sync_steps, momentum=0.9),
-            method.get("barrier", False),
-            share_steps=not method.get("barrier", False),
-            seed=run.seed,
-        )
+    arguments = None if method.get("data_parallel") else LoopArguments(**method.get("lsam", {}))
+    barrier = method.get("barrier", False)
+    made, sync_steps = make_run(
+        arguments, model, optimizer, loss, machines, gradient, scheduler, momentum=0.9, seed=run.seed, barrier=barrier
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def error(anchor: torch.Tensor) -> float:

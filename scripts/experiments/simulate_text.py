@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging
 
 from hf_lsam.loop import LoopArguments
-from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
+from hf_lsam.simulation import Gradient, Machine
 from recipes.common.arguments import pick
 from recipes.common.configuration import parse_configuration, resolve
 from recipes.common.progress import add_quiet
@@ -38,7 +38,7 @@ from recipes.common.results import REPOSITORY, provenance, write_atomically, wri
 from recipes.common.tables import markdown_table, mean_and_spread
 from recipes.text_classification.sentences import DataArguments, load_examples
 from recipes.text_classification.train import ModelArguments, load_model, tokenize
-from scripts.common.simulated import SimulatedRuns
+from scripts.common.simulated import SimulatedRuns, make_run
 
 Collate = Callable[[list], dict[str, torch.Tensor]]
 
@@ -146,23 +146,10 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
     machines = [Machine()] * run.workers
     gradient = Gradient(run.sam_rho, sam_direction=method.get("direction", "gradient"), max_grad_norm=1.0)
-    sync_steps = None
-    if method.get("data_parallel"):
-        made = DataParallel(model, optimizer, loss, machines, gradient, scheduler, run.seed)
-    else:
-        arguments = LoopArguments()
-        sync_steps = arguments.steps_between_pushes(run.workers)
-        made = Cluster(
-            model,
-            optimizer,
-            loss,
-            machines,
-            arguments.worker_settings(sync_steps),
-            arguments.server_settings(sync_steps),
-            gradient,
-            scheduler,
-            seed=run.seed,
-        )
+    arguments = None if method.get("data_parallel") else LoopArguments()
+    made, sync_steps = make_run(
+        arguments, model, optimizer, loss, machines, gradient, scheduler, momentum=0.9, seed=run.seed
+    )
     begin = time.perf_counter()
     (end,) = made.run(run.steps)
     made.layout.write(end.anchor, [parameter for parameter in model.parameters() if parameter.requires_grad])
