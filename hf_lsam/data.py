@@ -172,7 +172,16 @@ def from_the_start(loader: DataLoader) -> Iterable:
             part.generator = None
         if hasattr(part, "set_epoch"):
             part.set_epoch(0)
+    return in_batches(loader, batches)
+
+
+def in_batches(loader: DataLoader, batches: Iterable[list[int]]) -> Iterable:
+    """The rows of a map-style data set as `loader` would load, collate and place them, in other batches.
+
+    Args:
+        batches: the indices of each.
+    """
     same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-    whole = DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})
+    rows = DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})
     device = getattr(loader, "device", None)  # of a loader that Accelerate has prepared
-    return whole if device is None else (send_to_device(batch, device) for batch in whole)
+    return rows if device is None else (send_to_device(batch, device) for batch in rows)

@@ -5,7 +5,7 @@ all-reduce, gather and wait at a dozen places. LSAM's workers are n single-devic
 `DistributedType.NO` and one process, while process index and device stay those of the launcher. Every collective
 becomes a no-op; logging, saving and progress bars still belong to process 0.
 
-The only thing workers share before they share an anchor is the launcher's key-value store, for a few short strings.
+What workers share before they share an anchor, and after, is the launcher's key-value store.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _RANK_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
+_PIECE = 1 << 22  # bytes; the store closes the connection over a message of more than 8 MiB
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,15 @@ def data_sharding(num_workers: int) -> Iterator[None]:
 
 
 class LaunchStore:
-    """Short strings shared by the workers of one launch, through the launcher's own TCPStore; the first use connects.
+    """What the workers of one launch tell each other, through the launcher's own TCPStore; the first use connects.
 
     Args:
         identity: this process.
         timeout: seconds that `get` waits for a key.
 
-    Blocking: `get` until another worker has set the key. Process: any; never in a training step.
+    All methods raise torch.distributed.DistError if the launcher is gone.
+
+    Blocking: `get` and `take` until another worker has set the key. Process: any; never in a training step.
     """
 
     def __init__(self, identity: Identity, timeout: float = 600.0):
@@ -229,3 +233,31 @@ class LaunchStore:
         if self._identity.rank != 0:
             return None
         return [self.get(f"{key}/{rank}") for rank in range(self._identity.num_workers)]
+
+    def count(self, key: str, times: int = 1) -> int:
+        """How often `key` was counted, this time included: no two callers get the same number, unless `times` is 0."""
+        return self._store.add(key, times)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Sets `key` to bytes, of any length; none at all tell those who `take` it that there will be none."""
+        for start in range(0, len(data), _PIECE):
+            self._store.set(f"{key}/{start}", data[start : start + _PIECE])
+        self._store.set(key, str(len(data)))  # last: who finds it finds the pieces
+
+    def take_back(self, key: str) -> None:
+        """Frees what was put: who takes it from now on gets no bytes, and does not wait for any."""
+        length = int(self._store.get(key))
+        self._store.set(key, "0")
+        for start in range(0, length, _PIECE):
+            self._store.set(f"{key}/{start}", b"")  # not deleted: somebody may be about to get it
+
+    def take(self, key: str, seconds: float) -> bytes | None:
+        """What was put; no bytes if that was none, or was taken back; None if nothing was in `seconds`."""
+        give_up = time.monotonic() + seconds
+        while not self._store.check([key]):
+            if time.monotonic() > give_up:
+                return None
+            time.sleep(0.02)
+        length = int(self._store.get(key))
+        data = b"".join(self._store.get(f"{key}/{start}") for start in range(0, length, _PIECE))
+        return data if len(data) == length else b""

@@ -86,6 +86,10 @@ class Run:
         timeouts: see `Timeouts`.
         transport: how to join, where it is not what the address or the number of workers says.
 
+    Attributes:
+        store: of the launch.
+        transport: as given, or chosen.
+
     Raises:
         ValueError: if no transport joins by such an address.
 
@@ -104,7 +108,7 @@ class Run:
     ):
         timeouts = timeouts or Timeouts()
         self._identity = identity
-        self._store = LaunchStore(identity)
+        self.store = LaunchStore(identity)
         self.transport: Transport
         if transport is not None:
             self.transport = transport
@@ -113,7 +117,7 @@ class Run:
         elif identity.num_workers == 1:
             self.transport = Alone()
         else:
-            self.transport = Launch(identity, self._store, shared_memory_dir, server_log, timeouts)
+            self.transport = Launch(identity, self.store, shared_memory_dir, server_log, timeouts)
         self._link: Link | None = None
 
     def join(
@@ -159,7 +163,7 @@ class Run:
         """
         if self._identity.num_workers == 1:
             return [value]
-        return self._store.gather(f"user/{next(_gathered)}/{key}", value)
+        return self.store.gather(f"user/{next(_gathered)}/{key}", value)
 
     def agree(self, key: str, value: Any) -> Any:
         """Worker 0's JSON value, for every worker.
@@ -170,5 +174,5 @@ class Run:
             return value
         key = f"agreed/{next(_agreed)}/{key}"
         if self._identity.rank == 0:
-            self._store.set(key, value)
-        return self._store.get(key)
+            self.store.set(key, value)
+        return self.store.get(key)

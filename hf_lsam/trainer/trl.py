@@ -12,6 +12,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 _COUNTERS = ("_metrics", "_total_train_tokens")
+_COUNTERS_BY_MODE = ("_metrics", "_stored_metrics")  # {"train" or "eval": {name: a value for each batch}}
 
 
 @contextmanager
@@ -22,6 +23,37 @@ def kept_counters(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         vars(trainer).update(kept)
+
+
+@contextmanager
+def eval_counts(trainer: Trainer) -> Iterator[dict[str, dict[str, list]]]:
+    """Yields what, after, holds what trl has counted inside in evaluation mode; its counters are what they were before.
+
+    `add_eval_counts` adds it, there or in another process.
+    """
+    found: dict[str, dict[str, list]] = {}
+    of_trl = _trainers_of_trl(type(trainer))
+    counters = {name: vars(trainer)[name]["eval"] for name in _COUNTERS_BY_MODE if of_trl and name in vars(trainer)}
+    before = {name: dict(counter) for name, counter in counters.items()}
+    for counter in counters.values():
+        counter.clear()
+    try:
+        yield found
+    finally:
+        for name, counter in counters.items():
+            found[name] = dict(counter)
+            counter.clear()
+            counter.update(before[name])
+
+
+def add_eval_counts(trainer: Trainer, found: dict[str, dict[str, list]]) -> None:
+    """Adds what `eval_counts` has yielded for a batch."""
+    for name, counter in found.items():
+        for key, values in counter.items():
+            if key == "num_tokens":  # not a value for each batch, but what this worker has trained on
+                vars(trainer)[name]["eval"][key] = [trainer._total_train_tokens]
+            else:
+                vars(trainer)[name]["eval"][key].extend(values)
 
 
 def _trainers_of_trl(kind: type) -> list[type]:

@@ -6,6 +6,7 @@ Wiring only. A worker is an ordinary single-device Trainer run; this module take
     callbacks               the worker acts around each optimizer step (callbacks.py, optimizers.py)
     get_train_dataloader    each worker its share of the data, sharded by Accelerate
     evaluate, save, ...     the model holds the anchor meanwhile
+    evaluation_loop         after training, shared among the workers (shared_evaluation.py)
     _finalize_training      the last push, and the final anchor into the model of every worker
 """
 
@@ -41,6 +42,7 @@ from ..worker import Worker
 from .callbacks import LSAMCallback, OtherWorkers
 from .checkpoints import Checkpoints
 from .landscape_scan import LandscapeScan
+from .shared_evaluation import SharedEvaluation
 from .trl import kept_counters, load_on_one_device, makes_its_batches, stacks_rows
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ for _owner, _names in _SEAMS.items():
             )
 
 
-class LSAMTrainerMixin(Checkpoints, LandscapeScan):
+class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
     """Makes a worker of any Trainer: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
 
     Its `args` must be an `LSAMConfig`, or a config of that Trainer with `LSAMArguments` mixed in. Started with plain
@@ -269,10 +271,12 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan):
     # --- what is evaluated and saved is the anchor ---
 
     def evaluate(self, *positional, **keywords):
+        """Trainer's, of the anchor. After training the workers that call it share the batches; each has the metrics."""
         with self.anchor():
             return super().evaluate(*positional, **keywords)
 
     def predict(self, *positional, **keywords):
+        """Trainer's, of the anchor. After training the workers that call it share the batches; each has the results."""
         with self.anchor():
             return super().predict(*positional, **keywords)
 

@@ -1,0 +1,155 @@
+"""What workers tell each other of an evaluation, through the launch's store: who makes which batch, and its results.
+
+Results cross as safetensors and JSON, and only between workers that evaluate the same model on the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.distributed import DistError
+from torch.utils import _pytree as pytree
+
+from ..identity import LaunchStore
+
+logger = logging.getLogger(__name__)
+
+
+class Exchange:
+    """One evaluation. Where the store is gone, a worker is alone.
+
+    Taken part in inside `with`: who leaves it with an error says that there will be no results of what it has taken.
+
+    Args:
+        key: the evaluation's.
+        seconds: without a word, after which who has taken a batch is waited for no longer.
+    """
+
+    def __init__(self, store: LaunchStore, key: str, seconds: float):
+        self._store, self._key, self._seconds = store, key, seconds
+        self._taken: set[int] = set()
+        self._there: set[int] = set()
+        self._alone = False
+
+    def taken(self, parts: int, own: int, end: float) -> Iterator[int]:
+        """Takes batches: their numbers, which nobody else has.
+
+        Args:
+            parts: the batches are dealt out in turn into so many, each taken in order.
+            own: the part to begin with.
+            end: the number at which they end.
+        """
+        for part in (*range(own, parts), *range(own)):
+            while (times := self._ask(self._store.count, f"{self._key}/taken/{part}")) is not None:
+                number = part + parts * (times - 1)
+                if number >= end:
+                    break
+                self._taken.add(number)
+                yield number
+
+    def put(self, number: int, result: list) -> None:
+        """Hands over a result; if it cannot be written without pickling, the others make it themselves."""
+        try:
+            data = _packed(result)
+        except (TypeError, ValueError, NotImplementedError):
+            data = b""
+        self._ask(self._store.put, f"{self._key}/{number}", data)
+        self._there.add(number)
+
+    def get(self, number: int) -> list | None:
+        """A result of another worker; None if it is to be made here."""
+        data = self._ask(self._store.take, f"{self._key}/{number}", self._seconds)
+        if data is None:
+            self._seconds = 0.0  # what is there is taken, and nothing waited for
+        return _unpacked(data) if data else None
+
+    def take_back(self) -> bool:
+        """Frees what was handed over, unless a worker that has begun this evaluation may yet get it."""
+        begun, ended = (self._ask(self._store.count, f"{self._key}/{what}", 0) for what in ("begun", "ended"))
+        if begun != ended:
+            return False
+        for number in self._there:
+            self._ask(self._store.take_back, f"{self._key}/{number}")
+        return True
+
+    def __enter__(self) -> Exchange:
+        self._ask(self._store.count, f"{self._key}/begun")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number in self._taken - self._there:
+            self._ask(self._store.put, f"{self._key}/{number}", b"")
+        self._ask(self._store.count, f"{self._key}/ended")
+
+    def _ask(self, method: Callable, *arguments: Any) -> Any:
+        if self._alone:
+            return None
+        try:
+            return method(*arguments)
+        except DistError as error:
+            logger.warning("The launcher's store is gone; this worker evaluates without the others: %s", error)
+            self._alone = True
+            return None
+
+
+def _packed(result: list) -> bytes:
+    leaves, structure = pytree.tree_flatten(result)
+    tensors = {
+        str(at): leaf.clone(memory_format=torch.contiguous_format)
+        for at, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor)
+    }
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    if not all(leaf is None or type(leaf) in (bool, int, float, str) for leaf in others):
+        raise TypeError(f"JSON has no {[type(leaf) for leaf in others]}")
+    about = json.dumps([pytree.treespec_dumps(structure), others]).encode()
+    return save({**tensors, "about": torch.frombuffer(bytearray(about), dtype=torch.uint8)})
+
+
+def _unpacked(data: bytes) -> list:
+    tensors = load(data)
+    structure, others = json.loads(tensors["about"].numpy().tobytes())
+    leaves = [tensors.get(str(at), other) for at, other in enumerate(others)]
+    return pytree.tree_unflatten(leaves, pytree.treespec_loads(structure))
+
+
+def fingerprint(model: nn.Module) -> dict[str, int]:
+    """A hash of each parameter and buffer by its name, computed on the model's device."""
+
+    def hashed(tensor: Tensor) -> int:
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        return torch.hash_tensor(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).item()
+
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: hashed(tensor.detach()) for name, tensor in tensors}
+
+
+def digest_of(*values: Any) -> str:
+    """Of nested values, the same in every process; of one that is neither plain nor a tensor, its type alone counts."""
+    digest = hashlib.sha256()
+    for leaf in _leaves(values):
+        if isinstance(leaf, Tensor):
+            digest.update(save({"": leaf.contiguous()}))
+        elif isinstance(leaf, np.ndarray):
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+        else:
+            plain = isinstance(leaf, (str, bytes, bool, int, float, type(None)))
+            digest.update(repr(leaf if plain else type(leaf)).encode())
+    return digest.hexdigest()
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Mapping, list, tuple)):
+        for part in itertools.chain(*value.items()) if isinstance(value, Mapping) else value:
+            yield from _leaves(part)
+    else:
+        yield value

@@ -1,0 +1,221 @@
+"""Evaluation after training: the workers of a launch share it, and each has the results of a single process.
+
+Each worker takes batches of the data loader that a single process would go through, in its order, runs
+`prediction_step` on them and puts what comes of it into the launch's store. Once no batch is left to be taken it gets
+the other results from there. Then Trainer's own evaluation loop goes over all of them, in order: what is concatenated,
+computed and called back is Trainer's.
+
+    in the store                          worker 0                  worker 1
+    how many batches of part 0 are taken  0, 2, 4, ...              after its own: what worker 0 has not got to
+    how many batches of part 1 are taken  after its own: likewise   1, 3, 5, ...
+    the result of each batch              puts its own, gets others'
+
+Nobody is waited for but who has taken a batch: a worker that evaluates alone takes all, and one that comes late gets
+what is there. Who fails says so for what it has taken, and who is silent for `worker_timeout` is waited for no longer:
+each makes what is missing by itself. Workers meet where a digest of model, data and settings is the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderStateMixin
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers.trainer_pt_utils import find_batch_size
+
+from ..data import in_batches
+from .evaluation_exchange import Exchange, digest_of, fingerprint
+from .trl import add_eval_counts, eval_counts
+
+logger = logging.getLogger(__name__)
+
+_PROBES = 8  # rows that tell a data set from another one of the same length
+_times_evaluated: Counter[str] = Counter()  # by the digest
+
+
+class SharedEvaluation:
+    """The part of `LSAMTrainerMixin` that shares evaluations."""
+
+    _exchanges: Sequence[Exchange] = ()  # which the launch's store holds results of
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        loop, settings = super().evaluation_loop, (description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        shared = self.args.identity.num_workers > 1 and self.session.finished and not self._showing_local
+        if not shared or self.args.batch_eval_metrics:  # these are for predictions that are too many to be kept
+            return loop(dataloader, *settings)
+        with closing(self._recorded(dataloader, settings)) as recorded:
+            return loop(Recorded(dataloader, recorded), *settings)
+
+    def _recorded(self, loader: DataLoader, settings: tuple) -> Iterator[RecordedBatch]:
+        """Begins with Trainer's loop, once the model is in evaluation mode, and yields what that goes over."""
+        evaluated, batches = self._evaluating(*settings[1:3]), Batches(loader)
+        asked = *settings, vars(self).get("_gen_kwargs"), self.args.include_for_metrics
+        digest = digest_of(asked, batches.probe(), fingerprint(self.model))
+        _times_evaluated[digest] += 1
+        results = self._results(batches, evaluated, f"evaluation/{digest}/{_times_evaluated[digest]}")
+        with self._steps_recorded():
+            for number in range(batches.count):
+                with batches.at(number):
+                    yield RecordedBatch(*results.pop(number))
+
+    def _evaluating(self, loss_only: bool | None, ignore_keys: list[str] | None) -> Callable[[Any], list]:
+        """What Trainer's loop does with a batch before it gathers; the results on the CPU."""
+        step, preprocess, args = self.prediction_step, self.preprocess_logits_for_metrics, self.args
+        loss_only = args.prediction_loss_only if loss_only is None else loss_only
+        shown = [getattr(self.model, "main_input_name", "input_ids")] if "inputs" in args.include_for_metrics else []
+
+        def evaluated(inputs: Any) -> list:
+            rows = find_batch_size(inputs)
+            with eval_counts(self) as counts:
+                loss, logits, labels = step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
+            if logits is not None and preprocess is not None:
+                logits = preprocess(logits, labels)
+            result = [rows, {name: inputs[name] for name in shown}, loss, logits, labels, counts]
+            return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), result)
+
+        return evaluated
+
+    def _results(self, batches: Batches, evaluated: Callable[[Any], list], key: str) -> dict[int, list]:
+        """Of all batches by their numbers, made here or by other workers."""
+        args, results = self.args, {}
+        silent = args.disable_tqdm or args.identity.rank != 0
+        bar = tqdm(desc="This worker's part", unit="batch", disable=silent)
+        with bar, Exchange(self.session.run.store, key, args.worker_timeout) as exchange:
+            parts = 1 if batches.is_stream else args.identity.num_workers
+            for number, inputs in batches.numbered(exchange.taken(parts, args.identity.rank % parts, batches.end)):
+                results[number] = evaluated(inputs)
+                exchange.put(number, results[number])
+                bar.update()
+            logger.info("%d of %d batches were evaluated in this worker", len(results), batches.count)
+            others = {number: exchange.get(number) for number in range(batches.count) if number not in results}
+        results |= {number: result for number, result in others.items() if result is not None}
+        missing = [number for number in range(batches.count) if number not in results]
+        for number, inputs in batches.numbered(iter(missing)) if missing else ():
+            results[number] = evaluated(inputs)
+        if len(results) < batches.count:
+            raise RuntimeError(
+                f"{len(missing)} batches of this evaluation were lost with the worker that had taken them, and the "
+                "data set does not give them a second time: there are no metrics. Evaluate again, with a data set that "
+                "can be gone through more than once."
+            )
+        self._exchanges = [each for each in self._exchanges if not each.take_back()] + [exchange]
+        return results
+
+    @contextmanager
+    def _steps_recorded(self) -> Iterator[None]:
+        """Inside, the steps of Trainer's loop give back what was recorded."""
+
+        def recorded(model, inputs, prediction_loss_only, ignore_keys=None):
+            add_eval_counts(self, inputs.counts)
+            return inputs.loss, inputs.logits, inputs.labels
+
+        steps = {"prediction_step": recorded, "preprocess_logits_for_metrics": None}
+        before = {name: vars(self)[name] for name in steps if name in vars(self)}
+        vars(self).update(steps)  # of the object, before those of any class
+        try:
+            yield
+        finally:
+            for name in steps:
+                del vars(self)[name]
+            vars(self).update(before)
+
+
+class RecordedBatch(dict):
+    """Stands for the inputs of a batch that was evaluated: as many rows, and those inputs that metrics are shown."""
+
+    def __init__(self, rows: int | None, shown: dict[str, Any], loss: Any, logits: Any, labels: Any, counts: dict):
+        super().__init__({} if rows is None else {"rows": torch.empty(rows, 0)}, **shown)
+        self.loss, self.logits, self.labels, self.counts = loss, logits, labels, counts
+
+
+class Recorded:
+    """A data loader in all but its batches."""
+
+    def __init__(self, loader: DataLoader, batches: Iterator[RecordedBatch]):
+        self._loader, self._batches = loader, batches
+
+    def __iter__(self) -> Iterator[RecordedBatch]:
+        return self._batches
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class Batches:
+    """The batches of a data loader, numbered as they come.
+
+    Attributes:
+        is_stream: whether they cannot be had by their number, but only as they come; perhaps only once.
+        count: how many there are; of a stream, how many have come.
+        end: the number at which they end; infinite for a stream.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+        stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+        self.is_stream = stream or getattr(loader, "batch_sampler", None) is None
+        self._indices = [] if self.is_stream else list(loader.batch_sampler)
+        self.count, self.end = len(self._indices), math.inf if self.is_stream else len(self._indices)
+        self._coming = iter(loader) if self.is_stream else iter(())
+        self._first = list(itertools.islice(self._coming, 1))
+
+    def probe(self) -> list:
+        """What tells these batches from others."""
+        if self.is_stream:
+            return self._first
+        some = self._indices[:: -(-self.count // _PROBES) or 1]
+        return [repr(self._indices), [self._loader.dataset[indices[0]] for indices in some]]
+
+    def numbered(self, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
+        """Each batch of `numbers`, which of a stream ascend, with its number; the next is asked for as late as can be.
+
+        Of a map-style data set nothing else is loaded.
+        """
+        if not self.is_stream:
+            loading: deque[int] = deque()
+
+            def indices() -> Iterator[list]:
+                for number in numbers:
+                    loading.append(number)
+                    yield self._indices[number]
+
+            for inputs in in_batches(self._loader, indices()):
+                number = loading.popleft()
+                with self.at(number):
+                    yield number, inputs
+            return
+        coming, self._first, self._coming = itertools.chain(self._first, self._coming), [], self._loader
+        wanted = next(numbers, None)
+        for number, inputs in enumerate(coming):
+            self.count = max(self.count, number + 1)
+            if number == wanted:
+                yield number, inputs
+                wanted = next(numbers, None)
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Inside, Accelerate knows which batch it is: of the last one it leaves out what is no row."""
+        prepared = isinstance(self._loader, DataLoaderStateMixin)
+        if prepared:
+            self._loader.begin()
+            self._loader.end_of_dataloader = number == self.count - 1
+        try:
+            yield
+        finally:
+            if prepared:
+                self._loader.end()
