@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from launch import accelerate_launch, free_port, write_script
 
+from hf_lsam.identity import Identity, LaunchStore
+
 TESTS = Path(__file__).parent
 SCRIPT = """
 import hashlib, json, os, sys, time
@@ -376,3 +378,15 @@ def test_where_the_store_is_gone_a_worker_evaluates_by_itself(reports):
     assert reports[0]["store_gone"] == "failed"
     loss, _, expected = reports[1]["store_gone"]
     assert loss == expected
+
+
+def test_the_store_takes_what_is_larger_than_a_message_and_frees_it(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    store = LaunchStore(Identity())
+    data = os.urandom(9 * 2**20 + 1)
+    assert store.take("results", 0.0) is None
+    store.put("results", data)
+    assert store.take("results", 0.0) == data
+    store.take_back("results")
+    assert store.take("results", 0.0) == store._store.get("results/0") == b""
+    assert [store.count("taken"), store.count("taken"), store.count("taken", 0)] == [1, 2, 2]

@@ -47,15 +47,14 @@ def measured_run(
     """
     args = trainer.args
     asynchronous = values["method"] == "lsam"
-    reports = not asynchronous or args.process_index == 0  # the evaluations of DDP are collective
     evaluated = []
     if not asynchronous:
         # A model that was evaluated before `train` would stay without DDP in it: each process would train by itself.
         args.eval_on_start = True
-    elif reports:
+    elif args.process_index == 0:
         evaluated = [{"step": 0, **trainer.evaluate()}]
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = trainer.evaluate() if reports else None
+    after = trainer.evaluate()  # by all, who share it with every method
     gather = gather_lsam if asynchronous else gather_data_parallel
     measured = gather(trainer, timer, metric)
     trainer.save_model()
