@@ -26,7 +26,7 @@ import tokenizers
 import torch
 from models import Net, Rows, Stream, arguments, blobs, tiny_gpt2
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, Trainer
-from transformers import PreTrainedTokenizerFast, default_data_collator
+from transformers import PreTrainedTokenizerFast, TrainerCallback, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin
@@ -156,6 +156,8 @@ report["several"] = [without_times(trainer.evaluate()), single_loss(trainer.eval
 if RANK == 0:  # alone, and another one of the same length
     report["alone"] = [*loss_of(blobs(30, seed=9)), single_loss(blobs(30, seed=9))]
 report["after_alone"] = [*loss_of(test), expected]
+tell("after_alone")
+hear("after_alone")  # what one that comes later still would get may be gone
 
 if RANK == 1:  # comes when the other has it already
     hear("evaluated")
@@ -214,6 +216,19 @@ prediction = trainer.predict(test).predictions
 report["not_to_be_written"] = [type(prediction).__name__, content(prediction["logits"]), trainer.passes]
 del trainer.prediction_step
 report["not_to_be_written"].append(content(trainer.predict(test).predictions[0]))
+
+
+class Breaks(TrainerCallback):
+    def on_prediction_step(self, *positional, **keywords):
+        raise ArithmeticError
+
+
+trainer.add_callback(Breaks)
+try:
+    trainer.evaluate(test)
+except ArithmeticError:
+    report["own_step_is_back_after_an_error"] = "prediction_step" not in vars(trainer)
+trainer.remove_callback(Breaks)
 
 with trainer.local():  # each its own
     report["own"] = [*loss_of(test), single_loss(test)]
@@ -351,7 +366,7 @@ def test_what_a_worker_fails_with_is_evaluated_by_the_other(reports):
     loss, passes, expected = reports[0]["other_fails"]
     assert (loss, passes) == (expected, 7)
     assert reports[1]["other_fails"] == "failed"
-    assert all(report["own_step_is_back"] for report in reports)
+    assert all(report["own_step_is_back"] and report["own_step_is_back_after_an_error"] for report in reports)
 
 
 def test_a_worker_that_is_silent_is_waited_for_no_longer_than_worker_timeout(reports):

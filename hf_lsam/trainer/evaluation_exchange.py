@@ -126,6 +126,8 @@ def fingerprint(model: nn.Module) -> dict[str, int]:
     """A hash of each parameter and buffer by its name, computed on the model's device."""
 
     def hashed(tensor: Tensor) -> int:
+        if not tensor.numel():
+            return 0
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return torch.hash_tensor(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).item()
 
