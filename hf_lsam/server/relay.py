@@ -23,8 +23,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..algorithms import ServerSettings
-from ..transport import gloo
-from ..transport.gloo import JoinRefused
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ELSEWHERE,
@@ -45,6 +43,7 @@ from ..transport.messages import (
     WelcomeMachine,
 )
 from ..transport.peer import Peer
+from ..transport.tls import JoinRefused, connect
 from .core import RelayCore
 from .machines import machine_settings, settings_digest
 from .role import Role
@@ -119,6 +118,8 @@ class Relay(Role):
         return True  # the root knows
 
     def tick(self, now: float) -> None:
+        if self._final:  # nothing is left to be said, and the root may have ended
+            return
         if self._peer is None and self._connecting is None and now >= self._try_at:
             self._try_at = now + RETRY_SECONDS
             self._connecting = threading.Thread(target=self._connect, name="hf_lsam-connecting", daemon=True)
@@ -198,7 +199,7 @@ class Relay(Role):
         """In a thread of its own: one attempt."""
         run, silence = self._settings.run_id, self._settings.silence
         try:
-            peer = gloo.connect(
+            peer = connect(
                 self._address,
                 self._secret,
                 run,

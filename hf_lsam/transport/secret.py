@@ -1,14 +1,29 @@
-"""The secret of a run on several machines: a file that its user alone may read."""
+"""The secret of a run on several machines: a file that its user alone may read, and a certificate that follows from it.
+
+All machines of a run derive one and the same key and certificate from the secret. So each can prove to the others, by
+TLS's own proof of a certificate, that it knows the secret, and trusts no other certificate.
+"""
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 import stat
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509 import CertificateBuilder, Name, NameAttribute
+from cryptography.x509.oid import NameOID
+
 SECRET_BYTES = 32
+
+# Of every certificate: that it is the right one is all it says, and no clock is to be asked.
+_NAME = Name([NameAttribute(NameOID.COMMON_NAME, "hf_lsam")])
+_ALWAYS = datetime(1970, 1, 1), datetime(9999, 12, 31, 23, 59, 59)
 
 
 def new_secret(path: Path) -> None:
@@ -55,3 +70,20 @@ def read_secret(path: Path) -> bytes:
     if len(secret) < SECRET_BYTES:
         raise ValueError(f"{path} holds no secret: at least {2 * SECRET_BYTES} hexadecimal digits. Make a new one.")
     return secret
+
+
+def derive_certificate(secret: bytes) -> tuple[bytes, bytes]:
+    """The private key and the certificate (Ed25519, signed by itself) that belong to a secret; PEM.
+
+    Both follow from the secret alone, byte for byte: an Ed25519 signature holds nothing random.
+
+    Args:
+        secret: from `read_secret`.
+    """
+    key = Ed25519PrivateKey.from_private_bytes(hmac.digest(secret, b"hf_lsam links", "sha256"))
+    builder = CertificateBuilder().subject_name(_NAME).issuer_name(_NAME).serial_number(1).public_key(key.public_key())
+    certificate = builder.not_valid_before(_ALWAYS[0]).not_valid_after(_ALWAYS[1]).sign(key, algorithm=None)
+    return (
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        certificate.public_bytes(Encoding.PEM),
+    )
