@@ -19,11 +19,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import TIMEOUT, free_port
+from launch import TIMEOUT, free_port, wait_until
 from netns import machines, why_not
 from wiretap import Wiretap
 
 from hf_lsam.compression import rounded
+from hf_lsam.transport import peer as peer_module
 from hf_lsam.transport import tls
 from hf_lsam.transport.messages import MACHINE_MESSAGES, JoinMachine, Live, Message, Refusal, Sum
 from hf_lsam.transport.peer import Peer
@@ -197,6 +198,13 @@ def serving(listener: Listener) -> Iterator[list[Peer]]:
             peer.close()
 
 
+def joins_alone(address: tuple[str, int], peers: list[Peer]) -> None:
+    """A machine is let in, and it is the first: what came before was not."""
+    join(address).close()
+    wait_until(lambda: peers)  # the other side may know of the link a moment later
+    assert len(peers) == 1
+
+
 def unproven(listener: Listener) -> socket.socket:
     """A connection that the listener has taken in."""
     connection = socket.create_connection(listener.address)
@@ -297,13 +305,8 @@ def test_a_machine_that_does_not_belong_is_refused_with_the_reason(listener, cap
         with pytest.raises(JoinRefused, match=reason.name) as refused:
             join(listener.address, **different)
         assert refused.value.reason is reason
-        assert f"refused a machine at 127.0.0.1: {reason.name}" in caplog.text
-        assert peers == []
-        join(listener.address).close()
-        give_up = time.monotonic() + TIMEOUT
-        while not peers and time.monotonic() < give_up:  # the other side may know of the link a moment later
-            time.sleep(0.01)
-        assert len(peers) == 1
+        wait_until(lambda: f"refused a machine at 127.0.0.1: {reason.name}" in caplog.text)
+        joins_alone(listener.address, peers)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +326,7 @@ def test_other_machines_are_let_in_only_on_request(host, here):
     with pytest.raises(ValueError, match="allow_remote=True"), listening(host=host):
         pass
     with listening(host=host, allow_remote=True) as listener, serving(listener) as peers:
-        join((here, listener.address[1])).close()
-        assert len(peers) == 1
+        joins_alone((here, listener.address[1]), peers)
 
 
 def test_a_machine_that_comes_before_the_server_waits_for_it(node):
@@ -362,8 +364,7 @@ def test_what_was_recorded_on_the_way_opens_no_link_and_tells_nothing(listener, 
     vector = torch.full((NUMEL,), 1.25)
     with serving(listener) as peers, Wiretap(listener.address) as tap:
         machine = join(tap.address)
-        while not peers:
-            time.sleep(0.01)
+        wait_until(lambda: peers)
         machine.post(Sum(123_456_789, 1), vector)
         message, came = next_message(peers[0])
         assert torch.equal(came, vector)
@@ -380,8 +381,8 @@ def test_what_was_recorded_on_the_way_opens_no_link_and_tells_nothing(listener, 
             with suppress(ConnectionError):
                 while replay.recv(4096):
                     pass
+        wait_until(lambda: "refused a machine at 127.0.0.1: SECRET" in caplog.text)
         assert len(peers) == 1
-    assert "refused a machine at 127.0.0.1: SECRET" in caplog.text
 
 
 @pytest.mark.parametrize("trick", ["replay", "reflect", "nothing", "another secret", "no certificate"])
@@ -431,8 +432,7 @@ def test_a_stranger_that_trusts_anybody_is_refused_all_the_same(listener, certif
             with suppress(OSError):
                 stranger.sendall(MACHINE_MESSAGES.pack(tls._open_link("run", FINGERPRINT, NUMEL)))
                 assert not stranger.recv(4096)
-        join(listener.address).close()
-    assert len(peers) == 1
+        joins_alone(listener.address, peers)
     assert "refused a machine at 127.0.0.1: SECRET" in caplog.text
 
 
@@ -468,8 +468,7 @@ def test_a_machine_that_fails_half_way_through_its_join_keeps_nobody_out(listene
         elif then == "says something else":
             connection.sendall(MACHINE_MESSAGES.pack(Live(1)))
         with serving(listener) as peers:
-            join(listener.address).close()
-            assert len(peers) == 1
+            joins_alone(listener.address, peers)
 
 
 def test_ten_thousand_broken_handshakes_change_nothing(listener):
@@ -500,8 +499,7 @@ def test_ten_thousand_broken_handshakes_change_nothing(listener):
         assert listener.accept() == []
         time.sleep(0.01)
     with serving(listener) as peers:
-        join(listener.address).close()
-        assert len(peers) == 1
+        joins_alone(listener.address, peers)
 
 
 # --- what arrives ---
@@ -570,8 +568,7 @@ def test_messages_without_vectors_keep_their_place_between_those_with(listener, 
 def test_an_owner_that_does_not_poll_holds_the_other_side_up_and_loses_nothing(listener):
     with serving(listener) as peers:
         machine = join(listener.address)
-        while not peers:
-            time.sleep(0.01)
+        wait_until(lambda: peers)
         machine.post(Live(0), torch.zeros(NUMEL))
         arrived(machine)
         machine.post(Live(1), torch.ones(NUMEL))  # that fills both buffers
@@ -664,8 +661,7 @@ def test_a_machine_that_was_stopped_finds_itself_alone_and_others_go_on(listener
 def test_a_changed_byte_ends_the_connection_and_nothing_of_it_is_delivered(listener, after, way):
     with serving(listener) as peers, Wiretap(listener.address) as tap:
         machine = join(tap.address)
-        while not peers:
-            time.sleep(0.01)
+        wait_until(lambda: peers)
         sender, receiver = (machine, peers[0]) if way == "to server" else (peers[0], machine)
         sender.post(Live(1))
         assert next_message(receiver)[0] == Live(1)
@@ -680,11 +676,22 @@ def test_a_changed_byte_ends_the_connection_and_nothing_of_it_is_delivered(liste
         sender.close()
 
 
+def test_a_key_that_has_sent_as_much_as_one_may_ends_with_its_link(listener, monkeypatch):
+    with serving(listener) as peers:
+        machine = join(listener.address)
+        wait_until(lambda: peers)
+        monkeypatch.setattr(peer_module, "_MOST_RECORDS", 100)
+        for number in range(100):
+            machine.post(Live(number))
+        with pytest.raises(ConnectionError, match="as much as one may"):
+            next_message(machine)
+        machine.close()
+
+
 def test_a_frame_that_no_machine_sends_ends_the_connection(listener):
     with serving(listener) as peers, proven(listener) as connection:
         connection.sendall(MACHINE_MESSAGES.pack(tls._open_link("run", FINGERPRINT, NUMEL)))
-        while not peers:
-            time.sleep(0.01)
+        wait_until(lambda: peers)
         connection.sendall(b"\xff" * 4096)
         with pytest.raises(ConnectionError, match="unexpected frame"):
             next_message(peers[0])

@@ -31,6 +31,7 @@ _FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s")  # what, bits a value of 
 _BEAT, _MESSAGE, _PIECE, _ARRIVED = range(4)  # what a frame is
 _PIECE_VALUES = (1 << 12) * BLOCK  # 1 MiB of float32
 _RECORD = 1 << 14  # bytes of one of TLS's records: both ways take turns at that
+_MOST_RECORDS = 1 << 24  # that one key of AES-GCM may encrypt (RFC 8446, 5.5); 256 GiB of vectors
 _BUFFERS = 2  # vectors that one end holds: the owner has one while the next arrives
 
 
@@ -175,7 +176,7 @@ class Peer:
         """
         arriving, leaving = self._arriving(), self._leaving()
         unfilled, unsent = next(arriving), memoryview(b"")
-        heard, writable = time.monotonic(), True
+        heard, writable, records = time.monotonic(), True, 0
         with selectors.DefaultSelector() as selector:
             selector.register(self._connection, selectors.EVENT_READ)
             selector.register(self._work, selectors.EVENT_READ)
@@ -195,6 +196,9 @@ class Peer:
                         writable = False
                 if sent is not None:
                     unsent = unsent[sent:]
+                    records += 1
+                    if records == _MOST_RECORDS:  # Python's ssl cannot renew a key
+                        raise ConnectionAbortedError("its key has sent as much as one may, and a new link gets another")
                 if received is not None or sent is not None:
                     continue
                 # Asked after reading: a process that was itself stopped finds what came in the meantime.
