@@ -33,7 +33,7 @@ from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import RelayCore, ServerCore
-from hf_lsam.server.lifetime import start_server
+from hf_lsam.server.lifetime import SIGTERM_CODE, start_server
 from hf_lsam.server.machines import MachineSettings
 from hf_lsam.server.relay import Relay
 from hf_lsam.server.root import Root, listen
@@ -879,6 +879,12 @@ def test_a_machine_that_was_added_by_hand_starts_again_and_joins_by_the_same_com
                 push_and_pull(0.3 * times)  # n is 1
                 for left in ("socket", "server.json", "mailbox_0"):
                     assert (tmp_path / "b" / left).exists()
+            for times in (3, 4):  # and after a relay that was told to end
+                processes.append(start(second, "relay.log", *server, str(tmp_path / "b"), "--connect", where))
+                wait_until(lambda n=times: (tmp_path / "relay.log").read_text().count("takes part as a") == n, story)
+                processes[-1].terminate()
+                assert processes[-1].wait() == SIGTERM_CODE, story()
+                assert not (tmp_path / "b" / "version").exists()
             begun = re.findall(r"joined at ([\d.]+)", (tmp_path / "worker.log").read_text())
             assert [float(value) for value in begun] == pytest.approx([0.0, 0.3])
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import select
@@ -357,7 +358,8 @@ def test_all_machines_derive_one_certificate_from_the_secret_and_no_other_secret
     assert derive_certificate(SECRET) == (key, certificate)
     for other in (bytes(32), SECRET + b"x"):
         assert not {key, certificate} & {*derive_certificate(other)}
-    assert SECRET not in key
+    # Machines with other versions of cryptography and OpenSSL must come to the same bytes.
+    assert hashlib.sha256(certificate).hexdigest() == "b47ddf7612ffafaff2dcbdabf4e8b3f88dd0f97e80f699f3eb00b31bf899c0ac"
 
 
 def test_what_was_recorded_on_the_way_opens_no_link_and_tells_nothing(listener, caplog):

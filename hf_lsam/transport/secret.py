@@ -14,16 +14,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509 import CertificateBuilder, Name, NameAttribute
-from cryptography.x509.oid import NameOID
-
 SECRET_BYTES = 32
-
-# Of every certificate: that it is the right one is all it says, and no clock is to be asked.
-_NAME = Name([NameAttribute(NameOID.COMMON_NAME, "hf_lsam")])
-_ALWAYS = datetime(1970, 1, 1), datetime(9999, 12, 31, 23, 59, 59)
 
 
 def new_secret(path: Path) -> None:
@@ -80,9 +71,18 @@ def derive_certificate(secret: bytes) -> tuple[bytes, bytes]:
     Args:
         secret: from `read_secret`.
     """
+    # Loaded here: workers import this module, and none of them needs it.
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509 import CertificateBuilder, Name, NameAttribute
+    from cryptography.x509.oid import NameOID
+
     key = Ed25519PrivateKey.from_private_bytes(hmac.digest(secret, b"hf_lsam links", "sha256"))
-    builder = CertificateBuilder().subject_name(_NAME).issuer_name(_NAME).serial_number(1).public_key(key.public_key())
-    certificate = builder.not_valid_before(_ALWAYS[0]).not_valid_after(_ALWAYS[1]).sign(key, algorithm=None)
+    name = Name([NameAttribute(NameOID.COMMON_NAME, "hf_lsam")])
+    builder = CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1).public_key(key.public_key())
+    # Always valid: the clocks of machines differ.
+    builder = builder.not_valid_before(datetime(1970, 1, 1)).not_valid_after(datetime(9999, 12, 31, 23, 59, 59))
+    certificate = builder.sign(key, algorithm=None)
     return (
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         certificate.public_bytes(Encoding.PEM),
