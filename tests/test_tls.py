@@ -473,7 +473,7 @@ def test_a_machine_that_fails_half_way_through_its_join_keeps_nobody_out(listene
             joins_alone(listener.address, peers)
 
 
-def test_ten_thousand_broken_handshakes_change_nothing(listener):
+def test_a_thousand_broken_handshakes_change_nothing(listener):
     dice = random.Random(0)
     hello = client_hello()
 
@@ -493,7 +493,7 @@ def test_ten_thousand_broken_handshakes_change_nothing(listener):
         return len(list(Path("/proc/self/fd").iterdir()))
 
     before = files(), threading.active_count()
-    for _ in range(10_000):
+    for _ in range(1_000):
         with unproven(listener) as connection, suppress(ConnectionError):
             connection.sendall(broken())
         assert listener.accept() == []
