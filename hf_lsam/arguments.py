@@ -46,6 +46,7 @@ SERVER_ADDRESS = Rule(
     "Start one first: python -m hf_lsam.server --run_dir DIR",
     lambda address: "://" in str(address) or os.path.isdir(str(address)),  # a transport of the caller's own
 )
+PORT = Rule("an integer in [0, 65535]", "0 lets the system choose.", lambda n: type(n) is int and 0 <= n < 2**16)
 LANDSCAPE_POINTS = Rule(
     "0 or 4 k + 1 (5, 9, 13, 17, ...)",
     "So anchor and workers are among the points.",
@@ -124,6 +125,9 @@ class LSAMArguments:
             are there. Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed.
             max_steps is the budget of each worker, or with share_steps of all together. "scheme://..." joins by a
             transport of your own.
+        server_port (`int`, defaults to 0): where the first machine's server listens to those of the others, with
+            MASTER_ADDR (--main_process_ip) as its host: the port that its firewall has to let them reach, and the only
+            one that a server opens. 0 lets the system choose.
         server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
             the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. An external
             worker waits as long for a server that has not started yet.
@@ -188,6 +192,7 @@ class LSAMArguments:
     num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
     shared_memory_dir: str = SHARED_MEMORY
     server_address: Annotated[str | None, SERVER_ADDRESS] = None
+    server_port: Annotated[int, PORT] = 0
     server_timeout: Annotated[float, number("(0, inf)", "120 leaves time to start a server again by hand.")] = 120.0
     worker_timeout: Annotated[float, number("(0, inf)", "600 outlasts a host that swaps.")] = 600.0
     machine_timeout: Annotated[

@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 FACTS = "card.json"  # in the folder of a run
 MARK = "<!-- written by hf-lsam -->"  # in every card; one without it was written by hand
 # Fields of a configuration that say nothing of how a model was trained.
-NOT_TOLD = ("output_dir", "shared_memory_dir", "server_address")
+NOT_TOLD = ("output_dir", "shared_memory_dir", "server_address", "server_port")
 
 
 @dataclass(frozen=True)

@@ -80,19 +80,27 @@ class Launch(Transport):
         shared_memory_dir: where vectors are exchanged.
         server_log: file that receives the log of the server process, if this worker starts it.
         timeouts: see `Timeouts`.
+        server_port: where the first machine's server listens to those of the others; 0 lets the system choose.
 
     Blocking: `join` until all workers of the launch are there; `leave` until the server has ended, 10 s at most, or
     `server_timeout` where it still hands the final anchor to other machines.
     """
 
     def __init__(
-        self, identity: Identity, store: LaunchStore, shared_memory_dir: Path, server_log: Path, timeouts: Timeouts
+        self,
+        identity: Identity,
+        store: LaunchStore,
+        shared_memory_dir: Path,
+        server_log: Path,
+        timeouts: Timeouts,
+        server_port: int = 0,
     ):
         self._identity = identity
         self._store = store
         self._shared_memory_dir = shared_memory_dir
         self._server_log = server_log
         self._timeouts = timeouts
+        self._server_port = server_port
         self._restarts_left = SERVER_RESTARTS
         self.folder: RunFolder | None = None
         self._made: tuple[Path, TextIO] | None = None  # the folder, if this worker has made it, and its lock
@@ -169,7 +177,8 @@ class Launch(Transport):
         """What tells the server of this machine its place among them. The secret goes into a file only."""
         if meeting is None:
             new_secret(path / SECRET)
-            where = ["--listen", f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:0", "--allow_remote"]
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            where = ["--listen", f"{host}:{self._server_port}", "--allow_remote"]
         else:
             (path / SECRET).touch(0o600, exist_ok=False)
             (path / SECRET).write_text(meeting["secret"])
@@ -182,7 +191,7 @@ class Launch(Transport):
             if not self._server_may_come():
                 raise ServerGone(
                     f"The server of the launch ended at its start; see {self._server_log}. Does MASTER_ADDR "
-                    "(--main_process_ip) name an address of machine 0?"
+                    "(--main_process_ip) name an address of machine 0, and is server_port free there?"
                 )
             time.sleep(0.02)
         return tuple(json.loads(address_file(path).read_text()))

@@ -84,6 +84,7 @@ class Run:
         server_log: file that receives the log of the server process, if this worker starts it.
         server_address: of a running server to join (see `joining.TRANSPORTS`), or None.
         timeouts: see `Timeouts`.
+        server_port: where the first machine's server listens to those of the others; 0 lets the system choose.
         transport: how to join, where it is not what the address or the number of workers says.
 
     Attributes:
@@ -104,6 +105,7 @@ class Run:
         server_log: Path,
         server_address: str | None = None,
         timeouts: Timeouts | None = None,
+        server_port: int = 0,
         transport: Transport | None = None,
     ):
         timeouts = timeouts or Timeouts()
@@ -117,7 +119,7 @@ class Run:
         elif identity.num_workers == 1:
             self.transport = Alone()
         else:
-            self.transport = Launch(identity, self.store, shared_memory_dir, server_log, timeouts)
+            self.transport = Launch(identity, self.store, shared_memory_dir, server_log, timeouts, server_port)
         self._link: Link | None = None
 
     def join(

@@ -74,6 +74,7 @@ class Session:
             (output_dir or Path(".")) / "server.log",
             arguments.server_address,
             arguments.timeouts(),
+            arguments.server_port,
         )
         self.record = RecordWriter(output_dir, identity.rank)
         self.signals = EndSignals()

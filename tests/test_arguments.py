@@ -32,6 +32,7 @@ OUT_OF_RANGE = {
     "num_workers": [0, -1, 1.5],
     "shared_memory_dir": ["/no/such/folder"],
     "server_address": ["/no/such/folder", "localhost:29500"],
+    "server_port": [-1, 65536, "29400", True],
     "server_timeout": [0.0, math.inf, math.nan, "120"],
     "machine_timeout": [1.9, math.inf, math.nan, "30"],
     "worker_timeout": [0, -1.0, math.nan],

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from netns import why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts/benchmarks"
@@ -102,6 +103,23 @@ def test_bench_server(tmp_path):
         assert row["n"] == len(row["ratios"]) == 2
         assert row["pushes"] >= 4
         assert row["median_bytes_per_s"] > 0
+
+
+def test_bench_links(tmp_path):
+    megabits = () if why_not() else ("100",)
+    size = ("--numel", "5000", "--bits", "8", "32", "--rounds", "2", "--megabits", *megabits)
+    rows = report_of("links.py", tmp_path / "links.json", *size)["results"]
+    assert [(row["megabits"], row["bits"], row["bytes"], row["mode"]) for row in rows] == [
+        (rate, bits, size, mode)
+        for rate in (None, *map(int, megabits))
+        for bits, size in ((8, 5135), (32, 20000))
+        for mode in ("tcp", "curve", "link")
+    ]
+    for row in rows:
+        assert row["n"] == len(row["seconds"]) == 2
+        assert row["median_s"] > 0
+        if row["mode"] == "tcp":
+            assert row["ratio"] == 1.0
 
 
 def test_bench_server_says_how_much_room_it_needs():

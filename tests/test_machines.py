@@ -23,6 +23,7 @@ import pytest
 import torch
 from launch import TIMEOUT, free_port, wait_until, write_script
 from netns import Machine, machines, why_not
+from wiretap import Wiretap
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
@@ -32,7 +33,7 @@ from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import RelayCore, ServerCore
-from hf_lsam.server.lifetime import start_server
+from hf_lsam.server.lifetime import SIGTERM_CODE, start_server
 from hf_lsam.server.machines import MachineSettings
 from hf_lsam.server.relay import Relay
 from hf_lsam.server.root import Root, listen
@@ -265,6 +266,11 @@ class Cluster:
             thread.join()
 
 
+def cut(peer: Peer) -> None:
+    """Breaks a link under both its ends."""
+    socket.socket.shutdown(peer._connection, socket.SHUT_RDWR)
+
+
 def poll_for_ever(link: SharedMemoryLink) -> None:
     while True:
         link.poll(0, torch.empty(NUMEL))
@@ -373,7 +379,7 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
         for _ in range(3):
             relay = run.relays[0]
             lost = relay._peer
-            lost._wire.socket.shutdown(socket.SHUT_RDWR)
+            cut(lost)
             link = run.links[1, 0]
             for _ in range(TAU):
                 link.begin_step()
@@ -388,6 +394,28 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
         assert sum(run.top.pushes_of(1)) == 5 * TAU
         assert run.folders[0].steps_begun == run.folders[1].steps_begun == (2 + 5) * TAU
         assert run.top.core.accepted_pushes == len(run.top.pushes_of(1)) + 2
+
+
+@pytest.mark.parametrize("way", ["to server", "from server"])
+def test_bytes_that_are_changed_on_the_way_cost_a_link_and_nothing_else(tmp_path, way):
+    with cluster(tmp_path, [1, 1]) as run, Wiretap(run.address) as tap:
+        run.period()
+        (relay,) = run.relays
+        relay._address = tap.address
+        lost = relay._peer
+        cut(lost)
+        run.until(lambda: relay._linked and relay._peer is not lost)
+        for _ in range(3):
+            run.until(lambda: run.top.core.live_workers == 2)
+            lost = relay._peer
+            tap.flip(way, after=20)  # in the sum; or in its acknowledgement, its answer or the anchor that follows
+            run.period()
+            run.until(lambda lost=lost: relay._linked and relay._peer is not lost)
+        ends = run.finish()
+        assert ends[0] == ends[1]
+        # Every period moves the anchor by 0.1; there are more of them where the machine was not counted for a moment.
+        assert ends[0][2] == pytest.approx(1 + 0.1 * ends[0][0])
+        assert sum(run.top.pushes_of(1)) == 4 * TAU
 
 
 def test_a_global_server_that_is_told_to_end_waits_until_all_machines_have_the_final_anchor(tmp_path):
@@ -418,7 +446,7 @@ def test_a_machine_ends_with_its_last_anchor_if_the_global_server_was_told_to_en
         relay._address = ("127.0.0.1", 1)  # where nobody listens
         run.top_service.terminating = True
         run.until(lambda: run.links[1, 0].status.save_requested)
-        relay._peer._wire.socket.shutdown(socket.SHUT_RDWR)
+        cut(relay._peer)
         assert run.finish()[1][0] == 1
 
 
@@ -427,7 +455,7 @@ def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_pat
         run.period()
         relay = run.relays[0]
         relay._address = ("127.0.0.1", 1)  # where nobody listens
-        relay._peer._wire.socket.shutdown(socket.SHUT_RDWR)
+        cut(relay._peer)
         lost = run.links.pop((1, 0))
         with pytest.raises(ServerGone, match="has lost the one of all machines"):
             poll_for_ever(lost)
@@ -475,7 +503,7 @@ def test_what_cannot_work_across_machines_is_an_error_at_the_start(tmp_path):
     with pytest.raises(RuntimeError, match=r"algorithm=.lsgd. works on one machine only"):
         Relay(folder, ("127.0.0.1", 1), SECRET)
     folder.run["settings"]["algorithm"] = "lsam"
-    with pytest.raises(RuntimeError, match=r"vectors cross the network unencrypted.*allow_remote"):
+    with pytest.raises(RuntimeError, match=r"lets other machines connect.*allow_remote"):
         listen(folder, ("0.0.0.0", 0), SECRET)
 
 
@@ -604,10 +632,12 @@ def sums_forwarded(log: str) -> list[int]:
 
 
 def test_two_launches_on_loopback_are_one_run(tmp_path):
-    with launches(tmp_path, 2, 2, max_steps=40) as run:
+    port = free_port()
+    with launches(tmp_path, 2, 2, max_steps=40, server_port=port) as run:
         reports = run.reports(range(4))
         for process in run.processes:
             assert process.wait() == 0, run.story()
+    assert f"listening to other machines at 127.0.0.1:{port}" in run.log(0)
     assert [(report["machine"], report["local_rank"]) for report in reports] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(report["steps"] == 40 and report["error"] is None for report in reports), (reports, run.story())
     assert len({report["end"] for report in reports}) == 1
@@ -717,6 +747,19 @@ def test_machines_that_are_added_by_hand_share_an_anchor_and_a_wrong_secret_does
             server.wait()
 
 
+def test_a_relay_refuses_a_folder_that_holds_another_run(tmp_path, caplog):
+    with cluster(tmp_path, [1]) as run:
+        path = tmp_path / "other"
+        path.mkdir()
+        contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
+        folder = RunFolder.create(path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
+        folder.publish(torch.ones(NUMEL), 7)
+        service = Service(folder, Relay(folder, run.address, SECRET), True)
+        service.serve()
+        assert re.search("is at anchor 0, and this folder holds anchor 7 of another run.*new folder", caplog.text)
+        run.finish()
+
+
 needs_networks = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
@@ -765,6 +808,90 @@ def test_a_machine_that_vanishes_without_a_word_leaves_n_and_the_others_end(tmp_
         assert run.report(2) is None
     assert reports[0]["end"] == reports[1]["end"]
     assert all(report["steps"] == 160 and report["error"] is None for report in reports)
+
+
+# A worker on a machine that was added by hand: `worker.py FOLDER`. It pushes once, and stays.
+BY_HAND = """
+import sys, time
+from pathlib import Path
+
+import torch
+
+from hf_lsam.algorithms import ServerSettings, WorkerSettings
+from hf_lsam.identity import Identity
+from hf_lsam.joining import Timeouts
+from hf_lsam.run import Run
+
+folder = sys.argv[1]
+run = Run(Identity(), Path(folder), Path(folder) / "log", folder, Timeouts(server_timeout=120.0))
+settings = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0)
+worker = run.join([("x", torch.nn.Parameter(torch.zeros(5)))], WorkerSettings(4), settings)
+print("joined at", worker.anchor[0].item(), flush=True)
+worker.link.push(torch.full((5,), 0.3 * 4), 4, worker.version)
+while True:
+    worker.pull_newest()
+    time.sleep(0.01)
+"""
+
+
+@needs_networks
+def test_a_machine_that_was_added_by_hand_starts_again_and_joins_by_the_same_commands(tmp_path):
+    (tmp_path / "worker.py").write_text(BY_HAND)
+    secret = tmp_path / "secret"
+    new_secret(secret)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+
+    def start(machine: Machine, log: str, *words: str) -> subprocess.Popen:
+        with (tmp_path / log).open("a") as file:
+            command = [*machine.prefix, sys.executable, *words]
+            return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+    def story() -> str:
+        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(tmp_path.glob("*.log")))
+
+    def said(text: str) -> int:
+        return (tmp_path / "root.log").read_text().count(text)
+
+    with machines(2) as (first, second):
+        where = f"{first.address}:29400"
+        server = ["-m", "hf_lsam.server", "--secret_file", str(secret), "--run_dir"]
+        processes = [start(first, "root.log", *server, str(tmp_path / "a"), "--listen", where, "--allow_remote")]
+        # This process is the first machine's worker: a folder is found from any network.
+        run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / "a"), Timeouts(server_timeout=120.0))
+        try:
+            wait_until(lambda: is_served(tmp_path / "a"), story)
+            worker = run.join([("x", torch.nn.Parameter(torch.zeros(NUMEL)))], WorkerSettings(TAU), SETTINGS)
+
+            def push_and_pull(expected: float) -> None:
+                worker.link.settle()
+                version = worker.version
+                worker.link.push(torch.full((NUMEL,), 0.1 * TAU), TAU, version)
+                wait_until(lambda: worker.pull_newest() or worker.version > version, story)
+                assert worker.anchor[0].item() == pytest.approx(expected)
+
+            for times in (1, 2):
+                processes.append(start(second, "relay.log", *server, str(tmp_path / "b"), "--connect", where))
+                processes.append(start(second, "worker.log", str(tmp_path / "worker.py"), str(tmp_path / "b")))
+                wait_until(lambda n=times: said("with 1 workers") + said("has 1 live workers") == n, story)
+                push_and_pull(0.3 * times - 0.1)  # by the mean of 0.1 and 0.3
+                kill_all_on(second)
+                wait_until(lambda n=times: said("; 1 workers go on") == n, story)
+                push_and_pull(0.3 * times)  # n is 1
+                for left in ("socket", "server.json", "mailbox_0"):
+                    assert (tmp_path / "b" / left).exists()
+            for times in (3, 4):  # and after a relay that was told to end
+                processes.append(start(second, "relay.log", *server, str(tmp_path / "b"), "--connect", where))
+                wait_until(lambda n=times: (tmp_path / "relay.log").read_text().count("takes part as a") == n, story)
+                processes[-1].terminate()
+                assert processes[-1].wait() == SIGTERM_CODE, story()
+                assert not (tmp_path / "b" / "version").exists()
+            begun = re.findall(r"joined at ([\d.]+)", (tmp_path / "worker.log").read_text())
+            assert [float(value) for value in begun] == pytest.approx([0.0, 0.3])
+        finally:
+            run.leave()
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def kill_all_on(machine: Machine) -> None:

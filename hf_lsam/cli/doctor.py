@@ -286,8 +286,8 @@ def port_findings(launch: Launch) -> Iterator[Finding]:
     if launch.machines > 1:
         yield Finding(
             "note",
-            f"between the machines, port {port} of machine 0 must be open and the ports that its server chooses.",
-            "What crosses is authenticated and not encrypted: use a private network or a tunnel.",
+            f"two ports of machine 0 must be reached by the others: {port}, and the one that its server chooses.",
+            "server_port=... names the second. What servers exchange is encrypted; the launcher's own port is not.",
         )
 
 

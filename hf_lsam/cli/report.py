@@ -24,8 +24,8 @@ from ..record import FOLDER, Record, read_record, worker_state
 from .charts import Series, absent, line_chart, map_chart, number, table
 
 # What may differ between two runs of the same experiment.
-_NOT_COMPARED = ("seed", "data_seed", "shared_memory_dir", "server_address", "num_workers", "landscape_points")
-_NOT_COMPARED += ("landscape_batches",)
+_NOT_COMPARED = ("seed", "data_seed", "shared_memory_dir", "server_address", "server_port", "num_workers")
+_NOT_COMPARED += ("landscape_points", "landscape_batches")
 _NOT_MEASURED = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of an evaluation's other entries
 _OF_A_LANDSCAPE = {"batches", "batchnorm", "distances", "fractions", "lines", "plane", "strength"}
 _BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")

@@ -4,8 +4,9 @@ By hand, in an empty or a new folder, it waits for workers that join it by `serv
 long as they stay. It ends on SIGTERM or Ctrl-C, or after `--idle_timeout` seconds without a worker, and keeps its last
 snapshot; the same command with `--resume` goes on from there.
 
-With `--listen` it also serves the relays of other machines: `--connect` makes it one. A file with the secret, that
-`hf_lsam.transport.secret.new_secret` writes, proves who may take part.
+With `--listen` it also serves the relays of other machines: `--connect` makes it one, which goes on by the same command
+however the one before it ended. A file with the secret, that `hf_lsam.transport.secret.new_secret` writes, decides who
+takes part.
 """
 
 import argparse
@@ -44,7 +45,7 @@ across = parser.add_mutually_exclusive_group()
 across.add_argument("--listen", type=address, metavar="HOST:PORT", help="serve other machines as well; port 0: any")
 across.add_argument("--connect", type=address, metavar="HOST:PORT", help="be the relay to the global server there")
 parser.add_argument("--secret_file", type=Path, help="the secret of the run, mode 0600; the same on all machines")
-parser.add_argument("--allow_remote", action="store_true", help="listen beyond this machine; vectors are not encrypted")
+parser.add_argument("--allow_remote", action="store_true", help="listen beyond this machine")
 parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
 if missing := missing_here():
@@ -72,6 +73,7 @@ try:
         idle_timeout=arguments.idle_timeout,
         parent=arguments.parent,
         make_role=make_role,
+        keeps_state=not arguments.connect,
     )
 except (RuntimeError, ValueError) as error:
     sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ def run_server(
     idle_timeout: float = 600.0,
     parent: int | None = None,
     make_role: Callable[[RunFolder], Role] = Root,
+    keeps_state: bool = True,
 ) -> None:
     """Serves the run in `run_dir` in this process; waits for its first worker to create it, if there is none yet.
 
@@ -37,6 +39,8 @@ def run_server(
 
     Args:
         make_role: given the run folder, what this server is in the run.
+        keeps_state: of the run. A server that does not, a relay, goes on with the run that it finds in a folder that
+            others join, as with `resume=True`: whatever the one before it left there, the anchor is the root's.
 
     Raises:
         RuntimeError: if another process serves the folder, or if it holds a run that is not to be resumed.
@@ -47,6 +51,8 @@ def run_server(
     # Asked before the folder is served: from then on a worker that has waited for it creates its run there.
     holds_a_run = (run_dir / "run.json").exists()
     with served_by_this_process(run_dir):
+        if holds_a_run and not keeps_state and not json.loads((run_dir / "run.json").read_text())["num_workers"]:
+            resume = True
         folder = _open(run_dir, holds_a_run, resume is True, idle_timeout)
         launched = bool(folder.run["num_workers"])
         server = Service(folder, make_role(folder), resume, join_timeout, idle_timeout, parent)

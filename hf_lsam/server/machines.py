@@ -1,6 +1,6 @@
 """What the servers of several machines know of each other.
 
-What crosses the network, over `transport.gloo`, is one push a machine and period, and the newest anchor back.
+What crosses the network, over `transport.tls`, is one push a machine and period, and the newest anchor back.
 """
 
 from __future__ import annotations

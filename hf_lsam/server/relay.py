@@ -23,8 +23,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..algorithms import ServerSettings
-from ..transport import gloo
-from ..transport.gloo import JoinRefused
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ELSEWHERE,
@@ -45,6 +43,7 @@ from ..transport.messages import (
     WelcomeMachine,
 )
 from ..transport.peer import Peer
+from ..transport.tls import JoinRefused, connect
 from .core import RelayCore
 from .machines import machine_settings, settings_digest
 from .role import Role
@@ -84,6 +83,7 @@ class Relay(Role):
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._process = secrets.randbits(63)
         self._try_at = 0.0
+        self._held_version = -1  # that the folder held when this relay took it up
         self._asked = False  # JOIN is on its way, or has been answered
         self._linked = False  # and this machine is counted
         self._live_sent = 0
@@ -104,7 +104,7 @@ class Relay(Role):
         service.watch(self._wakeup, self._meet)
 
     def take_up(self, resume: Path | bool) -> None:
-        self.core.anchor.version = self._service.folder.version
+        self.core.anchor.version = self._held_version = self._service.folder.version
 
     @property
     def ready(self) -> bool:
@@ -119,6 +119,8 @@ class Relay(Role):
         return True  # the root knows
 
     def tick(self, now: float) -> None:
+        if self._final:  # nothing is left to be said, and the root may have ended
+            return
         if self._peer is None and self._connecting is None and now >= self._try_at:
             self._try_at = now + RETRY_SECONDS
             self._connecting = threading.Thread(target=self._connect, name="hf_lsam-connecting", daemon=True)
@@ -198,7 +200,7 @@ class Relay(Role):
         """In a thread of its own: one attempt."""
         run, silence = self._settings.run_id, self._settings.silence
         try:
-            peer = gloo.connect(
+            peer = connect(
                 self._address,
                 self._secret,
                 run,
@@ -258,7 +260,13 @@ class Relay(Role):
 
     def _handle(self, message: Message, vector: Tensor | None) -> None:
         match message:
+            case WelcomeMachine(version) if version < self._held_version:
+                self._service.give_up(
+                    f"The run at {self._address[0]}:{self._address[1]} is at anchor {version}, and this folder holds "
+                    f"anchor {self._held_version} of another run. Start this server in a new folder"
+                )
             case WelcomeMachine(version, last_counted, begun):
+                self._held_version = -1
                 self._adopt(vector, version)
                 self.core.settle(last_counted)
                 self._settle_steps(counted=last_counted >= self.core.forwarded)

@@ -23,7 +23,6 @@ from torch import Tensor
 from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors
 from ..compression import rounded
-from ..transport.gloo import Listener
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ANY_NUMBER,
@@ -45,6 +44,7 @@ from ..transport.messages import (
     WelcomeMachine,
 )
 from ..transport.peer import Peer
+from ..transport.tls import Listener
 from .core import ServerCore
 from .machines import MOST_WORKERS, MachineSettings, address_file, machine_settings, settings_digest
 from .role import Role

@@ -2,7 +2,7 @@
 
 A `Transport` lets a worker join; the `Link` that it gives is all that the worker knows of the exchange. There are two:
 in the worker's own process (`in_process`), and through shared memory with a server process on the same machine
-(`shared_memory`). Between machines servers exchange among themselves (`gloo`); no worker does.
+(`shared_memory`). Between machines servers exchange among themselves (`tls`); no worker does.
 
 To add one, write a module with a `Link` and a `Transport`, and name the transport in `joining.TRANSPORTS` by the scheme
 of its addresses; `server_address="scheme://..."` then chooses it.

@@ -2,7 +2,7 @@
 
 Workers and the server of their machine talk in `WORKER_MESSAGES`, servers of different machines in `MACHINE_MESSAGES`.
 A frame holds numbers and fingerprints only; nothing is ever unpickled. Vectors travel beside: through shared memory,
-or over Gloo.
+or between the frames of a link.
 """
 
 from __future__ import annotations
@@ -151,6 +151,15 @@ class WorkerFailed(Message):
 
 
 @dataclass(frozen=True)
+class OpenLink(Message):
+    """The first frame of a connection: what both sides must have alike before anything else is said."""
+
+    run: bytes  # SHA-256 of its id
+    fingerprint: bytes  # of the trainable parameters
+    numel: int  # vector length d
+
+
+@dataclass(frozen=True)
 class JoinMachine(Message):
     """The first message of a machine's link."""
 
@@ -190,6 +199,11 @@ class FinishMachine(Message):
 
 
 # --- from the root, to a machine ---
+
+
+@dataclass(frozen=True)
+class LinkOpened(Message):
+    """To `OpenLink`, unless it is refused."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +304,7 @@ WORKER_MESSAGES = Vocabulary(
     *(Welcome, Refused, Answer, Stop, Finished, SnapshotDone, Evicted, RootLost, WorkerFailed),
 )
 MACHINE_MESSAGES = Vocabulary(
-    0x4C53414E,
-    *(JoinMachine, Live, Sum, StopAll, FinishMachine, Failed),
-    *(WelcomeMachine, Refused, NewAnchor, AnchorChange, SumAnswer, StopMachine, FinishedAnchor),
+    0x4C53414F,
+    *(OpenLink, JoinMachine, Live, Sum, StopAll, FinishMachine, Failed),
+    *(LinkOpened, WelcomeMachine, Refused, NewAnchor, AnchorChange, SumAnswer, StopMachine, FinishedAnchor),
 )

@@ -1,84 +1,79 @@
-"""One end of an exchange with another machine: messages over an authenticated connection, vectors over Gloo.
+"""One end of a link between two machines: messages and vectors over one TLS connection (see `tls`).
 
-    frames      messages, their acknowledgements, and a heartbeat twice a second; all of one size
-    vectors     over the Gloo pair beside, each after the message that names its SHA-256; float32, or in fewer bits
-                (see `compression`)
-
-A vector that is not what was announced ends the connection.
+Each side sends frames of one size. A frame is a heartbeat, twice a second; a message, which says in how many bits a
+value its vector follows, if it has one; the head of a piece of that vector, which follows it at once; or the
+acknowledgement of a message that has arrived, with its vector. A vector crosses in pieces, each encoded on one side and
+decoded on the other by itself: heartbeats and acknowledgements pass between them, and neither side holds it encoded.
 """
 
 from __future__ import annotations
 
 import atexit
-import hashlib
-import math
 import os
 import selectors
-import socket
+import ssl
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Work
 
-from ..compression import BITS, decode, encode, encoded_bytes
+from ..compression import BITS, BLOCK, decode, encode, encoded_bytes
 from .messages import MACHINE_MESSAGES, Message
-from .wire import Wire
 
 HEARTBEAT = 0.5  # seconds
 
-_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s32s")  # what, bits a value of its vector or 0, message, SHA-256
-_BEAT, _MESSAGE, _READY, _ARRIVED = range(4)  # what a frame is; the receiver of a vector is ready before it is sent
-_VECTOR_TAG, _ABORT_TAG = 1, 2
-_CHUNK = 1 << 22  # elements; a vector crosses in pieces, so that one that stands still is told from one that is large
-_CLOSING = 1.5  # seconds
+_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s")  # what, bits a value of its vector or 0, message
+_BEAT, _MESSAGE, _PIECE, _ARRIVED = range(4)  # what a frame is
+_PIECE_VALUES = (1 << 12) * BLOCK  # 1 MiB of float32
+_RECORD = 1 << 14  # bytes of one of TLS's records: both ways take turns at that
+_MOST_RECORDS = 1 << 24  # that one key of AES-GCM may encrypt (RFC 8446, 5.5); 256 GiB of vectors
+_BUFFERS = 2  # vectors that one end holds: the owner has one while the next arrives
 
 
 class Peer:
     """One end of an exchange with another machine; made by `Listener.accept` and `connect`.
 
-    Messages arrive in the order they were posted, each with its vector, if it has one. Three threads do the waiting:
-    one for the connection and the heartbeats, one that sends and one that receives vectors. The receiving one fills a
-    buffer while the owner holds another; as long as neither is free, the other side's post waits.
+    Messages arrive in the order they were posted, each with its vector, if it has one. A thread sends and receives. It
+    fills one buffer while the owner holds another; as long as neither is free, nothing is acknowledged, and the other
+    side's post of a vector waits.
+
+    Args:
+        connection: proved, and with nothing under way.
+        numel: vector length d.
+        silence: seconds without a sign of life after which the other side is lost.
+        address: of the other side.
 
     Process: one thread owns it; code that keeps the interpreter's lock for `silence` seconds loses the connection.
-    Blocking: `close` only, for moments, at most two seconds.
+    Blocking: `close` only, for moments.
     """
 
-    def __init__(self, wire: Wire, group: ProcessGroupGloo, numel: int, silence: float, address: tuple[str, int]):
+    def __init__(self, connection: ssl.SSLSocket, numel: int, silence: float, address: tuple[str, int]):
         self.address = address
-        self._wire = wire
-        self._group: Any = group  # torch's stub knows neither `send` nor `recv`
+        self._connection = connection
         self._numel = numel
         self._silence = silence
-        self._changed = threading.Condition()
-        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # of the owner
+        self._work = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # of the thread
         self._outbox: deque[tuple[Message, Tensor | None, int]] = deque()
-        self._announced: deque[tuple[Message, int, bytes]] = deque()  # messages whose vectors are still to come
         self._inbox: deque[tuple[Message, Tensor | None]] = deque()
-        self._free = [torch.empty(numel, dtype=torch.float32) for _ in range(2)]
+        self._free = [torch.empty(numel, dtype=torch.float32) for _ in range(_BUFFERS)]
         self._held: Tensor | None = None
         self._posted = 0
-        self._arrived = 0
-        self._ready = False  # the other side has a free buffer for the vector that was announced
-        self._delivering = False  # acknowledged a message, and about to put it into the inbox
+        self._arrived = 0  # of those that were posted
+        self._unacknowledged = 0  # of those that have come
         self._lost: str | None = None  # why
         self._closed = False
         self._error_raised = False  # whether `poll` has raised the error
-        self._threads = [
-            threading.Thread(target=self._guard, args=(work,), name=f"hf_lsam-peer-{work.__name__}", daemon=True)
-            for work in (self._watch, self._send, self._receive)
-        ]
-        for thread in self._threads:
-            thread.start()
-        atexit.register(self.close)  # an interpreter that ends under a thread inside Gloo aborts
+        connection.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="hf_lsam-peer", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def fileno(self) -> int:
         """Readable when `poll` or `can_post` may have something new."""
@@ -86,8 +81,9 @@ class Peer:
 
     @property
     def can_post(self) -> bool:
-        """Whether all that was posted has arrived on the other side, so that its vectors may be written again."""
-        with self._changed:
+        """Whether all that was posted has arrived on the other side, so that its vectors may be written again, and a
+        vector may be posted."""
+        with self._lock:
             return self._posted == self._arrived and self._lost is None
 
     def post(self, message: Message, vector: Tensor | None = None, bits: int = 32) -> None:
@@ -109,14 +105,14 @@ class Peer:
                 )
             if not vector.is_contiguous():
                 raise ValueError("A vector must be contiguous to be sent. Call .contiguous() on it.")
-        with self._changed:
+        with self._lock:
             if self._lost is not None:
                 return
             if vector is not None and self._posted != self._arrived:
                 raise ValueError("The last message has not arrived yet. Post a vector only when `can_post`.")
             self._posted += 1
             self._outbox.append((message, None if vector is None else vector.detach(), bits))
-            self._changed.notify_all()
+        os.eventfd_write(self._work, 1)
 
     def poll(self) -> tuple[Message, Tensor | None] | None:
         """The next message, if one has arrived. Its vector float32 [d] may be read and written until the next call.
@@ -124,11 +120,11 @@ class Peer:
         Raises:
             ConnectionError: once, after the last message, if the other side is lost.
         """
-        with self._changed:
+        with self._lock:
             if self._held is not None:
                 self._free.append(self._held)
                 self._held = None
-                self._changed.notify_all()
+                os.eventfd_write(self._work, 1)  # an acknowledgement may have waited for it
             if len(self._inbox) <= 1:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._wakeup)
@@ -137,7 +133,7 @@ class Peer:
                 if self._lost is not None:
                     os.eventfd_write(self._wakeup, 1)
                 return message, self._held
-            if self._lost is not None and not self._error_raised and not self._delivering:
+            if self._lost is not None and not self._error_raised:
                 self._error_raised = True
                 raise ConnectionError(f"Lost the machine at {self.address[0]}:{self.address[1]}: {self._lost}.")
             return None
@@ -151,134 +147,146 @@ class Peer:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self._lose("closed on this side")
-        deadline = time.monotonic() + _CLOSING
-        for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0))
-            if thread.is_alive():  # see `_cross`
-                atexit.register(thread.join)
-        self._wire.socket.close()
+        os.eventfd_write(self._work, 1)
+        self._thread.join()
+        os.close(self._work)
         os.close(self._wakeup)
         self._wakeup = -1
-        if not any(thread.is_alive() for thread in self._threads):
-            self._group = None  # and with it Gloo's threads and connections
 
-    def _guard(self, work: Callable[[], None]) -> None:
+    # --- the thread ---
+
+    def _run(self) -> None:
         try:
-            work()
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: Gloo's, whose texts do not tell more
-            self._lose(str(error).partition(". This is typically")[0])
+            self._exchange()
+            reason = "closed on this side"
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: torch's
+            reason = str(error)
+        self._connection.close()
+        with self._lock:
+            self._lost = reason
+            self._outbox.clear()
+        os.eventfd_write(self._wakeup, 1)
 
-    def _lose(self, reason: str) -> None:
-        """Ends the connection and whatever waits for it."""
-        with self._changed:
-            if self._lost is None:
-                self._lost = reason
-                os.eventfd_write(self._wakeup, 1)
-            self._changed.notify_all()
-        with suppress(OSError):
-            self._wire.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(RuntimeError):
-            # `abort` and `shutdown` of the group leave waiting operations waiting. One that times out does not: it
-            # closes the pair, and all that wait for it return.
-            never_sent = torch.empty(1)
-            self._group.recv([never_sent], 1 - self._wire.rank, _ABORT_TAG).wait(timedelta(milliseconds=1))
+    def _exchange(self) -> None:
+        """Moves what there is, both ways in turns, until this side closes.
 
-    def _watch(self) -> None:
-        """Reads the connection, and keeps both sides sure of each other."""
-        heard = time.monotonic()
-        beaten = -math.inf
+        Raises:
+            OSError: if the connection breaks, or the other side gives no sign of life.
+            ValueError: if what comes is not what a machine says.
+        """
+        arriving, leaving = self._arriving(), self._leaving()
+        unfilled, unsent = next(arriving), memoryview(b"")
+        heard, writable, records = time.monotonic(), True, 0
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wire.socket, selectors.EVENT_READ)
-            while self._lost is None:
-                if time.monotonic() - beaten >= HEARTBEAT:
-                    beaten = time.monotonic()
-                    with suppress(OSError):  # reading tells, and first brings in what came before the end
-                        self._send_frame(_BEAT)
-                selector.select(HEARTBEAT / 2)
-                while (body := self._wire.receive(_FRAME.size)) is not None:
+            selector.register(self._connection, selectors.EVENT_READ)
+            selector.register(self._work, selectors.EVENT_READ)
+            while not self._closed:
+                received = self._attempt(self._connection.recv_into, unfilled)
+                if received is not None:
+                    if not received:
+                        raise ConnectionResetError("the other side closed the connection")
                     heard = time.monotonic()
-                    self._take(*_FRAME.unpack(body))
+                    unfilled = unfilled[received:] or next(arriving)
+                unsent = unsent or next(leaving)
+                sent = None
+                if unsent and writable:
+                    try:
+                        sent = self._attempt(self._connection.send, unsent[:_RECORD])
+                    except OSError:  # reading tells why, and first brings in what came before the end
+                        writable = False
+                if sent is not None:
+                    unsent = unsent[sent:]
+                    records += 1
+                    if records == _MOST_RECORDS:  # Python's ssl cannot renew a key
+                        raise ConnectionAbortedError("its key has sent as much as one may, and a new link gets another")
+                if received is not None or sent is not None:
+                    continue
                 # Asked after reading: a process that was itself stopped finds what came in the meantime.
                 if time.monotonic() - heard > self._silence:
                     raise TimeoutError(f"no sign of life in {self._silence:g} s")
+                awaits_room = selectors.EVENT_WRITE if unsent and writable else 0
+                selector.modify(self._connection, selectors.EVENT_READ | awaits_room)
+                selector.select(HEARTBEAT / 2)
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._work)
 
-    def _take(self, what: int, bits: int, frame: bytes, digest: bytes) -> None:
-        with self._changed:
-            if what == _MESSAGE:
-                if bits not in (0, *BITS):
-                    raise ValueError(f"a vector of {bits} bits a value was announced")
-                self._announced.append((MACHINE_MESSAGES.unpack(frame), bits, digest))
-            elif what == _READY:
-                self._ready = True
-            elif what == _ARRIVED:
-                self._arrived += 1
+    @staticmethod
+    def _attempt(move: Callable[[memoryview], int], data: memoryview) -> int | None:
+        """Bytes that were moved, or None if the connection is not ready."""
+        try:
+            return move(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+
+    def _arriving(self) -> Iterator[memoryview]:
+        """Yields what is to be filled next by what comes, and takes it."""
+        frame = memoryview(bytearray(_FRAME.size))
+        awaited: Message | None = None  # a message whose vector is still to come whole
+        vector, bits = torch.empty(0), 0
+        pieces: deque[Tensor] = deque()
+        while True:
+            yield frame
+            what, its_bits, body = _FRAME.unpack(frame)
+            if what == _ARRIVED:
+                with self._lock:
+                    self._arrived += 1
                 os.eventfd_write(self._wakeup, 1)
-            self._changed.notify_all()
+            elif what == _MESSAGE and awaited is None:
+                message = MACHINE_MESSAGES.unpack(body)
+                if not its_bits:
+                    self._deliver(message, None)
+                    continue
+                if its_bits not in BITS or not self._free:
+                    raise ValueError(f"a vector of {its_bits} bits a value, with {len(self._free)} buffers free")
+                awaited, bits = message, its_bits
+                with self._lock:
+                    vector = self._free.pop()
+                pieces = deque(vector.split(_PIECE_VALUES))
+            elif what == _PIECE and awaited is not None:
+                piece = pieces.popleft()
+                if bits == 32:
+                    yield piece.numpy().data.cast("B")
+                else:
+                    encoded = torch.empty(encoded_bytes(piece.numel(), bits), dtype=torch.uint8)
+                    yield encoded.numpy().data
+                    decode(encoded, bits, piece)
+                if not pieces:
+                    self._deliver(awaited, vector)
+                    awaited = None
+            elif what != _BEAT:
+                raise ValueError(f"an unexpected frame of kind {what}")
 
-    def _send(self) -> None:
-        while self._until(lambda: self._outbox):
-            message, vector, bits = self._outbox.popleft()
-            if vector is None:
-                self._send_frame(_MESSAGE, message)
-                continue
-            if bits < 32:
-                vector = encode(vector, bits)
-            digest = hashlib.sha256()
-            for chunk in vector.split(_CHUNK):
-                digest.update(chunk.numpy())
-            self._send_frame(_MESSAGE, message, bits, digest.digest())
-            if not self._until(lambda: self._ready):
-                return
-            self._ready = False
-            for _ in self._cross(self._group.send, vector):
-                pass
+    def _deliver(self, message: Message, vector: Tensor | None) -> None:
+        with self._lock:
+            self._inbox.append((message, vector))
+            self._unacknowledged += 1
+        os.eventfd_write(self._wakeup, 1)
 
-    def _receive(self) -> None:
-        while self._until(lambda: self._announced and (self._free or not self._announced[0][1])):
-            message, bits, announced = self._announced.popleft()
-            vector = None
-            if bits:
-                vector = self._free.pop()
-                arriving = vector if bits == 32 else torch.empty(encoded_bytes(self._numel, bits), dtype=torch.uint8)
-                digest = hashlib.sha256()
-                self._send_frame(_READY)
-                for chunk in self._cross(self._group.recv, arriving):
-                    digest.update(chunk.numpy().data)
-                if digest.digest() != announced:
-                    raise ConnectionAbortedError("a vector arrived changed")
-                if bits < 32:
-                    decode(arriving, bits, vector)
-            self._delivering = (
-                True  # the other side may close once it has the acknowledgement, and the message is to be read
-            )
-            try:
-                self._send_frame(_ARRIVED)  # before the owner sees it, who may then close
-            finally:
-                with self._changed:
-                    self._delivering = False
-                    self._inbox.append((message, vector))
-                    os.eventfd_write(self._wakeup, 1)
+    def _leaving(self) -> Iterator[memoryview]:
+        """Yields what is to be sent next; nothing, if there is nothing."""
+        beaten = 0.0
+        pieces: deque[Tensor] = deque()
+        bits = 32
+        while True:
+            if time.monotonic() - beaten >= HEARTBEAT:
+                beaten = time.monotonic()
+                yield _frame(_BEAT)
+            elif self._unacknowledged and self._free:
+                with self._lock:
+                    self._unacknowledged -= 1
+                yield _frame(_ARRIVED)
+            elif pieces:
+                yield _frame(_PIECE)
+                piece = pieces.popleft()
+                yield (piece if bits == 32 else encode(piece, bits)).numpy().data.cast("B")
+            elif self._outbox:
+                message, vector, bits = self._outbox.popleft()
+                if vector is not None:
+                    pieces.extend(vector.split(_PIECE_VALUES))
+                yield _frame(_MESSAGE, 0 if vector is None else bits, MACHINE_MESSAGES.pack(message))
+            else:
+                yield memoryview(b"")
 
-    def _until(self, condition: Callable[[], object]) -> bool:
-        """Waits for the condition; False if the connection is lost."""
-        with self._changed:
-            self._changed.wait_for(lambda: condition() or self._lost is not None)
-            return self._lost is None
 
-    def _send_frame(self, what: int, message: Message | None = None, bits: int = 0, digest: bytes = bytes(32)) -> None:
-        frame = b"" if message is None else MACHINE_MESSAGES.pack(message)
-        self._wire.send(_FRAME.pack(what, bits, frame, digest))
-
-    def _cross(self, way: Callable[[list[Tensor], int, int], Work], vector: Tensor) -> Iterator[Tensor]:
-        """Sends or receives a vector; yields its pieces as they have crossed.
-
-        Raises:
-            RuntimeError: if the connection is lost, or a piece has not crossed in time. The wait has an end of its own
-                because Gloo forgets to wake it if the connection breaks in the moment at which the piece begins.
-        """
-        chunks = vector.split(_CHUNK)
-        under_way = [way([chunk], 1 - self._wire.rank, _VECTOR_TAG) for chunk in chunks]
-        for chunk, work in zip(chunks, under_way, strict=True):
-            work.wait(timedelta(seconds=self._silence))
-            yield chunk
+def _frame(what: int, bits: int = 0, message: bytes = b"") -> memoryview:
+    return memoryview(_FRAME.pack(what, bits, message))

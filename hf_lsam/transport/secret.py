@@ -1,11 +1,17 @@
-"""The secret of a run on several machines: a file that its user alone may read."""
+"""The secret of a run on several machines: a file that its user alone may read, and a certificate that follows from it.
+
+All machines of a run derive one and the same key and certificate from the secret. So each can prove to the others, by
+TLS's own proof of a certificate, that it knows the secret, and trusts no other certificate.
+"""
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 import stat
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 SECRET_BYTES = 32
@@ -55,3 +61,29 @@ def read_secret(path: Path) -> bytes:
     if len(secret) < SECRET_BYTES:
         raise ValueError(f"{path} holds no secret: at least {2 * SECRET_BYTES} hexadecimal digits. Make a new one.")
     return secret
+
+
+def derive_certificate(secret: bytes) -> tuple[bytes, bytes]:
+    """The private key and the certificate (Ed25519, signed by itself) that belong to a secret; PEM.
+
+    Both follow from the secret alone, byte for byte: an Ed25519 signature holds nothing random.
+
+    Args:
+        secret: from `read_secret`.
+    """
+    # Loaded here: workers import this module, and none of them needs it.
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509 import CertificateBuilder, Name, NameAttribute
+    from cryptography.x509.oid import NameOID
+
+    key = Ed25519PrivateKey.from_private_bytes(hmac.digest(secret, b"hf_lsam links", "sha256"))
+    name = Name([NameAttribute(NameOID.COMMON_NAME, "hf_lsam")])
+    builder = CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1).public_key(key.public_key())
+    # Always valid: the clocks of machines differ.
+    builder = builder.not_valid_before(datetime(1970, 1, 1)).not_valid_after(datetime(9999, 12, 31, 23, 59, 59))
+    certificate = builder.sign(key, algorithm=None)
+    return (
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        certificate.public_bytes(Encoding.PEM),
+    )
