@@ -29,6 +29,7 @@ ROOMS = [
     "vision",
     "arguments",
     "failure_signatures",
+    "signals",
     "run",
     "joining",
     "identity",
