@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hf_lsam"
 ROOMS = [
     "__init__",
     "cli",
+    "ray",
     "trainer",
     "card",
     "loading",

@@ -1,0 +1,98 @@
+"""The Ray cluster: joining it, and what it has room for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+# Ray would end what a host has started with the host, by SIGKILL: a worker could not save.
+HOST_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a worker takes of its node.
+
+    Args:
+        cpus, gpus: as Ray counts them; a GPU may be shared.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node of the cluster.
+
+    Args:
+        id: Ray's.
+        address: of its network interface.
+        cpus, gpus: that Ray may give away.
+    """
+
+    id: str
+    address: str
+    cpus: float
+    gpus: float
+
+    def places(self, needs: Needs) -> int:
+        """Workers that find room there, if nobody else uses it."""
+        return int(min(self.cpus // needs.cpus, self.gpus // needs.gpus if needs.gpus else float("inf")))
+
+
+def connect(address: str) -> bool:
+    """Joins a cluster, if this process has not joined one.
+
+    Args:
+        address: HOST:PORT of its head; "auto" for RAY_ADDRESS or the cluster of this machine; "local" starts one of
+            this machine alone, which ends with this process.
+
+    Returns:
+        whether it has joined just now.
+
+    Raises:
+        RuntimeError: if there is none, or none that takes this process in.
+    """
+    if ray.is_initialized():
+        return False
+    # Ray's own processes write into its log files; what ours write lies in the run's folder.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        quiet["include_dashboard"] = False
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        token = " It may also be another token than the cluster's (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)."
+        raise RuntimeError(
+            f"No Ray cluster takes this process in at address={address}: {str(error).strip()}\nStart one (ray start "
+            f"--head), name its head (--address HOST:6379), or --address local for this machine alone.{token}"
+        ) from error
+    return True
+
+
+def nodes() -> list[Node]:
+    """Those that live."""
+    return [
+        Node(
+            each["NodeID"], each["NodeManagerAddress"], each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0)
+        )
+        for each in ray.nodes()
+        if each["Alive"]
+    ]
+
+
+def asks_for_a_token() -> bool:
+    """Whether this process, and then the cluster that it is in, asks for a token."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def encrypts() -> bool:
+    """Whether what Ray's processes say is encrypted."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

@@ -1,0 +1,187 @@
+"""On a Ray cluster of several nodes: what dies is replaced, and what Ray takes with it saves first."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from launch import SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
+
+from hf_lsam.checkpoint import load_tensors
+from hf_lsam.cli.monitor import run_state
+from hf_lsam.record import read_record
+from hf_lsam.transport.mailbox import dead_launches
+
+pytest.importorskip("ray")
+from ray.cluster_utils import Cluster
+
+from hf_lsam.ray import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+NODES = 3
+STORE = 80 * 2**20  # of objects, in /dev/shm, bytes: Ray takes no less, and nothing of ours is ever in it
+RECONNECT_SECONDS = "3"  # for which Ray waits for a head that is gone
+SCRIPT_NAME = "linear.py"
+
+SCRIPT = """
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hf_lsam import LSAM
+
+out = Path(sys.argv[1])
+fields = {"sync_steps": 2, "snapshot_seconds": 0.2, "server_timeout": 240.0, "max_steps": 10**6}
+fields |= json.loads(sys.argv[2])
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+inputs = torch.randn(64, 4)
+data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+loader = torch.utils.data.DataLoader(data, batch_size=8)
+lsam = LSAM(model, torch.optim.SGD(model.parameters(), 0.05), output_dir=out, share_steps=True, **fields)
+rank = lsam.arguments.identity.rank
+try:
+    with lsam:
+        for x, y in lsam.batches(lsam.shard(loader)):
+            lsam.step(lambda: (model(x) - y).square().mean())
+            if lsam.stop_requested:
+                lsam.save(out / "saved")
+                raise SystemExit(143)
+            time.sleep(0.02)
+except RuntimeError as error:
+    lsam.session.save_worker(out / "alone" / str(rank))
+    print(type(error).__name__, error)
+    raise
+if rank == 0:
+    torch.save(model.state_dict(), out / "model.pt")
+"""
+
+
+# --- the cluster: a head without room for workers, and nodes with room for one each ---
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Ray's sockets lie below this, and their names may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-") as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", scratch)
+        patch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", RECONNECT_SECONDS)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        Path(scratch, "ray").mkdir()
+        size = {"object_store_memory": STORE}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})
+        cluster.size = size
+        try:
+            for _ in range(NODES):
+                cluster.add_node(num_cpus=1, **size)
+            started = psutil.Process().children(recursive=True)
+            yield cluster
+        finally:
+            cluster.shutdown()
+            for process in started:  # what a raylet that was killed has left
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def processes_of_runs() -> list[psutil.Process]:
+    """Drivers, servers and workers that this session has started; not Ray's own."""
+    found = [psutil.Process(pid) for pid, command in own_processes() if "hf_lsam" in command or SCRIPT_NAME in command]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(cluster):
+    """In place of the one for all tests: Ray's own processes come and go with the cluster, ours do not stay."""
+    yield
+    try:
+        wait_until(lambda: not processes_of_runs(), processes_of_runs)
+    finally:
+        for process in processes_of_runs():
+            process.kill()
+    left = own_shared_memory()
+    assert left <= set(dead_launches(SHARED_MEMORY))  # of nodes that died; the next launch removes them
+    for folder in left:
+        shutil.rmtree(folder)
+
+
+class Driver:
+    """`python -m hf_lsam.ray` in a process of its own."""
+
+    def __init__(self, cluster: Cluster, folder: Path, workers: int, script: dict[str, Any], *options: str):
+        self.out = folder / "out"
+        self._log = folder / "driver.log"
+        write_script(folder / SCRIPT_NAME, SCRIPT)
+        command = [sys.executable, "-m", "hf_lsam.ray", "--address", cluster.address, "--num_workers", str(workers)]
+        command += ["--gpus_per_worker", "0", "--run_dir", str(self.out), *options, "--", SCRIPT_NAME]
+        command += [str(self.out), json.dumps(script)]
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def begun(self) -> list[tuple[int, int]]:
+        """(worker, pid), in the order in which they began."""
+        return [(int(n), int(pid)) for n, pid in re.findall(r"worker (\d+) begins on \S+, pid (\d+)", self.log)]
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        wait_until(lambda: condition() or self.process.poll() is not None, self.logs)
+        assert condition(), self.logs()
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path}\n{path.read_text()}" for path in [self._log, *self.out.glob("ray/*.log")])
+
+    @property
+    def live(self) -> int:
+        """n: the workers that the root counts, by its log."""
+        log = self.out / "ray" / "root.log"
+        text = log.read_text() if log.exists() else ""
+        machines: dict[str, int] = {}
+        for machine, joined, live in re.findall(
+            r"machine (\d+) (?:joined from \S+ with (\d+)|has (\d+) live|is gone|finished)",
+            text.split("took the run")[-1],
+        ):
+            machines[machine] = int(joined or live or 0)
+        return sum(machines.values())
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        return load_tensors(self.out / "ray" / "root" / "snapshot.safetensors")
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait()
+
+
+def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path):
+    driver = Driver(cluster, tmp_path, 2, {"max_steps": 100}, "--report_seconds", "1")
+    assert driver.process.wait() == 0, driver.logs()
+    record = read_record(driver.out)
+    assert {rank: entries[-1]["error"] for rank, entries in record.workers.items()} == {0: None, 1: None}
+    steps = [entries[-1]["step"] for entries in record.workers.values()]
+    assert 200 <= sum(steps) <= 204  # shared, but for what has not crossed yet
+    assert run_state(record) == "finished"
+    assert re.search(r"worker [01]: step \d+, loss [\d.]+, anchor \d+", driver.log)
+    snapshot = driver.snapshot()
+    assert snapshot["pushes"].tolist()[0] > 0
+    weight, bias = torch.load(driver.out / "model.pt").values()
+    saved = torch.cat([weight.flatten(), bias])
+    assert torch.allclose(saved, snapshot["anchor"], atol=0.05)  # but for the last push of the other
+    assert torch.allclose(saved, torch.tensor([1.0, 1, 1, 1, 0]), atol=0.1)
+    with pytest.raises(ValueError, match=r"keeps the anchor of a run.*--resume"):
+        launch([SCRIPT_NAME], 2, driver.out, gpus_per_worker=0)
