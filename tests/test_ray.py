@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -104,6 +105,10 @@ def processes_of_runs() -> list[psutil.Process]:
     return found
 
 
+def server_address(pid: int) -> str:
+    return psutil.Process(pid).environ()["HF_LSAM_SERVER_ADDRESS"]
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks(cluster):
     """In place of the one for all tests: Ray's own processes come and go with the cluster, ours do not stay."""
@@ -148,17 +153,29 @@ class Driver:
         return "\n".join(f"--- {path}\n{path.read_text()}" for path in [self._log, *self.out.glob("ray/*.log")])
 
     @property
+    def root_log(self) -> str:
+        path = self.out / "ray" / "root.log"
+        return path.read_text() if path.exists() else ""
+
+    @property
     def live(self) -> int:
         """n: the workers that the root counts, by its log."""
-        log = self.out / "ray" / "root.log"
-        text = log.read_text() if log.exists() else ""
         machines: dict[str, int] = {}
         for machine, joined, live in re.findall(
             r"machine (\d+) (?:joined from \S+ with (\d+)|has (\d+) live|is gone|finished)",
-            text.split("took the run")[-1],
+            self.root_log.split("took the run")[-1],
         ):
             machines[machine] = int(joined or live or 0)
         return sum(machines.values())
+
+    def roots(self) -> list[tuple[int, int]]:
+        """Of each root that began: its first version, and the last one published before."""
+        found = re.findall(r"took the run up at version (\d+); the last published was (\d+)", self.root_log)
+        return [(int(first), int(before)) for first, before in found]
+
+    def root(self) -> psutil.Process:
+        (root,) = (each for each in processes_of_runs() if "--listen" in each.cmdline())
+        return root
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         return load_tensors(self.out / "ray" / "root" / "snapshot.safetensors")
@@ -185,3 +202,80 @@ def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path
     assert torch.allclose(saved, torch.tensor([1.0, 1, 1, 1, 0]), atol=0.1)
     with pytest.raises(ValueError, match=r"keeps the anchor of a run.*--resume"):
         launch([SCRIPT_NAME], 2, driver.out, gpus_per_worker=0)
+
+
+def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(cluster, tmp_path):
+    driver = Driver(cluster, tmp_path, 3, {}, "--min_workers", "3", "--report_seconds", "1")
+
+    def wait_for_live(n: int) -> None:
+        driver.wait_for(lambda: driver.live == n)
+
+    try:
+        wait_for_live(3)
+        assert sorted(number for number, _ in driver.begun()) == [0, 1, 2]
+
+        # A worker.
+        os.kill(dict(driver.begun())[1], signal.SIGKILL)
+        driver.wait_for(lambda: len(driver.begun()) == 4)
+        assert driver.begun()[-1][0] == 1
+        assert "worker 1 was ended by SIGKILL" in driver.log
+        assert "has 0 live workers" in driver.root_log
+        wait_for_live(3)
+
+        # The root, between two snapshots.
+        driver.wait_for(lambda: (driver.out / "ray" / "root" / "snapshot.safetensors").exists())
+        os.kill(driver.root().pid, signal.SIGKILL)
+        driver.wait_for(lambda: len(driver.roots()) == 2)
+        wait_for_live(3)
+
+        # The node that has the root. Its worker outlives Ray there, as it would a driver or a head.
+        root, begun = driver.root(), driver.begun()
+        of_node = {pid: server_address(pid)[-12:] for pid in dict(begun).values()}
+        (node,) = (each for each in cluster.worker_nodes if f"root-{each.node_id[:12]}" in " ".join(root.cmdline()))
+        (orphan,) = (pid for pid, name in of_node.items() if name == node.node_id[:12])
+        pushes = driver.snapshot()["pushes"][0]
+        cluster.remove_node(node, allow_graceful=False)
+        driver.wait_for(lambda: len(driver.roots()) == 3)
+        wait_for_live(2)
+        assert not root.is_running()
+        assert psutil.pid_exists(orphan)
+
+        # A node comes.
+        cluster.add_node(num_cpus=1, **cluster.size)
+        driver.wait_for(lambda: len(driver.begun()) == len(begun) + 1)
+        wait_for_live(3)
+        number, _ = driver.begun()[-1]
+        assert dict(begun)[number] == orphan
+        os.kill(orphan, signal.SIGKILL)
+
+        assert all(first > before for first, before in driver.roots())
+        driver.wait_for(lambda: driver.snapshot()["pushes"][0] > pushes)
+    finally:
+        code = driver.end()
+    assert code == 143, driver.logs()
+    for number in range(3):
+        saved = load_tensors(driver.out / "saved" / str(number) / "lsam_worker.safetensors")
+        assert torch.allclose(saved["parameters"], torch.tensor([1.0, 1, 1, 1, 0]), atol=0.1)
+    assert driver.snapshot()["anchor"].isfinite().all()
+    assert driver.live == 0
+
+
+def test_without_a_head_the_workers_go_on_alone_save_and_end_with_an_error(cluster, tmp_path):
+    """The last test: the cluster does not outlive it."""
+    driver = Driver(cluster, tmp_path, 2, {"server_timeout": 30.0})
+    driver.wait_for(lambda: driver.live == 2)
+    processes = processes_of_runs()
+    servers = [process for process in processes if "hf_lsam.server" in process.cmdline()]
+    workers = [psutil.Process(pid) for pid in dict(driver.begun()).values()]
+    assert len(servers) == 3
+    cluster.head_node.kill_gcs_server()
+    assert driver.process.wait() == 1
+    wait_until(lambda: not any(server.is_running() for server in servers), driver.logs)
+    wait_until(lambda: not any(worker.is_running() for worker in workers), driver.logs)
+    for number in range(2):
+        assert (
+            "ServerGone: The server process ended while worker" in (driver.out / f"ray/worker-{number}.log").read_text()
+        )
+        saved = load_tensors(driver.out / "alone" / str(number) / "lsam_worker.safetensors")
+        assert torch.allclose(saved["parameters"], torch.tensor([1.0, 1, 1, 1, 0]), atol=0.1)
+    assert driver.snapshot()["anchor"].isfinite().all()

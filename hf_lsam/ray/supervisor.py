@@ -205,7 +205,7 @@ class Remote:
             self.ask(*self._question)
             return None
         except (ActorDiedError, ActorUnschedulableError) as error:
-            raise HostDied(str(error).strip()) from error
+            raise HostDied(str(error).strip().splitlines()[-1]) from error
         except RayTaskError as error:
             raise RuntimeError(str(error.cause)) from error
         if not self.node:
@@ -273,6 +273,7 @@ class Supervisor:
         self._started = False  # as many as must begin together had room
         self._leaving = False  # a worker has finished, or all are told to leave
         self._record = RecordReader(plan.run_dir)
+        self._misses_record = False
         self._report_at = 0.0
 
     def run(self) -> None:
@@ -450,12 +451,12 @@ class Supervisor:
 
     def _place_root(self) -> None:
         """Where it was; or else on a node that has a relay, one with a run if there is one."""
-        alive = {each.id for each in nodes()} & set(self._relays)
-        if not alive:
+        addresses = {each.id: each.address for each in nodes() if each.id in self._relays}
+        if not addresses:
             return
-        there = self._root_node in alive
-        node = self._root_node if there else max(alive, key=lambda each: self._relays[each].holds_run)
-        logger.info("the root is to be on %s", self._relays[node].host.address or node)
+        there = self._root_node in addresses
+        node = self._root_node if there else max(addresses, key=lambda each: self._relays[each].holds_run)
+        logger.info("the root is to be on %s", addresses[node])
         # A folder a node: where two share a machine, neither finds what only the other can know.
         arguments = [self._plan.shared_memory_dir, f"{self._name}-root-{node[:12]}", self._secret]
         arguments += [self._folder / "root.log", self._folder / "root", self._root_port if there else None]
@@ -499,8 +500,9 @@ class Supervisor:
         try:
             record = self._record.read().workers
         except (FileNotFoundError, ValueError):
-            if training:
-                logger.info("no record in %s yet; it is there if the script's output_dir is", plan.run_dir)
+            if training and not self._misses_record:
+                self._misses_record = True
+                logger.info("there is no record in %s yet; it comes if that is the script's output_dir", plan.run_dir)
             return
         for worker in training:
             points = [entry for entry in record.get(worker.number, []) if "lsam/anchor_version" in entry]
