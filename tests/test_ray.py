@@ -204,6 +204,25 @@ def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path
         launch([SCRIPT_NAME], 2, driver.out, gpus_per_worker=0)
 
 
+def test_the_doctor_says_what_the_cluster_has_room_for_and_what_it_asks_to_trust(cluster, tmp_path):
+    def doctor(*options: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", "from hf_lsam.cli import main; main()", "doctor", "--ray", *options]
+        result = subprocess.run(command, capture_output=True, text=True)
+        return result.returncode, result.stdout
+
+    options = ["--address", cluster.address, "--run_dir", str(tmp_path / "out"), "--num_workers", "4"]
+    code, said = doctor(*options, "--gpus_per_worker", "0", "--", "script.py")
+    assert code == 0, said
+    assert said.count("1 CPUs and 0 GPUs, room for 1 worker, with a relay.") == NODES
+    assert f"{NODES} workers would train: 1 would wait for nodes that come." in said
+    assert "whoever may use them runs code on every node" in said
+    assert "not encrypted (RAY_USE_TLS=0)" in said
+    code, said = doctor(*options)
+    assert code == 1
+    assert "the cluster has no GPU" in said
+    assert "--gpus_per_worker 0" in said
+
+
 def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(cluster, tmp_path):
     driver = Driver(cluster, tmp_path, 3, {}, "--min_workers", "3", "--report_seconds", "1")
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..version import __version__
 
 # Ray would end what a host has started with the host, by SIGKILL: a worker could not save.
 HOST_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
@@ -86,6 +94,42 @@ def nodes() -> list[Node]:
         for each in ray.nodes()
         if each["Alive"]
     ]
+
+
+def look_at(nodes: Sequence[Node], probe: Path | None, shared_memory_dir: Path) -> list[dict[str, Any] | Exception]:
+    """What a process finds on each node.
+
+    Args:
+        probe: a file that all are to see, or None.
+        shared_memory_dir: where vectors are to be exchanged.
+
+    Returns:
+        of each node "hf_lsam" and "python" (versions), "sees" (the probe) and "free" (bytes); or why nothing was found.
+
+    Blocking: until all have answered.
+    """
+    asked = [
+        ray.remote(_look)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
+        .remote(probe, shared_memory_dir)
+        for node in nodes
+    ]
+    found: list[dict[str, Any] | Exception] = []
+    for each in asked:
+        try:
+            found.append(ray.get(each))
+        except (RayError, OSError, ImportError) as error:
+            found.append(error)
+    return found
+
+
+def _look(probe: Path | None, shared_memory_dir: Path) -> dict[str, Any]:
+    return {
+        "hf_lsam": __version__,
+        "python": platform.python_version(),
+        "sees": probe is not None and probe.exists(),
+        "free": shutil.disk_usage(shared_memory_dir).free,
+    }
 
 
 def asks_for_a_token() -> bool:
