@@ -28,7 +28,9 @@ from hf_lsam.transport.mailbox import dead_launches
 pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
+from hf_lsam.cli.doctor_ray import _room
 from hf_lsam.ray import launch
+from hf_lsam.ray.cluster import Needs, Node
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = 3
@@ -83,16 +85,18 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", scratch)
         patch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", RECONNECT_SECONDS)
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         Path(scratch, "ray").mkdir()
         size = {"object_store_memory": STORE}
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})
-        cluster.size = size
+        cluster.size, started = size, []
         try:
             for _ in range(NODES):
-                cluster.add_node(num_cpus=1, **size)
+                cluster.add_node(num_cpus=1, num_gpus=1, **size)  # GPUs that are said to be there
             started = psutil.Process().children(recursive=True)
             yield cluster
         finally:
+            started += psutil.Process().children(recursive=True)
             cluster.shutdown()
             for process in started:  # what a raylet that was killed has left
                 with suppress(psutil.NoSuchProcess):
@@ -103,6 +107,12 @@ def processes_of_runs() -> list[psutil.Process]:
     """Drivers, servers and workers that this session has started; not Ray's own."""
     found = [psutil.Process(pid) for pid, command in own_processes() if "hf_lsam" in command or SCRIPT_NAME in command]
     return found
+
+
+def doctor(*options: str, **environment: str) -> tuple[int, str]:
+    command = [sys.executable, "-c", "from hf_lsam.cli import main; main()", "doctor", "--ray", *options]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return result.returncode, result.stdout
 
 
 def server_address(pid: int) -> str:
@@ -127,12 +137,14 @@ def nothing_leaks(cluster):
 class Driver:
     """`python -m hf_lsam.ray` in a process of its own."""
 
-    def __init__(self, cluster: Cluster, folder: Path, workers: int, script: dict[str, Any], *options: str):
+    def __init__(
+        self, cluster: Cluster, folder: Path, workers: int, script: dict[str, Any], *options: str, gpus: float = 0
+    ):
         self.out = folder / "out"
         self._log = folder / "driver.log"
         write_script(folder / SCRIPT_NAME, SCRIPT)
         command = [sys.executable, "-m", "hf_lsam.ray", "--address", cluster.address, "--num_workers", str(workers)]
-        command += ["--gpus_per_worker", "0", "--run_dir", str(self.out), *options, "--", SCRIPT_NAME]
+        command += ["--gpus_per_worker", str(gpus), "--run_dir", str(self.out), *options, "--", SCRIPT_NAME]
         command += [str(self.out), json.dumps(script)]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
@@ -201,30 +213,44 @@ def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path
     assert torch.allclose(saved, snapshot["anchor"], atol=0.05)  # but for the last push of the other
     assert torch.allclose(saved, torch.tensor([1.0, 1, 1, 1, 0]), atol=0.1)
     with pytest.raises(ValueError, match=r"keeps the anchor of a run.*--resume"):
-        launch([SCRIPT_NAME], 2, driver.out, gpus_per_worker=0)
+        launch(["-m", "any"], 2, driver.out, gpus_per_worker=0)
 
 
 def test_the_doctor_says_what_the_cluster_has_room_for_and_what_it_asks_to_trust(cluster, tmp_path):
-    def doctor(*options: str) -> tuple[int, str]:
-        command = [sys.executable, "-c", "from hf_lsam.cli import main; main()", "doctor", "--ray", *options]
-        result = subprocess.run(command, capture_output=True, text=True)
-        return result.returncode, result.stdout
-
     options = ["--address", cluster.address, "--run_dir", str(tmp_path / "out"), "--num_workers", "4"]
-    code, said = doctor(*options, "--gpus_per_worker", "0", "--", "script.py")
+    code, said = doctor(*options, "--", "script.py")
     assert code == 0, said
-    assert said.count("1 CPUs and 0 GPUs, room for 1 worker, with a relay.") == NODES
+    assert said.count("1 CPUs and 1 GPUs, room for 1 worker, with a relay.") == NODES
     assert f"{NODES} workers would train: 1 would wait for nodes that come." in said
     assert "whoever may use them runs code on every node" in said
     assert "not encrypted (RAY_USE_TLS=0)" in said
-    code, said = doctor(*options)
+    code, said = doctor(*options, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="")
     assert code == 1
-    assert "the cluster has no GPU" in said
-    assert "--gpus_per_worker 0" in said
+    assert re.search(r"No Ray cluster takes this process in at .*token", said)
+
+
+def test_the_doctor_says_what_there_is_no_room_for():
+    node = Node("id", "here", 4, 0)
+    (_, wrong) = _room([node], Needs(), None, 1)
+    assert (wrong.mark, "--gpus_per_worker 0" in wrong.remedy) == ("wrong", True)
+    (_, wrong) = _room([node], Needs(2, 0), None, 3)
+    assert wrong.text.startswith("there is room for 2 workers of 2 CPU and 0 GPU each")
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
+    for words, options, reason in [
+        ([], {}, "no script to run"),
+        (["nowhere.py"], {}, "no script nowhere.py here"),
+        (["-m", "x"], {"min_workers": 3}, "min_workers must be from 1 to num_workers"),
+        (["-m", "x"], {"gpus_per_worker": 2}, "at most one GPU, on which it trains"),
+        (["-m", "x"], {"cpus_per_worker": 0}, "some CPU"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            launch(words, 2, tmp_path, **options)
 
 
 def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(cluster, tmp_path):
-    driver = Driver(cluster, tmp_path, 3, {}, "--min_workers", "3", "--report_seconds", "1")
+    driver = Driver(cluster, tmp_path, 3, {}, "--min_workers", "3", "--report_seconds", "1", gpus=1)
 
     def wait_for_live(n: int) -> None:
         driver.wait_for(lambda: driver.live == n)
@@ -232,6 +258,8 @@ def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(
     try:
         wait_for_live(3)
         assert sorted(number for number, _ in driver.begun()) == [0, 1, 2]
+        for _, pid in driver.begun():
+            assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == "0"  # as Ray has it for each node
 
         # A worker.
         os.kill(dict(driver.begun())[1], signal.SIGKILL)
@@ -260,7 +288,7 @@ def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(
         assert psutil.pid_exists(orphan)
 
         # A node comes.
-        cluster.add_node(num_cpus=1, **cluster.size)
+        cluster.add_node(num_cpus=1, num_gpus=1, **cluster.size)
         driver.wait_for(lambda: len(driver.begun()) == len(begun) + 1)
         wait_for_live(3)
         number, _ = driver.begun()[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..version import __version__
@@ -76,11 +76,11 @@ def connect(address: str) -> bool:
         quiet["include_dashboard"] = False
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        token = " It may also be another token than the cluster's (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)."
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"No Ray cluster takes this process in at address={address}: {str(error).strip()}\nStart one (ray start "
-            f"--head), name its head (--address HOST:6379), or --address local for this machine alone.{token}"
+            "--head), name its head (--address HOST:6379), or --address local for this machine alone. If it asks for a "
+            "token, this process needs the same: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
         ) from error
     return True
 

@@ -38,7 +38,7 @@ from ..transport.mailbox import LAUNCH_PREFIX
 from ..transport.secret import new_secret
 from .cluster import HOST_ENVIRONMENT, Needs, connect, nodes
 from .hosts import WorkerHost
-from .servers import SNAPSHOT, RelayHost, RootHost
+from .servers import MOST_ERRORS, SNAPSHOT, RelayHost, RootHost
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,11 @@ class Plan:
             )
         if not self.words:
             raise ValueError("There is no script to run: name it after `--`, with its arguments.")
+        if not self.words[0].startswith("-") and not Path(self.words[0]).exists():
+            raise ValueError(
+                f"There is no script {self.words[0]} here, in {Path.cwd()}, which is where the workers start. Start "
+                "from its folder, or send it along: ray job submit --working-dir."
+            )
         if not self.resume and (self.run_dir / FOLDER / "root" / SNAPSHOT).exists():
             raise ValueError(
                 f"{self.run_dir} keeps the anchor of a run, and a new run would write over it. Go on with it "
@@ -248,6 +253,7 @@ class Relay:
     is_there: bool = False  # workers may come: it serves its folder, or will in a moment
     holds_run: bool = False
     version: int = 0
+    hosts_lost: int = 0
 
 
 class Supervisor:
@@ -269,6 +275,7 @@ class Supervisor:
         self._relays: dict[str, Relay] = {}  # by Ray's id of the node
         self._root: Remote | None = None
         self._root_node, self._root_port, self._root_at = "", None, ""
+        self._roots_lost = 0
         self._signals = EndSignals()
         self._started = False  # as many as must begin together had room
         self._leaving = False  # a worker has finished, or all are told to leave
@@ -421,11 +428,11 @@ class Supervisor:
         try:
             answer = relay.host.answer()
         except HostDied as error:
-            if node in {each.id for each in nodes()}:  # the workers wait in its folder
-                logger.warning("the relay's host on %s is gone, and is made anew: %s", relay.host.address, error)
-                relay.host = self._new_relay(node, relay.host.address).host
-            else:
+            if node not in {each.id for each in nodes()}:
                 del self._relays[node]
+                return
+            relay.hosts_lost = _one_more(relay.hosts_lost, "relay", error)
+            relay.host = self._new_relay(node, relay.host.address).host  # the workers wait in its folder
             return
         if answer is not None:
             relay.is_there, (relay.holds_run, relay.version) = True, answer
@@ -439,11 +446,12 @@ class Supervisor:
         try:
             answer = self._root.answer()
         except HostDied as error:
-            logger.warning("the root's host is gone: %s", error)
+            if self._root_node in {each.id for each in nodes()}:
+                self._roots_lost = _one_more(self._roots_lost, "root", error)
             self._root = None
             return
         if answer is not None:
-            self._root_node, self._root_port, self._root_at = self._root.node, answer[1], "{}:{}".format(*answer)
+            self._root_port, self._root_at = answer[1], "{}:{}".format(*answer)
         if not self._root.is_asked:
             relay = self._relays.get(self._root.node)
             there = relay.folder if relay is not None and relay.holds_run else None
@@ -460,7 +468,7 @@ class Supervisor:
         # A folder a node: where two share a machine, neither finds what only the other can know.
         arguments = [self._plan.shared_memory_dir, f"{self._name}-root-{node[:12]}", self._secret]
         arguments += [self._folder / "root.log", self._folder / "root", self._root_port if there else None]
-        self._root = Remote(RootHost, arguments, node)
+        self._root, self._root_node = Remote(RootHost, arguments, node), node
 
     # --- the end, and what is said ---
 
@@ -471,13 +479,18 @@ class Supervisor:
         try:
             while not self._is_over:
                 for worker in self._workers:
-                    self._tend_worker(worker)
+                    try:
+                        self._tend_worker(worker)
+                    except RuntimeError as error:
+                        logger.error("%s", error)
+                        self._let_go(worker, Phase.LEFT)
                     if worker.phase is Phase.TRAINING and worker.host not in told:
                         worker.host.tell("signal", signal.SIGTERM)
                         told.append(worker.host)
                 time.sleep(TURN_SECONDS)
-        except BaseException:  # a second signal
-            ray.wait([host.tell("signal", signal.SIGKILL) for host in told] or [ray.put(None)], timeout=5.0)
+        except (KeyboardInterrupt, SystemExit):  # a second signal
+            for host in told:
+                ray.wait([host.tell("signal", signal.SIGKILL)], timeout=1.0)
             raise
         for servers in ([relay.host for relay in self._relays.values()], [self._root] if self._root else []):
             if servers:
@@ -512,3 +525,17 @@ class Supervisor:
                     worker.number,
                     *(points[-1].get(name, "-") for name in ("step", "loss", "lsam/anchor_version")),
                 )
+
+
+def _one_more(lost: int, what: str, error: HostDied) -> int:
+    """Counts the hosts of a server that died while their node lived.
+
+    Raises:
+        RuntimeError: if they are too many.
+    """
+    logger.warning("the host of the %s is gone, and is made anew: %s", what, error)
+    if lost + 1 == MOST_ERRORS:
+        raise RuntimeError(
+            f"The host of the {what} died {MOST_ERRORS} times while its node lived; the last time: {error}"
+        )
+    return lost + 1
