@@ -269,6 +269,15 @@ def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(
         assert "has 0 live workers" in driver.root_log
         wait_for_live(3)
 
+        # The host of a worker, not the worker: it saves and leaves, and another one takes its place.
+        orphan = psutil.Process(dict(driver.begun())[2])
+        orphan.parent().kill()
+        driver.wait_for(lambda: len(driver.begun()) == 5)
+        assert driver.begun()[-1][0] == 2
+        driver.wait_for(lambda: not orphan.is_running())
+        assert (driver.out / "saved" / "2" / "lsam_worker.safetensors").exists()
+        wait_for_live(3)
+
         # The root, between two snapshots.
         driver.wait_for(lambda: (driver.out / "ray" / "root" / "snapshot.safetensors").exists())
         os.kill(driver.root().pid, signal.SIGKILL)
