@@ -24,7 +24,8 @@ from .batchnorm import STATISTICS
 from .compression import BITS
 from .coupling import anchor_lr_bound, drift_slowdown
 from .fields import Rule, by_name, check_fields, help_from_docstring, number, one_of, whole
-from .identity import Identity, pin
+from .identity import SERVER_ADDRESS as SERVER_ADDRESS_VARIABLE
+from .identity import WORKER, Identity, pin
 from .joining import Timeouts
 from .server.service import ServiceSettings
 from .transport.mailbox import missing_here
@@ -124,7 +125,9 @@ class LSAMArguments:
             to join as an external worker, and to leave when this launch has done its steps; n counts the workers that
             are there. Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed.
             max_steps is the budget of each worker, or with share_steps of all together. "scheme://..." joins by a
-            transport of your own.
+            transport of your own. Left out, it is the environment's HF_LSAM_SERVER_ADDRESS, if that is set;
+            HF_LSAM_WORKER and HF_LSAM_NUM_WORKERS then make worker k of n of a process that is started by itself:
+            it shares data, output_dir and seed with the others as in a launch of n.
         server_port (`int`, defaults to 0): where the first machine's server listens to those of the others, with
             MASTER_ADDR (--main_process_ip) as its host: the port that its firewall has to let them reach, and the only
             one that a server opens. 0 lets the system choose.
@@ -326,7 +329,9 @@ class LSAMArguments:
     # --- validation ---
 
     def validate(self):
-        """Checks LSAM's own fields, alone and together."""
+        """Checks LSAM's own fields, alone and together; what the environment says of the server is taken up first."""
+        if self.server_address is None:
+            self.server_address = os.environ.get(SERVER_ADDRESS_VARIABLE)
         check_fields(LSAMArguments, self)
         for conflict in self._conflicts():
             raise ValueError(conflict)
@@ -348,7 +353,13 @@ class LSAMArguments:
 
     def _conflicts(self) -> Iterator[str]:
         """What fields, each of which is in range, cannot be together, under this launcher or on this machine."""
-        launched = self.identity.num_workers > 1 and self.server_address is None
+        launched = self.identity.meets_others and self.server_address is None
+        if self.identity.comes_and_goes and self.server_address is None:
+            yield (
+                f"{WORKER} says that this is one of {self.identity.num_workers} workers that are started one by one, "
+                f"and there is no server that they could meet at. Set {SERVER_ADDRESS_VARIABLE} or `server_address`, "
+                f"or unset {WORKER}."
+            )
         scheme = (self.server_address or "").rpartition("://")[0]
         if (launched or (self.server_address is not None and scheme in ("", "file"))) and (missing := missing_here()):
             yield missing
@@ -402,6 +413,12 @@ class LSAMArguments:
     def _conflicts_with_trainer(self) -> Iterator[str]:
         """What fields of TrainingArguments cannot be together with LSAM."""
         several = self.identity.num_workers > 1
+        if self.landscape_points and self.identity.comes_and_goes:
+            yield (
+                f"`landscape_points` must be 0 where workers come and go ({WORKER} is set), got "
+                f"{self.landscape_points}: worker 0 would have to wait for what each of them has found. Measure the "
+                "landscape in a launch."
+            )
         if "layerwise" in self.optim.value or "lomo" in self.optim.value:
             yield (
                 f"optim={self.optim.value!r} steps inside the backward pass, where SAM's first gradient is not yet "

@@ -6,6 +6,10 @@ all-reduce, gather and wait at a dozen places. LSAM's workers are n single-devic
 becomes a no-op; logging, saving and progress bars still belong to process 0.
 
 What workers share before they share an anchor, and after, is the launcher's key-value store.
+
+Workers may also be started one by one, to join a server that runs already. Whoever starts them says in the environment
+which server (`SERVER_ADDRESS`) and which of how many workers each is (`WORKER`, `NUM_WORKERS`). They come and go, and
+have no such store.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ _RANK_VARIABLES = (
 )
 _PIECE = 1 << 22  # bytes; the store closes the connection over a message of more than 8 MiB
 
+# Read where the script says nothing else; the worker's number and how many the run is meant to have, together.
+SERVER_ADDRESS, WORKER, NUM_WORKERS = "HF_LSAM_SERVER_ADDRESS", "HF_LSAM_WORKER", "HF_LSAM_NUM_WORKERS"
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -46,10 +53,12 @@ class Identity:
     Args:
         rank: number of this worker in the run.
         local_rank: number of this worker on its machine.
-        num_workers: workers the launcher started, on all machines.
+        num_workers: workers the launcher started, on all machines; or that the run is meant to have, if they come and
+            go.
         machine: number of this machine.
         num_machines: machines of the launch.
         local_workers: workers on this machine.
+        comes_and_goes: there is no launcher that starts all workers together.
     """
 
     rank: int = 0
@@ -58,11 +67,17 @@ class Identity:
     machine: int = 0
     num_machines: int = 1
     local_workers: int = 1
+    comes_and_goes: bool = False
+
+    @property
+    def meets_others(self) -> bool:
+        """Whether there is a launcher's store through which workers tell each other something."""
+        return self.num_workers > 1 and not self.comes_and_goes
 
     @classmethod
     def from_environment(cls) -> Identity:
         """Reads RANK, LOCAL_RANK and WORLD_SIZE as torchrun and `accelerate launch` set them; of several machines also
-        LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE.
+        LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE. HF_LSAM_WORKER and HF_LSAM_NUM_WORKERS take their place.
 
         Raises:
             ValueError: if the workers are spread over several machines and the launcher does not say which is which,
@@ -72,6 +87,14 @@ class Identity:
         def number(name: str, default: int) -> int:
             return int(os.environ.get(name, default))
 
+        if WORKER in os.environ or NUM_WORKERS in os.environ:
+            worker, workers = number(WORKER, -1), number(NUM_WORKERS, 0)
+            if not 0 <= worker < workers:
+                raise ValueError(
+                    f"{WORKER}={os.environ.get(WORKER)} and {NUM_WORKERS}={os.environ.get(NUM_WORKERS)} say nothing of "
+                    f"which worker this is. Set both, {WORKER} from 0 to {NUM_WORKERS} - 1, or neither."
+                )
+            return cls(worker, num_workers=workers, comes_and_goes=True)
         workers = number("WORLD_SIZE", 1)
         here = number("LOCAL_WORLD_SIZE", workers)
         machine, machines = (number("GROUP_RANK", 0), number("GROUP_WORLD_SIZE", 1)) if here < workers else (0, 1)

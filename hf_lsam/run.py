@@ -6,10 +6,7 @@ The same for `LSAMTrainer` and for any other training loop.
 from __future__ import annotations
 
 import itertools
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +21,6 @@ from .worker import Worker
 
 _gathered = itertools.count()  # a key that is used again is another one
 _agreed = itertools.count()
-
-
-class EndSignals:
-    """Turns the first SIGTERM or Ctrl-C into a request to end at the next step; a second one ends at once.
-
-    Inside `at_once`, where there is no next step, the first one does.
-
-    Process: the main thread; in any other it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-        self._at_once = False
-
-    def catch(self) -> None:
-        """From here on signals are requests."""
-        self.received = None
-        if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore(self) -> None:
-        """Puts back the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, a signal ends the process as `obey` does."""
-        self._at_once = True
-        try:
-            self.obey()
-            yield
-        finally:
-            self._at_once = False
-
-    def obey(self) -> None:
-        """Ends the process, as the signal would have, if one was received."""
-        if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.received is not None:
-            raise SystemExit(128 + self.received)
-
-    def _note(self, number: int, _) -> None:
-        self.obey()
-        self.received = number
-        if self._at_once:
-            self.obey()
 
 
 class Run:
@@ -159,20 +107,21 @@ class Run:
         self.transport.leave(finished)
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
-        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.
+        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others. Of workers that
+        come and go each has its own.
 
         All workers must call it as often, and in the same order.
         """
-        if self._identity.num_workers == 1:
+        if not self._identity.meets_others:
             return [value]
         return self.store.gather(f"user/{next(_gathered)}/{key}", value)
 
     def agree(self, key: str, value: Any) -> Any:
-        """Worker 0's JSON value, for every worker.
+        """Worker 0's JSON value, for every worker; of workers that come and go each keeps its own.
 
         All workers must call it as often, and in the same order; the others wait for worker 0.
         """
-        if self._identity.num_workers == 1:
+        if not self._identity.meets_others:
             return value
         key = f"agreed/{next(_agreed)}/{key}"
         if self._identity.rank == 0:

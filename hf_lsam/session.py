@@ -36,7 +36,8 @@ from .metrics import WorkerMetrics
 from .optimizers import StepHooks, known_direction, momentum_coefficient, showing_anchor, switch
 from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
 from .record import RecordWriter, describe
-from .run import EndSignals, Run
+from .run import Run
+from .signals import EndSignals
 from .worker import Worker
 
 logger = logging.getLogger(__name__)

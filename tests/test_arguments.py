@@ -144,6 +144,27 @@ def test_more_workers_exchange_more_often_unless_told_otherwise(tmp_path, worker
     assert config(tmp_path, sync_steps=3).steps_between_pushes(workers) == 3
 
 
+def test_the_environment_says_which_server_a_worker_joins_and_which_of_how_many_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LSAM_SERVER_ADDRESS", str(tmp_path))
+    assert config(tmp_path).server_address == str(tmp_path)
+    assert config(tmp_path).identity == Identity()
+    monkeypatch.setenv("HF_LSAM_WORKER", "2")
+    monkeypatch.setenv("HF_LSAM_NUM_WORKERS", "3")
+    monkeypatch.setenv("RANK", "7")  # of whatever launcher has started what starts the workers
+    model = torch.nn.Linear(1, 1)
+    for arguments in (config(tmp_path), LSAM(model, torch.optim.SGD(model.parameters())).arguments):
+        assert arguments.identity == Identity(2, num_workers=3, comes_and_goes=True)
+        assert not arguments.identity.meets_others
+    with pytest.raises(ValueError, match=r"landscape_points.*worker 0 would have to wait"):
+        config(tmp_path, landscape_points=5)
+    monkeypatch.delenv("HF_LSAM_SERVER_ADDRESS")
+    with pytest.raises(ValueError, match=r"HF_LSAM_WORKER says.*Set HF_LSAM_SERVER_ADDRESS"):
+        config(tmp_path)
+    monkeypatch.setenv("HF_LSAM_WORKER", "3")
+    with pytest.raises(ValueError, match=r"HF_LSAM_WORKER=3 and HF_LSAM_NUM_WORKERS=3 say nothing"):
+        config(tmp_path)
+
+
 def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp_path):
     assert config(tmp_path).learning_rate_factor(16, 0.9) == 1.0
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5, "sync_steps": 16}

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hf_lsam"
 ROOMS = [
     "__init__",
     "cli",
+    "ray",
     "trainer",
     "card",
     "loading",
@@ -29,6 +30,7 @@ ROOMS = [
     "vision",
     "arguments",
     "failure_signatures",
+    "signals",
     "run",
     "joining",
     "identity",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -74,21 +74,36 @@ class Launch:
 @click.option(
     "--wait", type=click.FloatRange(min=1), default=90.0, show_default=True, help="Seconds that the launch may take."
 )
+@click.option("--ray", is_flag=True, help="Look at a Ray cluster: the options are those of python -m hf_lsam.ray.")
 @click.argument("launch_options", nargs=-1, type=click.UNPROCESSED)
-def doctor(trainable: int | None, wait: float, launch_options: tuple[str, ...]) -> None:
+def doctor(trainable: int | None, wait: float, ray: bool, launch_options: tuple[str, ...]) -> None:
     """Says what `accelerate launch LAUNCH_OPTIONS` would do, by starting it with a script that only says who it is.
 
     Give it the options of your launch; a script and its arguments may follow and are not started. The doctor's own
     options come first. With several machines, run it on each of them at the same time. The exit code is 1 when the
     launch would not do what was asked.
     """
-    launch = understand(list(launch_options))
     console = Console(highlight=False, soft_wrap=True)
+    if ray:
+        from .doctor_ray import ray_findings
+
+        tell(console, [*ray_findings(launch_options), *memory_findings(1, trainable), *version_findings()])
+        return
+    launch = understand(list(launch_options))
     findings = [*config_findings(launch), *port_findings(launch)]
     with console.status("starting the launch ...") if console.is_terminal else contextlib.nullcontext():
         reports, code, output = start(launch, wait)
     findings = [*launch_findings(launch, reports, code, output, wait), *findings]
     findings += [*thread_findings(reports), *memory_findings(len(reports), trainable), *version_findings()]
+    tell(console, findings)
+
+
+def tell(console: Console, findings: Sequence[Finding]) -> None:
+    """Prints what was found, the worst last.
+
+    Raises:
+        SystemExit: with code 1, if anything is wrong.
+    """
     for finding in sorted(findings, key=lambda each: list(MARKS)[::-1].index(each.mark)):
         console.print(f"{finding.mark:6}", end="", style=MARKS[finding.mark])
         console.print(finding.text, markup=False)

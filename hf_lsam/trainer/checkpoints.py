@@ -127,7 +127,8 @@ class Checkpoints:
                 rank,
                 self._common_checkpoint,
             )
-        if number := self.worker.link.worker:
+        identity = self.args.identity  # one that is alone in its launch has the number that the server has given it
+        if number := identity.rank if identity.num_workers > 1 else self.worker.link.worker:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each
             # worker draws its own dropout masks and noise.
             set_seed(self.args.seed + number)

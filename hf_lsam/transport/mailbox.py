@@ -486,18 +486,27 @@ def is_served(path: Path) -> bool:
     return _is_locked(path / "lock")
 
 
-def make_launch_folder(parent: Path) -> tuple[Path, TextIO]:
+def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, TextIO]:
     """A new folder in `parent` for the run of a launch, and the lock that tells that its first worker lives.
 
     Folders of launches that were killed with all their processes, so that none could remove them, are removed.
 
+    Args:
+        name: what follows `LAUNCH_PREFIX`; a folder of that name whose owner has died is taken over as it is. None
+            makes one up.
+
     Returns:
         the folder, and an open file to be closed when the run is left.
     """
+    path = None if name is None else parent / (LAUNCH_PREFIX + name)
     for stale in dead_launches(parent):
-        logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
-        shutil.rmtree(stale, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
+        if stale != path:
+            logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
+            shutil.rmtree(stale, ignore_errors=True)
+    if path is None:
+        path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
+    else:
+        path.mkdir(mode=0o700, exist_ok=True)
     beside = path / "launch.new"
     held = beside.open("w")
     _signs_of_life.add(held)

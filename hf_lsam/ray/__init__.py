@@ -1,0 +1,27 @@
+"""hf-lsam on a Ray cluster: Ray places processes and says when they die; what they exchange never passes through it.
+
+    driver      the supervisor: how many workers there are to be, and where the servers are (`supervisor`)
+    actors      hosts: each keeps one process on the node that Ray has given it (`hosts`, `servers`)
+    processes   the global server, a relay a node, and the user's script as external workers: as without Ray
+
+`python -m hf_lsam.ray --help` says how it is started; `launch` is the same as a function.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+try:
+    import ray  # noqa: F401
+except ImportError as error:
+    raise ImportError("hf_lsam.ray needs Ray, which is not installed here: pip install 'hf-lsam[ray]'") from error
+
+if TYPE_CHECKING:
+    from .supervisor import launch
+
+__all__ = ["launch"]
+
+
+def __getattr__(name: str):
+    if name == "launch":  # not before it is used: whoever hosts a worker need not load torch
+        return import_module(".supervisor", __name__).launch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

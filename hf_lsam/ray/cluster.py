@@ -1,0 +1,142 @@
+"""The Ray cluster: joining it, and what it has room for."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..version import __version__
+
+# Ray would end what a host has started with the host, by SIGKILL: a worker could not save.
+HOST_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a worker takes of its node.
+
+    Args:
+        cpus, gpus: as Ray counts them; a GPU may be shared.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node of the cluster.
+
+    Args:
+        id: Ray's.
+        address: of its network interface.
+        cpus, gpus: that Ray may give away.
+    """
+
+    id: str
+    address: str
+    cpus: float
+    gpus: float
+
+    def places(self, needs: Needs) -> int:
+        """Workers that find room there, if nobody else uses it."""
+        return int(min(self.cpus // needs.cpus, self.gpus // needs.gpus if needs.gpus else float("inf")))
+
+
+def connect(address: str) -> bool:
+    """Joins a cluster, if this process has not joined one.
+
+    Args:
+        address: HOST:PORT of its head; "auto" for RAY_ADDRESS or the cluster of this machine; "local" starts one of
+            this machine alone, which ends with this process.
+
+    Returns:
+        whether it has joined just now.
+
+    Raises:
+        RuntimeError: if there is none, or none that takes this process in.
+    """
+    if ray.is_initialized():
+        return False
+    # Ray's own processes write into its log files; what ours write lies in the run's folder.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        quiet["include_dashboard"] = False
+    try:
+        ray.init(address=address, **quiet)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"No Ray cluster takes this process in at address={address}: {str(error).strip()}\nStart one (ray start "
+            "--head), name its head (--address HOST:6379), or --address local for this machine alone. If it asks for a "
+            "token, this process needs the same: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+        ) from error
+    return True
+
+
+def nodes() -> list[Node]:
+    """Those that live."""
+    return [
+        Node(
+            each["NodeID"], each["NodeManagerAddress"], each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0)
+        )
+        for each in ray.nodes()
+        if each["Alive"]
+    ]
+
+
+def look_at(nodes: Sequence[Node], probe: Path | None, shared_memory_dir: Path) -> list[dict[str, Any] | Exception]:
+    """What a process finds on each node.
+
+    Args:
+        probe: a file that all are to see, or None.
+        shared_memory_dir: where vectors are to be exchanged.
+
+    Returns:
+        of each node "hf_lsam" and "python" (versions), "sees" (the probe) and "free" (bytes); or why nothing was found.
+
+    Blocking: until all have answered.
+    """
+    asked = [
+        ray.remote(_look)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
+        .remote(probe, shared_memory_dir)
+        for node in nodes
+    ]
+    found: list[dict[str, Any] | Exception] = []
+    for each in asked:
+        try:
+            found.append(ray.get(each))
+        except (RayError, OSError, ImportError) as error:
+            found.append(error)
+    return found
+
+
+def _look(probe: Path | None, shared_memory_dir: Path) -> dict[str, Any]:
+    return {
+        "hf_lsam": __version__,
+        "python": platform.python_version(),
+        "sees": probe is not None and probe.exists(),
+        "free": shutil.disk_usage(shared_memory_dir).free,
+    }
+
+
+def asks_for_a_token() -> bool:
+    """Whether this process, and then the cluster that it is in, asks for a token."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def encrypts() -> bool:
+    """Whether what Ray's processes say is encrypted."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

@@ -1,0 +1,142 @@
+"""Hosts: Ray's actors, each of which keeps one process on its node.
+
+No process that trains or exchanges is Ray's own: it is the child of a host, in a session of its own, with a file as its
+output. What becomes of it when its host dies is the point:
+
+    server, relay   die with it. The supervisor starts another one, and two of a kind would split the run.
+    worker          stays: it finds its server gone, goes on alone, saves a checkpoint and ends with an error, as any
+                    external worker does. If its relay still lives, it is told to save and to leave (`end_orphan`).
+
+A host dies with the node's Ray (its raylet), with the supervisor, and when Ray's head stays away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ray
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+LOG_LINES = 5  # of a process that has ended with an error, in what is said of it
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+class Host:
+    """Keeps one process.
+
+    Args:
+        log: file that receives what it writes, appended to.
+
+    Process: an actor's own, its main thread: the kernel takes the death of the thread that has started a process for
+    that of its parent. Blocking: as each method says, else never.
+    """
+
+    def __init__(self, log: Path):
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # An actor that is idle need not notice that its raylet has died.
+        threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+    def where(self) -> tuple[str, str]:
+        """Ray's id of the node, and the node's address."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the process, if it runs."""
+        if self._is_running:
+            self._process.send_signal(number)
+
+    def code(self) -> int | None:
+        """The exit code of the process, None as long as it runs; negative if a signal has ended it."""
+        return self._process.poll()
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+    @property
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(
+        self, words: Sequence[str], dies_with_host: bool, folder: Path | None = None, **environment: str
+    ) -> None:
+        """Starts Python with `words`, in `folder`."""
+        paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_dying_with(os.getpid()) if dies_with_host else None,
+            )
+
+
+class WorkerHost(Host):
+    """Keeps one worker: the user's script, as an external worker of the relay on its node.
+
+    Its CUDA_VISIBLE_DEVICES is the one that Ray gives the actor.
+    """
+
+    def start(self, words: Sequence[str], folder: Path | None, relay: Path, number: int, num_workers: int) -> int:
+        """Starts it, if that was not done.
+
+        Args:
+            words: the script and its arguments.
+            folder: where it starts, None for the actor's own.
+            relay: run folder of the relay.
+            number: of this worker, of `num_workers`.
+
+        Returns:
+            its pid.
+
+        Raises:
+            FileNotFoundError: if `folder` is not on this node.
+        """
+        if self._process is not None:
+            return self._process.pid
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}, in which the script is to start, is not on node {self.where()[1]}. Start from a folder "
+                "that all nodes share, or send it along: ray job submit --working-dir."
+            )
+        self._start(
+            words,
+            dies_with_host=False,
+            folder=folder,
+            HF_LSAM_SERVER_ADDRESS=str(relay),
+            HF_LSAM_WORKER=str(number),
+            HF_LSAM_NUM_WORKERS=str(num_workers),
+        )
+        return self._process.pid
+
+
+def _end_with(raylet: int) -> None:
+    while os.getppid() == raylet:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _dying_with(host: int) -> Callable[[], None]:
+    """What a new process does to be killed when the host's main thread is."""
+    libc = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may be
+
+    def die_with_host() -> None:
+        libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != host:  # it has died already
+            os._exit(1)
+
+    return die_with_host

@@ -1,0 +1,541 @@
+"""The supervisor: keeps as many workers as the cluster has room for, a relay on each node of theirs, and one root.
+
+It is the driver. It looks at every host once a second and waits for none: at each turn it takes the answer that has
+come, if one has, and asks the next. What it wants is all it remembers of servers; a server that has died is started
+again by its host, and a host that has died is made anew, where it was or where there is a node.
+
+    a worker ends with 0       it has finished; from then on none is added
+    a worker ends otherwise    another one takes its number, `max_restarts` times
+    its host dies              likewise; if its node lives, the process is told to save and to leave first
+    a node dies                its workers wait for room elsewhere, which counts as no restart
+    a node comes               Ray places what waits
+    the root's node dies       it goes on from what was kept, on a node that has a relay, and all relays are told where
+    SIGTERM or Ctrl-C          all workers save and leave, then relays hand in, then the root saves
+
+When the head of the cluster dies, Ray ends this process, all hosts and with them the servers; the workers go on alone
+for `server_timeout`, save, and end with an error.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..record import RecordReader
+from ..signals import EndSignals
+from ..transport.mailbox import LAUNCH_PREFIX
+from ..transport.secret import new_secret
+from .cluster import HOST_ENVIRONMENT, Needs, connect, nodes
+from .hosts import WorkerHost
+from .servers import MOST_ERRORS, SNAPSHOT, RelayHost, RootHost
+
+logger = logging.getLogger(__name__)
+
+TURN_SECONDS = 1.0
+FOLDER = "ray"  # in the run's folder: logs, the secret, what is kept of the root
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run.
+
+    Args:
+        words: the user's script and its arguments, what follows `python`.
+        num_workers: as many as there are to be.
+        run_dir: folder that all nodes share, the `output_dir` of the script.
+        min_workers: none starts before there is room for as many; with fewer the run goes on and says so.
+        needs: what a worker takes of its node.
+        max_restarts: how often another worker may take a number whose worker has ended, its node being alive.
+        resume: go on from the anchor that `run_dir` keeps, if it does.
+        shared_memory_dir: where each node exchanges vectors.
+        report_seconds: between two lines about each worker.
+    """
+
+    words: Sequence[str]
+    num_workers: int
+    run_dir: Path
+    min_workers: int = 1
+    needs: Needs = field(default_factory=Needs)
+    max_restarts: int = 3
+    resume: bool = False
+    shared_memory_dir: Path = Path("/dev/shm")
+    report_seconds: float = 30.0
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: if it cannot be.
+        """
+        if not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"min_workers must be from 1 to num_workers, got min_workers={self.min_workers} and "
+                f"num_workers={self.num_workers}."
+            )
+        if self.needs.cpus <= 0 or not 0 <= self.needs.gpus <= 1:
+            raise ValueError(
+                f"A worker takes some CPU and at most one GPU, on which it trains, got {self.needs}. Use "
+                "gpus_per_worker=0 to train on CPU, a fraction to share a GPU, and more workers for more GPUs."
+            )
+        if not self.words:
+            raise ValueError("There is no script to run: name it after `--`, with its arguments.")
+        if not self.words[0].startswith("-") and not Path(self.words[0]).exists():
+            raise ValueError(
+                f"There is no script {self.words[0]} here, in {Path.cwd()}, which is where the workers start. Start "
+                "from its folder, or send it along: ray job submit --working-dir."
+            )
+        if not self.resume and (self.run_dir / FOLDER / "root" / SNAPSHOT).exists():
+            raise ValueError(
+                f"{self.run_dir} keeps the anchor of a run, and a new run would write over it. Go on with it "
+                "(--resume), or choose another folder."
+            )
+
+
+def launch(
+    words: Sequence[str],
+    num_workers: int,
+    run_dir: str | Path,
+    *,
+    address: str = "auto",
+    min_workers: int = 1,
+    gpus_per_worker: float = 1.0,
+    cpus_per_worker: float = 1.0,
+    max_restarts: int = 3,
+    resume: bool = False,
+    shared_memory_dir: str | Path = "/dev/shm",
+    report_seconds: float = 30.0,
+) -> None:
+    """Trains on a Ray cluster: `python WORDS` as `num_workers` workers, and returns when all have finished.
+
+    The anchor is what worker 0 of the script saves; what the root has saved last lies in `run_dir`/ray/root.
+
+    Args:
+        address: see `cluster.connect`; of no consequence in a process that is a driver already.
+        words, num_workers, run_dir, min_workers, max_restarts, resume, shared_memory_dir, report_seconds: see `Plan`.
+        gpus_per_worker, cpus_per_worker: see `Needs`.
+
+    Raises:
+        ValueError: if the arguments cannot be.
+        RuntimeError: if there is no cluster, if fewer than `min_workers` workers are left that may be started again, or
+            if a server ends with an error again and again.
+        KeyboardInterrupt, SystemExit: on a signal, once all have saved.
+
+    Blocking: until the end. Process: a driver's, its main thread for signals to be heard.
+    """
+    plan = Plan(
+        list(words),
+        num_workers,
+        Path(run_dir).absolute(),
+        min_workers,
+        Needs(cpus_per_worker, gpus_per_worker),
+        max_restarts,
+        resume,
+        Path(shared_memory_dir),
+        report_seconds,
+    )
+    plan.check()
+    joined = connect(address)
+    try:
+        Supervisor(plan).run()
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+class HostDied(Exception):
+    """The actor is gone; says why."""
+
+
+class Remote:
+    """A host, as the supervisor sees it: one question at a time is under way, and no answer is waited for.
+
+    Args:
+        kind: class of the host.
+        arguments: of its constructor.
+        node: where it must be; None leaves it to Ray.
+        needs: what it takes there.
+
+    Attributes:
+        node, address: where it is, once known.
+    """
+
+    def __init__(self, kind: type, arguments: Sequence[Any], node: str | None = None, needs: Needs | None = None):
+        needs = needs or Needs(0, 0)
+        placement = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+        actor = ray.remote(kind).options(
+            num_cpus=needs.cpus, num_gpus=needs.gpus, runtime_env={"env_vars": HOST_ENVIRONMENT}, **placement
+        )
+        self._actor = actor.remote(*arguments)
+        self._question: tuple[Any, ...] = ()
+        self._asked: ray.ObjectRef | None = None
+        self.node = self.address = ""
+        self.ask("where")
+
+    @property
+    def is_asked(self) -> bool:
+        return self._asked is not None
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Asks what `answer` will tell; what is asked twice must be done once."""
+        self._question = (method, *arguments)
+        self._asked = self.tell(method, *arguments)
+
+    def tell(self, method: str, *arguments: Any) -> ray.ObjectRef:
+        """Asks for something whose answer is nobody's."""
+        return getattr(self._actor, method).remote(*arguments)
+
+    def answer(self) -> Any:
+        """What has been answered; None if nothing has, or was.
+
+        Raises:
+            HostDied: instead of an answer.
+            RuntimeError: the host's own error.
+        """
+        if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
+            return None
+        asked, self._asked = self._asked, None
+        try:
+            value = ray.get(asked)
+        except ActorUnavailableError:  # it may be back in a moment
+            self.ask(*self._question)
+            return None
+        except (ActorDiedError, ActorUnschedulableError) as error:
+            raise HostDied(str(error).strip().splitlines()[-1]) from error
+        except RayTaskError as error:
+            raise RuntimeError(str(error.cause)) from error
+        if not self.node:
+            self.node, self.address = value
+            return None
+        return value
+
+    def kill(self) -> None:
+        """Ends the actor; a worker that it keeps goes on alone."""
+        ray.kill(self._actor)
+
+
+class Phase(enum.Enum):
+    """Of a worker's number."""
+
+    WAITING = enum.auto()  # for room, or for its host to begin
+    PLACED = enum.auto()
+    TRAINING = enum.auto()
+    FINISHED = enum.auto()
+    LEFT = enum.auto()  # and nobody takes its place
+
+
+@dataclass
+class Worker:
+    """A worker's number, and who has it."""
+
+    number: int
+    phase: Phase = Phase.WAITING
+    host: Remote | None = None
+    pid: int = 0
+    restarts: int = 0
+
+
+@dataclass
+class Relay:
+    """The relay of a node."""
+
+    host: Remote
+    folder: Path
+    is_there: bool = False  # workers may come: it serves its folder, or will in a moment
+    holds_run: bool = False
+    version: int = 0
+    hosts_lost: int = 0
+
+
+class Supervisor:
+    """Carries out a plan, in a cluster that this process has joined.
+
+    Args:
+        plan: checked.
+    """
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._folder = plan.run_dir / FOLDER
+        self._secret = self._folder / "secret"
+        self._name = f"ray-{secrets.token_hex(4)}"
+        # What a job has sent along lies where each node has unpacked it.
+        sent = ray.get_runtime_context().runtime_env.get("working_dir")
+        self._script_folder = None if sent else Path.cwd()
+        self._workers = [Worker(number) for number in range(plan.num_workers)]
+        self._relays: dict[str, Relay] = {}  # by Ray's id of the node
+        self._root: Remote | None = None
+        self._root_node, self._root_port, self._root_at = "", None, ""
+        self._roots_lost = 0
+        self._signals = EndSignals()
+        self._started = False  # as many as must begin together had room
+        self._leaving = False  # a worker has finished, or all are told to leave
+        self._record = RecordReader(plan.run_dir)
+        self._misses_record = False
+        self._report_at = 0.0
+
+    def run(self) -> None:
+        """See `launch`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._secret.exists():
+            new_secret(self._secret)
+        self._signals.catch()
+        try:
+            try:
+                while self._signals.received is None and not self._is_over:
+                    self._turn()
+                    time.sleep(TURN_SECONDS)
+            finally:
+                self._leave()
+        finally:
+            for host in self._hosts():
+                host.kill()
+            self._signals.restore()
+        self._signals.obey()
+        logger.info("%s", self._outcome())
+
+    @property
+    def _is_over(self) -> bool:
+        phases = {worker.phase for worker in self._workers}
+        return phases <= {Phase.FINISHED, Phase.LEFT} or (self._leaving and not phases & {Phase.TRAINING, Phase.PLACED})
+
+    def _outcome(self) -> str:
+        finished = sum(worker.phase is Phase.FINISHED for worker in self._workers)
+        return f"{finished} of {len(self._workers)} workers have finished; the anchor lies in {self._folder / 'root'}"
+
+    def _hosts(self) -> list[Remote]:
+        hosts = [worker.host for worker in self._workers] + [relay.host for relay in self._relays.values()]
+        return [host for host in (*hosts, self._root) if host is not None]
+
+    def _turn(self) -> None:
+        for worker in self._workers:
+            self._tend_worker(worker)
+        for node, relay in list(self._relays.items()):
+            self._tend_relay(node, relay)
+        self._tend_root()
+        if time.monotonic() >= self._report_at:
+            self._report_at = time.monotonic() + self._plan.report_seconds
+            self._report()
+
+    # --- workers ---
+
+    def _tend_worker(self, worker: Worker) -> None:
+        plan, host = self._plan, worker.host
+        if worker.phase in (Phase.FINISHED, Phase.LEFT):
+            return
+        if host is None:
+            if not self._leaving:
+                log = self._folder / f"worker-{worker.number}.log"
+                worker.host = Remote(WorkerHost, [log], needs=plan.needs)
+            return
+        try:
+            answer = host.answer()
+        except HostDied as error:
+            self._lose(worker, str(error))
+            return
+        match worker.phase:
+            case Phase.WAITING if host.node:
+                worker.phase = Phase.PLACED
+                if host.node not in self._relays:
+                    self._relays[host.node] = self._new_relay(host.node, host.address)
+            case Phase.PLACED if answer is not None:
+                worker.phase, worker.pid = Phase.TRAINING, answer
+                logger.info("worker %d begins on %s, pid %d", worker.number, host.address, answer)
+            case Phase.TRAINING if answer is not None:
+                self._end(worker, answer)
+                return
+        if host.is_asked:
+            return
+        if worker.phase is Phase.TRAINING:
+            host.ask("code")
+        elif self._leaving:
+            self._let_go(worker, Phase.LEFT)
+        elif worker.phase is Phase.PLACED and self._may_start(host.node):
+            relay = self._relays[host.node].folder
+            host.ask("start", plan.words, self._script_folder, relay, worker.number, plan.num_workers)
+
+    def _may_start(self, node: str) -> bool:
+        if not self._started:
+            self._started = sum(w.phase is Phase.PLACED for w in self._workers) >= self._plan.min_workers
+        return self._started and node in self._relays and self._relays[node].is_there
+
+    def _let_go(self, worker: Worker, phase: Phase) -> None:
+        worker.host.kill()
+        worker.host, worker.phase = None, phase
+
+    def _end(self, worker: Worker, code: int) -> None:
+        """Its process has ended, with `code`."""
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self._let_go(worker, Phase.LEFT if code else Phase.FINISHED)
+        if code == 0:
+            self._leaving = True
+            logger.info("worker %d has finished", worker.number)
+        elif self._leaving:
+            logger.info("worker %d %s", worker.number, how)
+        else:
+            self._replace(worker, f"{how}; see {self._folder}/worker-{worker.number}.log")
+
+    def _lose(self, worker: Worker, reason: str) -> None:
+        """Its host has died, and with it or without it the process."""
+        node, address = worker.host.node, worker.host.address
+        trained = worker.phase is Phase.TRAINING
+        worker.host, worker.phase = None, Phase.LEFT
+        if node and node not in {each.id for each in nodes()}:
+            logger.warning("worker %d is gone with its node %s", worker.number, address)
+            worker.phase = Phase.LEFT if self._leaving else Phase.WAITING
+            return
+        if trained and node in self._relays:
+            self._relays[node].host.tell("end_orphan", worker.pid)
+        if not self._leaving:
+            self._replace(worker, f"has lost its host: {reason}")
+
+    def _replace(self, worker: Worker, why: str) -> None:
+        """Another one takes the number, unless too many have."""
+        worker.restarts += 1
+        if worker.restarts <= self._plan.max_restarts:
+            worker.phase = Phase.WAITING
+            logger.warning("worker %d %s. Another one takes its place", worker.number, why)
+            return
+        worker.phase = Phase.LEFT
+        logger.error(
+            "worker %d %s. It was started again %d times: it stays away", worker.number, why, worker.restarts - 1
+        )
+        left = sum(each.phase is not Phase.LEFT for each in self._workers)
+        if left < self._plan.min_workers:
+            raise RuntimeError(
+                f"{left} workers are left that may be started again, and min_workers={self._plan.min_workers}: the run "
+                f"ends, those that train save. Worker {worker.number} {why}. Then go on with --resume."
+            )
+
+    # --- servers ---
+
+    def _new_relay(self, node: str, address: str) -> Relay:
+        name = f"{self._name}-{node[:12]}"
+        log = self._folder / f"relay-{address}-{node[:6]}.log"
+        host = Remote(RelayHost, [self._plan.shared_memory_dir, name, self._secret, log], node)
+        return Relay(host, self._plan.shared_memory_dir / f"{LAUNCH_PREFIX}{name}")
+
+    def _tend_relay(self, node: str, relay: Relay) -> None:
+        try:
+            answer = relay.host.answer()
+        except HostDied as error:
+            if node not in {each.id for each in nodes()}:
+                del self._relays[node]
+                return
+            relay.hosts_lost = _one_more(relay.hosts_lost, "relay", error)
+            relay.host = self._new_relay(node, relay.host.address).host  # the workers wait in its folder
+            return
+        if answer is not None:
+            relay.is_there, (relay.holds_run, relay.version) = True, answer
+        if not relay.host.is_asked and self._root_at:
+            relay.host.ask("tend", self._root_at)
+
+    def _tend_root(self) -> None:
+        if self._root is None:
+            self._place_root()
+            return
+        try:
+            answer = self._root.answer()
+        except HostDied as error:
+            if self._root_node in {each.id for each in nodes()}:
+                self._roots_lost = _one_more(self._roots_lost, "root", error)
+            self._root = None
+            return
+        if answer is not None:
+            self._root_port, self._root_at = answer[1], "{}:{}".format(*answer)
+        if not self._root.is_asked:
+            relay = self._relays.get(self._root.node)
+            there = relay.folder if relay is not None and relay.holds_run else None
+            self._root.ask("tend", there, max((each.version for each in self._relays.values()), default=0))
+
+    def _place_root(self) -> None:
+        """Where it was; or else on a node that has a relay, one with a run if there is one."""
+        addresses = {each.id: each.address for each in nodes() if each.id in self._relays}
+        if not addresses:
+            return
+        there = self._root_node in addresses
+        node = self._root_node if there else max(addresses, key=lambda each: self._relays[each].holds_run)
+        logger.info("the root is to be on %s", addresses[node])
+        # A folder a node: where two share a machine, neither finds what only the other can know.
+        arguments = [self._plan.shared_memory_dir, f"{self._name}-root-{node[:12]}", self._secret]
+        arguments += [self._folder / "root.log", self._folder / "root", self._root_port if there else None]
+        self._root, self._root_node = Remote(RootHost, arguments, node), node
+
+    # --- the end, and what is said ---
+
+    def _leave(self) -> None:
+        """Workers save and leave, relays hand in, the root saves: in this order."""
+        self._leaving = True
+        told: list[Remote] = []
+        try:
+            while not self._is_over:
+                for worker in self._workers:
+                    try:
+                        self._tend_worker(worker)
+                    except RuntimeError as error:
+                        logger.error("%s", error)
+                        self._let_go(worker, Phase.LEFT)
+                    if worker.phase is Phase.TRAINING and worker.host not in told:
+                        worker.host.tell("signal", signal.SIGTERM)
+                        told.append(worker.host)
+                time.sleep(TURN_SECONDS)
+        except (KeyboardInterrupt, SystemExit):  # a second signal
+            for host in told:
+                ray.wait([host.tell("signal", signal.SIGKILL)], timeout=1.0)
+            raise
+        for servers in ([relay.host for relay in self._relays.values()], [self._root] if self._root else []):
+            if servers:
+                ray.wait([host.tell("end") for host in servers], num_returns=len(servers))
+
+    def _report(self) -> None:
+        """A line about each worker that trains, and what keeps the others from it."""
+        plan = self._plan
+        training = [worker for worker in self._workers if worker.phase is Phase.TRAINING]
+        waiting = [worker for worker in self._workers if worker.phase in (Phase.WAITING, Phase.PLACED)]
+        if waiting:
+            room = sum(node.places(plan.needs) for node in nodes())
+            few = f"; {plan.min_workers} must begin together" if not self._started else ""
+            logger.info(
+                "%d of %d workers train, %d wait for a place of %s (the cluster has %d in all)%s",
+                *(len(training), len(self._workers), len(waiting), plan.needs, room, few),
+            )
+        elif len(training) < plan.min_workers:
+            logger.warning("%d workers train, fewer than min_workers=%d", len(training), plan.min_workers)
+        try:
+            record = self._record.read().workers
+        except (FileNotFoundError, ValueError):
+            if training and not self._misses_record:
+                self._misses_record = True
+                logger.info("there is no record in %s yet; it comes if that is the script's output_dir", plan.run_dir)
+            return
+        for worker in training:
+            points = [entry for entry in record.get(worker.number, []) if "lsam/anchor_version" in entry]
+            if points:
+                logger.info(
+                    "worker %d: step %s, loss %s, anchor %s",
+                    worker.number,
+                    *(points[-1].get(name, "-") for name in ("step", "loss", "lsam/anchor_version")),
+                )
+
+
+def _one_more(lost: int, what: str, error: HostDied) -> int:
+    """Counts the hosts of a server that died while their node lived.
+
+    Raises:
+        RuntimeError: if they are too many.
+    """
+    logger.warning("the host of the %s is gone, and is made anew: %s", what, error)
+    if lost + 1 == MOST_ERRORS:
+        raise RuntimeError(
+            f"The host of the {what} died {MOST_ERRORS} times while its node lived; the last time: {error}"
+        )
+    return lost + 1
