@@ -52,7 +52,7 @@ class SharedEvaluation:
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         loop, settings = super().evaluation_loop, (description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        shared = self.args.identity.num_workers > 1 and self.session.finished and not self._showing_local
+        shared = self.args.identity.meets_others and self.session.finished and not self._showing_local
         if not shared or self.args.batch_eval_metrics:  # these are for predictions that are too many to be kept
             return loop(dataloader, *settings)
         with closing(self._recorded(dataloader, settings)) as recorded:
