@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .arguments import LSAMArguments, LSAMConfig
+    from .arguments import LSAMArguments
     from .loop import LSAM
-    from .trainer import LSAMTrainer, LSAMTrainerMixin
+    from .trainer import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
 
 __all__ = ["LSAM", "LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin", "__version__"]
 
 _HOME = {
     "LSAM": "loop",
     "LSAMArguments": "arguments",
-    "LSAMConfig": "arguments",
+    "LSAMConfig": "trainer",
     "LSAMTrainer": "trainer",
     "LSAMTrainerMixin": "trainer",
 }

@@ -1,4 +1,4 @@
-"""The configuration of an LSAM run: `LSAMArguments`, to be mixed into any TrainingArguments, and `LSAMConfig`.
+"""The configuration of an LSAM run: `LSAMArguments`, to be mixed into any TrainingArguments.
 
 A new field is a line with its default and what it may hold, and a paragraph of the docstring, which is its help on the
 command line as well. A worker or server that is to know of it has a field of the same name in its settings.
@@ -15,8 +15,7 @@ from functools import cached_property
 from typing import Annotated, Any
 
 import torch
-from transformers import TrainingArguments
-from transformers.utils import strtobool
+from accelerate.utils import parse_flag_from_env
 
 from .algorithms import ALGORITHMS, ServerSettings, WorkerSettings
 from .anchor import OPTIMIZERS
@@ -252,8 +251,7 @@ class LSAMArguments:
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        use_cpu = self.use_cpu or bool(strtobool(os.environ.get("ACCELERATE_USE_CPU", "False")))
-        return self.pin_process(use_cpu)
+        return self.pin_process(self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
     def pin_process(self, use_cpu: bool) -> torch.device:
         """Tells Accelerate that this worker is a job of its own (see `identity.pin`); returns its device."""
@@ -446,8 +444,3 @@ class LSAMArguments:
                 "accelerator_config.use_seedable_sampler=False lets each worker shuffle from a generator of its own, "
                 "without a process group to agree on one: their shares of an epoch would overlap. Leave it True."
             )
-
-
-@dataclass
-class LSAMConfig(LSAMArguments, TrainingArguments):
-    """Every field of `TrainingArguments`, and LSAM's own (see `LSAMArguments`)."""

@@ -40,7 +40,7 @@ def join(folder: Path, seconds: float) -> dict[str, Any]:
     """Builds the training arguments, as a script would, and meets the other workers."""
     import torch
 
-    from ..arguments import LSAMConfig
+    from ..trainer import LSAMConfig
     from ..identity import LaunchStore
     from ..trainer import LSAMTrainer  # noqa: F401  its import checks the versions
 
