@@ -62,6 +62,9 @@ def make_run(
 class SimulatedRuns:
     """Makes the runs that are not there yet, and keeps them.
 
+    Attributes:
+        data: what all runs share, as JSON.
+
     Args:
         simulate: of a run (a dataclass with `method` and `seed`) and of `data` as JSON gives the result, a mapping with
             the run under "run"; a function of a module, since other processes call it.
@@ -81,7 +84,7 @@ class SimulatedRuns:
         processes: int,
         quiet: bool,
     ):
-        self._simulate, self._figure, self._data = simulate, figure, json.dumps(data)
+        self._simulate, self._figure, self.data = simulate, figure, json.dumps(data)
         self._runs_dir, self._processes, self._quiet = runs_dir, processes, quiet
 
     def results(self, runs: Sequence[Any]) -> list[dict[str, Any]]:
@@ -90,7 +93,7 @@ class SimulatedRuns:
         missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self._processes, context) as pool, Progress(len(missing), "runs", self._quiet) as bar:
-            made = pool.map(self._simulate, missing.values(), itertools.repeat(self._data))
+            made = pool.map(self._simulate, missing.values(), itertools.repeat(self.data))
             for path, result in zip(missing, made, strict=True):
                 write_atomically(path, json.dumps(result) + "\n")
                 bar.say(f"{result['run']['method']}, seed {result['run']['seed']}: {self._figure(result)}")
@@ -98,4 +101,4 @@ class SimulatedRuns:
         return [json.loads(path.read_text()) for path in paths]
 
     def _name(self, run: Any) -> str:
-        return hashlib.sha256((json.dumps(asdict(run), sort_keys=True) + self._data).encode()).hexdigest()[:16]
+        return hashlib.sha256((json.dumps(asdict(run), sort_keys=True) + self.data).encode()).hexdigest()[:16]

@@ -4,8 +4,9 @@
         --train_file train.parquet --eval_file test.parquet
 
     methods   n = 4, every method with the same three trials over its learning rate
-    long      three times as many steps
-    workers   error against n, LSAM and data-parallel SAM, with each worker's batch fixed
+    long      three times as many steps, with trials of their own
+    epochs    thirty times all images of the training set, in batches of 128
+    workers   error against n, with each worker's batch fixed, and with that of all together
     clock     virtual time of a run, and its error: a slow worker, slow links, a pause
 
 ResNet-20 of half the width on images of 16x16 pixels. Trials are judged on a tenth of the training images, held out for
@@ -22,6 +23,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +78,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "EASGD": {"lsam": {"sync_steps": 8, "exchange_bits": 32, "algorithm": "easgd", "coupling_strength": 0.225}},
     "LSGD": {"lsam": {"sync_steps": 8, "exchange_bits": 32, "algorithm": "lsgd", "coupling_strength": 0.9}},
 }
+# The methods of the experiments with fewer of them.
+FOUR = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
 RATES = (0.05, 0.1, 0.2)
 TRIAL_SEEDS = (100, 101)
 SHORT, LONG = 480, 1440
@@ -204,18 +208,24 @@ def error_of(result: dict[str, Any]) -> str:
     return f"error {result['points'][-1]['error']:.2f} %"
 
 
-def tuned(runs: SimulatedRuns) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The trials, and for each method the learning rate with the lowest mean error over `TRIAL_SEEDS`."""
+def tuned(
+    runs: SimulatedRuns,
+    names: Sequence[str] = tuple(METHODS),
+    steps: int = SHORT,
+    rates: Sequence[float] = RATES,
+    seeds: Sequence[int] = TRIAL_SEEDS,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The trials, and for each method the learning rate with the lowest mean error over the seeds."""
     tried = runs.results(
         [
-            Run(name, learning_rate=rate, seed=seed, validation=True)
-            for name, rate, seed in itertools.product(METHODS, RATES, TRIAL_SEEDS)
+            Run(name, steps, learning_rate=rate, seed=seed, validation=True)
+            for name, rate, seed in itertools.product(names, rates, seeds)
         ]
     )
     errors: dict[tuple[str, float], float] = defaultdict(float)
     for result in tried:
         errors[result["run"]["method"], result["run"]["learning_rate"]] += result["points"][-1]["error"]
-    return tried, {name: min(RATES, key=lambda rate: errors[name, rate]) for name in METHODS}
+    return tried, {name: min(rates, key=lambda rate: errors[name, rate]) for name in names}
 
 
 def bits_of(method: str) -> int:
@@ -255,27 +265,46 @@ def methods(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
 
 def long(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """A run three times as long, with the learning rates of the short one."""
-    _, rates = tuned(runs)
-    names = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
-    return table_of(runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in names})
+    """A run three times as long; three trials of that length with one seed, over higher rates than short runs have."""
+    tried, rates = tuned(runs, FOUR, LONG, rates=(0.1, 0.2, 0.4), seeds=TRIAL_SEEDS[:1])
+    made, table = table_of(
+        runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in FOUR}
+    )
+    return [*tried, *made], table
+
+
+def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """Thirty epochs of the images in batches of 128, evaluated after every sixth; one rate for all, not tried out."""
+    images, batch_size = len(images_of(runs.data, False).train_labels), 128
+    plan = [
+        Run(name, 30 * images // (4 * batch_size), learning_rate=0.2, batch_size=batch_size, seed=seed, moments=5)
+        for name, seed in itertools.product(FOUR, range(seeds))
+    ]
+    made = runs.results(plan)
+    rows = []
+    for index, name in enumerate(FOUR):
+        own = [result["points"] for result in made[index * seeds : (index + 1) * seeds]]
+        errors = (mean_and_spread([point["error"] for point in moment]) for moment in zip(*own, strict=True))
+        rows.append((name, *errors, f"{own[0][-1]['bytes'] / 1e6:,.0f}"))
+    return made, markdown_table(("error, % after epoch", "6", "12", "18", "24", "30", "MB exchanged"), rows)
 
 
 def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Each worker makes 480 steps of 32 images whatever n is, with the learning rate of n = 4."""
+    """Each worker makes 480 steps whatever n is, of 32 images or of an nth of 128; with the learning rate of n = 4."""
     _, rates = tuned(runs)
-    names, numbers = ("LSAM without SAM", "data-parallel SGD"), (1, 2, 4, 8, 16)
-    errors: dict[tuple[str, int], list[float]] = defaultdict(list)
-    made = runs.results(
-        [
-            Run(name, learning_rate=rates[name], seed=seed, machines=[{}] * number)
-            for name, number, seed in itertools.product(names, numbers, range(seeds))
-        ]
-    )
-    for result in made:
-        errors[result["run"]["method"], len(result["run"]["machines"])].append(result["points"][-1]["error"])
-    rows = [(name, *(mean_and_spread(errors[name, number]) for number in numbers)) for name in names]
-    return made, markdown_table(("error, %", *(f"n = {number}" for number in numbers)), rows)
+    numbers = (1, 2, 4, 8, 16)
+    batch_sizes = {"32 a worker": lambda n: 32, "128 in all": lambda n: 128 // n}
+    plan = [
+        Run(name, learning_rate=rates[name], seed=seed, batch_size=batch_size(n), machines=[{}] * n)
+        for batch_size, name, n, seed in itertools.product(batch_sizes.values(), FOUR, numbers, range(seeds))
+    ]
+    made = runs.results(plan)
+    errors = (result["points"][-1]["error"] for result in made)
+    rows = [
+        (f"{name}, {label}", *(mean_and_spread(list(itertools.islice(errors, seeds))) for _ in numbers))
+        for label, name in itertools.product(batch_sizes, FOUR)
+    ]
+    return made, markdown_table(("error, %", *(f"n = {n}" for n in numbers)), rows)
 
 
 # A step takes 0.1 s; the model is charged as if it had 22.7 M parameters (MiniLM), so a link is slowed down by as much
@@ -318,7 +347,7 @@ def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     return made, markdown_table(("", *CLOCKED), rows)
 
 
-EXPERIMENTS = {each.__name__: each for each in (methods, long, workers, clock)}
+EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, workers, clock)}
 
 
 def main() -> None:
