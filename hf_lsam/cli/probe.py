@@ -40,9 +40,8 @@ def join(folder: Path, seconds: float) -> dict[str, Any]:
     """Builds the training arguments, as a script would, and meets the other workers."""
     import torch
 
-    from ..trainer import LSAMConfig
     from ..identity import LaunchStore
-    from ..trainer import LSAMTrainer  # noqa: F401  its import checks the versions
+    from ..trainer import LSAMConfig  # its import checks the versions
 
     args = LSAMConfig(output_dir=str(folder / "out"), report_to=[])
     if args.identity.num_workers > 1:
