@@ -99,14 +99,16 @@ def summary() -> str:
     reports = {name: load_results(REPOSITORY / f"benchmarks/{name}.json") for name in ("async", "step")}
     slowed = {(row["method"], row["worker_1"]): row for row in reports["async"]["results"]}
     steps = {row["variant"]: row for row in reports["step"]["results"]}
-    questions, images = simulated("text_classification", "trec_wrong_labels"), simulated("cifar10_resnet20", "methods")
-    clocked = simulated("cifar10_resnet20", "clock")
+    right, questions = (simulated("text_classification", name) for name in ("trec", "trec_wrong_labels"))
+    images, long, epochs, clocked = (
+        simulated("cifar10_resnet20", name) for name in ("methods", "long", "epochs", "clock")
+    )
 
-    def accuracy(method: str, figure: Callable[[dict[str, Any]], float]) -> str:
-        return mean_and_spread([figure(run) for run in of_sentences(questions, method, 0.4)], 1)
+    def accuracy(method: str, runs: list[dict[str, Any]], wrong: float, figure: Callable) -> str:
+        return mean_and_spread([figure(run) for run in of_sentences(runs, method, wrong)], 1)
 
-    def error(method: str) -> str:
-        return mean_and_spread([point["error"] for point in of_images(images, method)], 1)
+    def error(method: str, runs: list[dict[str, Any]]) -> str:
+        return mean_and_spread([point["error"] for point in of_images(runs, method)], 1)
 
     def share(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
         return f"1/{round(others[0]['bytes'] / runs[0]['bytes'])}"
@@ -123,23 +125,28 @@ def summary() -> str:
 
     rows = [
         (
-            f"accuracy, 40 % of the training labels wrong{what} (1,000 TREC questions, MiniLM with LoRA, 2 workers; "
-            "simulated)",
-            f"{accuracy('LSAM', figure)} %",
-            f"{accuracy('data-parallel AdamW', figure)} %; with SAM {accuracy('data-parallel SAM', figure)} %",
+            f"accuracy{what} (1,000 TREC questions, MiniLM with LoRA, 2 workers; simulated)",
+            f"{accuracy('LSAM', *of)} %",
+            f"{accuracy('data-parallel AdamW', *of)} %; with SAM {accuracy('data-parallel SAM', *of)} %",
         )
-        for what, figure in (
-            ("", lambda run: run["accuracy"]),
-            (", weights rounded to 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]),
+        for what, *of in (
+            ("", right, 0.0, lambda run: run["accuracy"]),
+            (", 40 % of the training labels wrong", questions, 0.4, lambda run: run["accuracy"]),
+            (", the same, weights rounded to 4 bits", questions, 0.4, lambda run: run["accuracy_in_few_bits"]["4"]),
         )
     ]
-    rows.append(
+    rows += [
         (
-            "error from scratch (small ResNet-20, small CIFAR-10, 4 workers, 480 steps; simulated)",
-            f"{error('LSAM without SAM')} % (`sam_rho=0`); {error('LSAM')} %",
-            f"{error('data-parallel SGD')} %; with SAM {error('data-parallel SAM')} %",
+            f"error from scratch ({what}, 4 workers; simulated)",
+            f"{error('LSAM', runs)} %; without SAM {error('LSAM without SAM', runs)} %",
+            f"{error('data-parallel SGD', runs)} %; with SAM {error('data-parallel SAM', runs)} %",
         )
-    )
+        for what, runs in (
+            ("small ResNet-20, CIFAR-10 at 16x16, 30 epochs", epochs),
+            ("the same, 7,680 images, 1,440 steps", long),
+            ("the same, 480 steps", images),
+        )
+    ]
     rows.append(
         (
             "bytes sent and received in these runs, n = 2 and n = 4",
@@ -173,13 +180,12 @@ def summary() -> str:
     ):
         if variant in steps:
             rows.append((label, f"{steps[variant]['ratio']:.2f} x", ""))
-    clock_seeds = len({run["run"]["seed"] for run in clocked})
+    clock_seeds, epoch_seeds = (len({run["run"]["seed"] for run in runs}) for runs in (clocked, epochs))
     return (
         markdown_table(("what", "LSAM", "data-parallel training"), rows)
         + f"\n\nSeeds: {len(of_sentences(questions, 'LSAM', 0.0))} of sentences, "
-        f"{len(of_images(images, 'LSAM'))} of images, "
-        f"{clock_seeds} of the clock. "
-        f"Simulated: {of_runs([*questions, *images, *clocked])} Processes: on {origin(reports['step'])}"
+        f"{len(of_images(images, 'LSAM'))} of images, {epoch_seeds} of 30 epochs, {clock_seeds} of the clock. "
+        f"Simulated: {of_runs([*right, *questions, *epochs, *long, *images, *clocked])} Processes: on {origin(reports['step'])}"
     )
 
 
