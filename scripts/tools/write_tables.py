@@ -185,7 +185,8 @@ def summary() -> str:
         markdown_table(("what", "LSAM", "data-parallel training"), rows)
         + f"\n\nSeeds: {len(of_sentences(questions, 'LSAM', 0.0))} of sentences, "
         f"{len(of_images(images, 'LSAM'))} of images, {epoch_seeds} of 30 epochs, {clock_seeds} of the clock. "
-        f"Simulated: {of_runs([*right, *questions, *epochs, *long, *images, *clocked])} Processes: on {origin(reports['step'])}"
+        f"Simulated: {of_runs([*right, *questions, *epochs, *long, *images, *clocked])} "
+        f"Processes: on {origin(reports['step'])}"
     )
 
 
