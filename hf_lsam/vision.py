@@ -1,7 +1,6 @@
 """Networks of the literature for 32x32 images: ResNet-20, VGG-16, WRN-16-8, WRN-28-10.
 
-`create` builds them by name. Where timm is installed, importing this module also registers them with it, as
-`hf_lsam_resnet20` and so on, so that timm's tools and transformers' TimmWrapper can use them.
+`create` builds them by name. `hf_lsam.timm_models` makes models of timm of them.
 
 All end in global average pooling, so any image of at least 16x16 pixels will do. `width` is the number of channels
 after the first convolution; every other layer scales with it.
@@ -15,13 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-try:
-    import timm
-    from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
-except ImportError:  # it comes with the `vision` extra
-    timm = None
-
 
 __all__ = ["NETWORKS", "ImageClassifier", "create", "resnet20", "vgg16", "wrn_16_8", "wrn_28_10"]
 
@@ -205,7 +197,6 @@ def wrn_28_10(
 
 
 NETWORKS = {builder.__name__: builder for builder in (resnet20, vgg16, wrn_16_8, wrn_28_10)}
-TIMM_PREFIX = "hf_lsam_"
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -222,11 +213,13 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     if name in NETWORKS:
         return NETWORKS[name](num_classes, **options)
     known = ", ".join(NETWORKS)
-    if timm is None:
+    try:
+        import timm  # which takes longer to import than all else here
+    except ImportError:
         raise ValueError(
             f"There is no network {name!r} here, only {known}. If it is a model of timm, install timm: "
             "pip install 'hf-lsam[vision]'."
-        )
+        ) from None
     if not timm.is_model(name):
         close = ", ".join(get_close_matches(name, timm.list_models(), n=5)) or "nothing like it"
         raise ValueError(
@@ -234,46 +227,3 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
             "timm.list_models() lists all."
         )
     return timm.create_model(name, num_classes=num_classes, **options)
-
-
-# timm's register_model looks for a variable of this name. Mean and standard deviation are CIFAR-10's.
-default_cfgs = {
-    f"{TIMM_PREFIX}{name}": {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "min_input_size": (3, 16, 16),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2470, 0.2435, 0.2616),
-        "first_conv": "features.0",
-        "classifier": "head",
-    }
-    for name in NETWORKS
-}
-
-
-def _register(name: str) -> None:
-    """Makes `timm.create_model("hf_lsam_" + name)` build the network called `name`."""
-
-    def entry(
-        pretrained: bool = False, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None, **options: Any
-    ) -> nn.Module:
-        source = resolve_pretrained_cfg(
-            entry.__name__, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay
-        )
-        if pretrained and not (source.has_weights or source.state_dict):
-            raise ValueError(
-                f"There are no pretrained weights for {entry.__name__}, and random ones would pass for them. Leave out "
-                "pretrained=True, or name a file: pretrained_cfg_overlay={'file': PATH}."
-            )
-        return build_model_with_cfg(NETWORKS[name], entry.__name__, pretrained, source, **options)
-
-    entry.__name__ = entry.__qualname__ = f"{TIMM_PREFIX}{name}"
-    globals()[entry.__name__] = register_model(entry)  # timm adds the name to this module's __all__
-
-
-if timm is not None:
-    for _name in NETWORKS:
-        _register(_name)

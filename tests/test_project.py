@@ -27,6 +27,7 @@ ROOMS = [
     "loading",
     "loop",
     "session",
+    "timm_models",
     "vision",
     "arguments",
     "failure_signatures",

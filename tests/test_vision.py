@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.io import savemat
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
+import hf_lsam.timm_models  # noqa: F401  registers its networks with timm
 from hf_lsam import vision
 from recipes.common import image_data
 from recipes.common.image_batches import Batches, augment, channel_statistics, normalize

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from transformers import AutoModelForImageClassification, EvalPrediction, ViTImageProcessor
 
-import hf_lsam.vision  # noqa: F401  registers its networks with timm
+import hf_lsam.timm_models  # noqa: F401  registers its networks with timm
 from hf_lsam import LSAMConfig
 from recipes.common.arguments import MethodArguments, ScratchArguments, pick
 from recipes.common.image_batches import channel_statistics, normalize
