@@ -62,6 +62,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 SEEDS = {"paper": 5, "gpu": 3, "cpu": 2, "smoke": 1}
 SEEDS_OF_METHODS = {**SEEDS, "cpu": 3}
+WORKERS = {"paper": 4, "gpu": 4, "cpu": 4, "smoke": 2}
 VALIDATION = {"validation_fraction": 0.1}
 
 
@@ -73,13 +74,13 @@ class Plan:
         label: its line in tables and plots.
         settings: keys of recipes/cifar10_resnet20/train.py that differ from the budget's.
         seed: of the run.
-        workers: how many processes.
+        workers: how many processes, if not as many as the budget's runs have.
     """
 
     label: str
     settings: dict[str, Any]
     seed: int
-    workers: int = 4
+    workers: int | None = None
 
 
 class Runner:
@@ -96,6 +97,7 @@ class Runner:
     def __init__(self, budget: str, overrides: Sequence[str], runs_dir: Path, output_dir: Path, quiet: bool = False):
         self.seeds = range(SEEDS[budget])
         self.seeds_of_methods = range(SEEDS_OF_METHODS[budget])
+        self.workers = WORKERS[budget]
         self.output_dir = output_dir
         self._runs_dir = runs_dir
         self._quiet = quiet
@@ -117,12 +119,13 @@ class Runner:
         """The results of the runs, in their order; those that are missing are run."""
         runs = []
         for plan in plans:
-            values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": plan.workers, "save_model": False}
+            workers = plan.workers or self.workers
+            values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": workers, "save_model": False}
             runs.append(in_folder_of_its_own(values, self._runs_dir, self._defaults))
         return finished(__file__, runs, self._quiet)
 
 
-def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int = 4) -> list[Plan]:
+def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int | None = None) -> list[Plan]:
     return [Plan(label, settings, seed, workers) for seed in runner.seeds]
 
 
@@ -217,7 +220,7 @@ def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     lsam = {**runner.tuned("lsam"), "method": "lsam"}
     free = {**lsam, "coupling_strength": 0.0, "sync_steps": 32, "lr_schedule": "constant", "log_steps": 32}
     # Slow in its first steps only: the others would have finished long before it.
-    slow = {**lsam, "log_steps": 2, "slow_worker": 3, "slow_steps": 6, "slow_factor": 40.0}
+    slow = {**lsam, "log_steps": 2, "slow_worker": runner.workers - 1, "slow_steps": 6, "slow_factor": 40.0}
     # A signature shows or it does not: one seed. How BatchNorm's statistics compare is a matter of spread: all seeds.
     plans = [
         Plan(label, settings, seed=0)
@@ -361,7 +364,7 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
         {
             "label": plan.label,
             "seed": plan.seed,
-            "workers": plan.workers,
+            "workers": result["num_workers"],
             "settings": plan.settings,
             **{key: result[key] for key in ("accuracy", "eval_loss", "seconds", "images_per_second", "bytes")},
             **{key: result[key] for key in ("steps_per_worker", "train_images", "eval_images", "evaluated_on")},
