@@ -28,15 +28,15 @@ SESSION = "HF_LSAM_TEST_SESSION"
 def own_processes() -> list[tuple[int, str]]:
     """(pid, command line) of this process's descendants, and of what they have started and left behind."""
     found = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone, or another user's
+            if process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]:
+                found[process.pid] = process
     for process in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             # The servers of this session themselves, not what they have forked.
             if any(word.startswith("from multiprocessing.") for word in process.cmdline()):
                 found.pop(process.pid, None)
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # gone, or another user's
-            if process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]:
-                found[process.pid] = process
     return list(_running(found.values()))
 
 

@@ -68,7 +68,7 @@ report(
 
 def launch(folder: Path, *words: str) -> list[dict]:
     path = write_script(folder / "script.py", PREAMBLE + LAUNCH)
-    accelerate_launch(path, str(folder), *words, PYTHONPATH=PATHS)
+    accelerate_launch(path, str(folder), *words, fork=True, PYTHONPATH=PATHS)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -187,7 +187,7 @@ report(drawn=trainer.drawn, weight=trainer.worker._algorithm.weight, anchor=trai
 
 def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_them(tmp_path):
     path = write_script(tmp_path / "script.py", PREAMBLE + BATCHES)
-    accelerate_launch(path, str(tmp_path), PYTHONPATH=PATHS)
+    accelerate_launch(path, str(tmp_path), fork=True, PYTHONPATH=PATHS)
     small, large = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert (small["weight"], large["weight"]) == (0.5, 1.5)
     assert [len(batch) for batch in small["drawn"]] == [4] * 8  # two epochs of as many steps in both

@@ -567,7 +567,7 @@ def test_two_workers_go_on_each_from_its_own_state_and_the_server_from_its(tmp_p
     script = write_script(tmp_path / "loop.py", RESUMED)
     runs = []
     for word in ("first", "again"):
-        accelerate_launch(script, str(tmp_path), word, PYTHONPATH=PATHS)
+        accelerate_launch(script, str(tmp_path), word, fork=True, PYTHONPATH=PATHS)
         runs.append([json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in (0, 1)])
     for first, again in zip(*runs, strict=True):
         assert again["begin"] == first["end"]

@@ -64,7 +64,7 @@ def start(recipe: str, method: str, folder: Path, **values) -> dict:
 def launch(recipe: str, method: str, folder: Path, **values) -> dict:
     """The results of a run of two workers."""
     script = Path(recipes.load(recipe).__file__)
-    done = accelerate_launch(script, *command_line(recipe, method, folder, num_workers=2, **values))
+    done = accelerate_launch(script, *command_line(recipe, method, folder, num_workers=2, **values), fork=True)
     assert str(folder) in done.stdout
     return json.loads((folder / "results.json").read_text())
 

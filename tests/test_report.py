@@ -50,7 +50,7 @@ def runs(tmp_path_factory) -> list[Path]:
     paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
     cases = {"one <&> seed": (1, 4), "another": (2, 4), "slower": (1, 8)}
     for name, (seed, sync_steps) in cases.items():
-        accelerate_launch(script, str(folder / name), str(seed), str(sync_steps), PYTHONPATH=paths)
+        accelerate_launch(script, str(folder / name), str(seed), str(sync_steps), fork=True, PYTHONPATH=paths)
     return [folder / name for name in cases]
 
 

@@ -118,7 +118,9 @@ def accuracy_of(model, tokenizer, rows) -> float:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lsam_with_two_workers_leaves_an_adapter_and_the_numbers_of_the_run(folder, tmp_path, monkeypatch, capsys):
     lora = ["--use_lora", "true", "--lora_r", "2", "--sam_rho", "0.02", "--num_workers", "2"]
-    done = accelerate_launch(SCRIPT, "--config", str(folder / "run.yaml"), "--output_dir", str(tmp_path), *lora)
+    done = accelerate_launch(
+        SCRIPT, "--config", str(folder / "run.yaml"), "--output_dir", str(tmp_path), *lora, fork=True
+    )
     results = json.loads((tmp_path / "results.json").read_text())
 
     size = results["trainable_parameters"]
@@ -209,7 +211,7 @@ def test_data_parallel_sam_perturbs_per_worker_and_averages_the_second_gradient(
     arguments = ["--config", folder / "run.yaml", "--method", "ddp_sam", "--sam_rho", RHO, "--num_workers", 2]
     arguments += ["--model_name_or_path", folder / "headed", "--train_file", path, "--output_dir", tmp_path / "out"]
     arguments += ["--per_device_train_batch_size", "1", *PLAIN_SGD]
-    done = accelerate_launch(SCRIPT, *map(str, arguments))
+    done = accelerate_launch(SCRIPT, *map(str, arguments), fork=True)
 
     model = AutoModelForSequenceClassification.from_pretrained(folder / "headed").eval()
     for _ in range(2):
