@@ -92,12 +92,22 @@ class Runner:
         runs_dir: one folder a run, named after what determines it.
         output_dir: where tables go, and where the tuned settings are read from.
         quiet: plain lines instead of a progress bar.
+        methods: that the experiment `methods` compares; all, if none is named.
     """
 
-    def __init__(self, budget: str, overrides: Sequence[str], runs_dir: Path, output_dir: Path, quiet: bool = False):
+    def __init__(
+        self,
+        budget: str,
+        overrides: Sequence[str],
+        runs_dir: Path,
+        output_dir: Path,
+        quiet: bool = False,
+        methods: Sequence[str] = (),
+    ):
         self.seeds = range(SEEDS[budget])
         self.seeds_of_methods = range(SEEDS_OF_METHODS[budget])
         self.workers = WORKERS[budget]
+        self.methods = methods or tuple(TRIALS)
         self.output_dir = output_dir
         self._runs_dir = runs_dir
         self._quiet = quiet
@@ -185,6 +195,7 @@ TRIALS: dict[str, tuple[dict[str, float], list[dict[str, float]]]] = {
 def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     first = runner.values({})["learning_rate"]
     rates = [first / 2, first, 2 * first]
+    trials_of = {method: TRIALS[method] for method in runner.methods}
     chosen: dict[str, dict[str, float]] = {}
     trials = []
 
@@ -201,17 +212,17 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
             best = max((t for t in trials if t["method"] == method), key=lambda t: t["validation_accuracy"])
             chosen[method] = best["settings"]
 
-    stage({m: [{**start, "learning_rate": rate} for rate in rates] for m, (start, _) in TRIALS.items()})
-    stage({m: [{**chosen[m], **other} for other in others] for m, (_, others) in TRIALS.items()})
+    stage({m: [{**start, "learning_rate": rate} for rate in rates] for m, (start, _) in trials_of.items()})
+    stage({m: [{**chosen[m], **other} for other in others] for m, (_, others) in trials_of.items()})
     plans = []
-    for method in TRIALS:
+    for method in trials_of:
         plans += [Plan(method, {**chosen[method], "method": method}, seed) for seed in runner.seeds_of_methods]
     results = runner.results(plans)
     accuracy = {(p.label, p.seed): r["accuracy"] for p, r in zip(plans, results, strict=True)}
     paired = {
         f"lsam - {other}": [accuracy["lsam", seed] - accuracy[other, seed] for seed in runner.seeds_of_methods]
-        for other in TRIALS
-        if other != "lsam"
+        for other in trials_of
+        if "lsam" in trials_of and other != "lsam"
     }
     return plans, {"chosen": chosen, "trials": trials, "paired_differences": paired}
 
@@ -388,6 +399,7 @@ def report(experiment: str, budget: str, runner: Runner, plans: Sequence[Plan], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
+    parser.add_argument("--methods", nargs="+", choices=TRIALS, default=(), help="of the experiment `methods`")
     parser.add_argument("--budget", choices=BUDGETS, default="smoke")
     add_quiet(parser)
     parser.add_argument("--runs_dir", type=Path, default=None, help="default: runs/reproduce/BUDGET")
@@ -401,7 +413,7 @@ def main() -> None:
         parser.error("name an experiment")
     runs_dir = args.runs_dir or REPOSITORY / "runs/reproduce" / args.budget
     output_dir = args.output_dir or REPOSITORY / "runs/reproduce/tables" / args.budget
-    runner = Runner(args.budget, overrides, runs_dir, output_dir, args.quiet)
+    runner = Runner(args.budget, overrides, runs_dir, output_dir, args.quiet, args.methods)
     plans, found = EXPERIMENTS[args.experiment](runner)
     print(report(args.experiment, args.budget, runner, plans, found))
 
