@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def accelerate_launch(
     # Warnings are errors in the tests' own process; the workers' are looked at where a test is about them.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if fork:
-        run = _forked_launch(Path(script), options, {**environment, **FORK_WORKERS})
+        run = _forked(_launch, Path(script), options, {**environment, **FORK_WORKERS})
     else:
         command = [sys.executable, "-m", "accelerate.commands.launch", *options]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -129,27 +130,61 @@ def accelerate_launch(
     return run
 
 
-def _forked_launch(script: Path, options: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a script of the repository, and what it launches, in forked processes: all are spared their imports."""
+    return _forked(_run_script, script, arguments, {**os.environ, "OMP_NUM_THREADS": "1", **FORK_WORKERS})
+
+
+def _forked(target: Callable, script: Path, arguments: Sequence[str], environment: dict) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        launcher = fork_server.Process(target=_launch, args=(script, options, environment, outputs))
-        launcher.start()
-        launcher.join()
+        process = fork_server.Process(target=_in_fork, args=(target, script, arguments, environment, outputs))
+        process.start()
+        process.join()
         said = [path.read_text() for path in outputs]
-    return subprocess.CompletedProcess(options, launcher.exitcode, *said)
+    return subprocess.CompletedProcess(arguments, process.exitcode, *said)
 
 
-def _launch(script: Path, options: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
-    """What `python -m accelerate.commands.launch` does, in a forked process."""
-    from accelerate.commands import launch
-
+def _in_fork(
+    target: Callable, script: Path, arguments: Sequence[str], environment: dict[str, str], outputs: list[Path]
+) -> None:
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [str(script.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    target(script, arguments)
+
+
+def _launch(script: Path, options: Sequence[str]) -> None:
+    """What `python -m accelerate.commands.launch` does."""
+    from accelerate.commands import launch
+
     sys.argv[1:] = options
     launch.main()
+
+
+def _run_script(script: Path, arguments: Sequence[str]) -> None:
+    """What `python script` does."""
+    from scripts.common import launches
+
+    launches.launch = _launch_from_fork
+    sys.argv[:] = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _launch_from_fork(processes: int, script: str, arguments: Sequence[str]) -> None:
+    """In the place of `scripts.common.launches.launch`."""
+    from scripts.common import launches
+
+    target, options = _run_script, list(arguments)
+    if processes > 1:
+        target, options = _launch, [*launches.launch_command(processes)[3:], script, *arguments]
+    fork = multiprocessing.get_context("fork").Process(target=target, args=(Path(script), options))
+    fork.start()
+    fork.join()
+    if fork.exitcode:
+        raise subprocess.CalledProcessError(fork.exitcode, [script, *arguments])
 
 
 def write_script(path: Path, source: str) -> Path:

@@ -12,19 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from launch import run_script
 from netns import why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts/benchmarks"
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def report_of(script: str, output: Path, *arguments: str) -> dict:
-    done = run(script, *arguments, "--output", str(output))
+    done = run_script(SCRIPTS / script, *arguments, "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
     assert report["command"].startswith(f"python scripts/benchmarks/{script} {arguments[0]}")
@@ -123,7 +119,7 @@ def test_bench_links(tmp_path):
 
 
 def test_bench_server_says_how_much_room_it_needs():
-    done = run("server.py", "--senders", "3", "--megabytes", "1e9")
+    done = run_script(SCRIPTS / "server.py", "--senders", "3", "--megabytes", "1e9")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "3 senders of 1e+09 MB and two copies of the anchor need 5000000000 MB" in done.stderr
@@ -140,7 +136,7 @@ def test_gpu_check_without_a_gpu():
 @pytest.mark.parametrize("script", ["step.py", "asynchrony.py"])
 def test_bad_arguments_are_refused(script):
     bad = {"step.py": ("--variants", "lsam"), "asynchrony.py": ("--warmup", "2")}[script]
-    done = run(script, *bad)
+    done = run_script(SCRIPTS / script, *bad)
     assert done.returncode == 2
     assert "error: --" in done.stderr
 

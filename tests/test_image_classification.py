@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from launch import accelerate_launch, write_script
+from launch import accelerate_launch, run_script, write_script
 from PIL import Image
 from safetensors.torch import load_model
 
@@ -67,7 +65,7 @@ def test_five_methods_with_two_workers_each(tmp_path, data):
     plan = tmp_path / "plan.json"
     runs = [values_of(**common, **own, output_dir=tmp_path / name) for name, own in settings.items()]
     plan.write_text(json.dumps(runs))
-    accelerate_launch(ROOT / "scripts/experiments/reproduce.py", "--runs", str(plan))
+    accelerate_launch(ROOT / "scripts/experiments/reproduce.py", "--runs", str(plan), fork=True)
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in settings}
     for name, result in results.items():
         assert result["method"] == settings[name]["method"]
@@ -200,10 +198,9 @@ def test_there_is_a_recipe_for_each_set_model_and_method():
 
 
 def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
-    command = [sys.executable, str(ROOT / "scripts/experiments/reproduce.py"), experiment, "--budget", "smoke", *words]
-    command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables")]
-    command += [f"--{key}={value}" for key, value in data.items()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words += ("--budget", "smoke", "--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables"))
+    words += tuple(f"--{key}={value}" for key, value in data.items())
+    done = run_script(ROOT / "scripts/experiments/reproduce.py", experiment, *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for suffix in ("md", "png"):
         assert (tmp_path / "tables" / f"{experiment}.{suffix}").stat().st_size > 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from launch import accelerate_launch
+from launch import accelerate_launch, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -524,11 +524,11 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path):
     (tmp_path / "causal_lm").mkdir()
     readme = tmp_path / "causal_lm/README.md"
     readme.write_text("<!-- methods:begin -->\n<!-- methods:end -->\n")
-    command = [sys.executable, str(ROOT / "scripts/experiments/measure_recipe.py"), "causal_lm", "--seeds", "2"]
-    command += ["--runs_dir", str(tmp_path / "runs"), "--recipes", str(tmp_path), "--max_steps", "4"]
-    command += ["--max_train_samples", "32", "--max_eval_samples", "4", "--model_config", json.dumps(LLAMA)]
-    command += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = ["causal_lm", "--seeds", "2", "--runs_dir", str(tmp_path / "runs"), "--recipes", str(tmp_path)]
+    words += ["--max_steps", "4"]
+    words += ["--max_train_samples", "32", "--max_eval_samples", "4", "--model_config", json.dumps(LLAMA)]
+    words += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
+    done = run_script(ROOT / "scripts/experiments/measure_recipe.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
     assert [summary["method"] for summary in summaries] == list(METHODS)

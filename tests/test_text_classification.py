@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import accelerate_launch
+from launch import accelerate_launch, run_script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -494,12 +492,11 @@ def test_a_run_needs_a_folder_and_a_model(folder, tmp_path):
 def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(folder, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- tiny:begin -->\n<!-- tiny:end -->\nafter\n")
-    script = str(REPOSITORY / "scripts/experiments/compare_text.py")
-    command = [sys.executable, script, "tiny", "--config", str(folder / "run.yaml")]
-    command += ["--num_workers", "2", "--sam_rho", "0.03", "--max_steps", "8", "--eval_strategy", "no", "--seeds", "2"]
-    command += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path), "--readme", str(readme)]
+    words = ["tiny", "--config", str(folder / "run.yaml")]
+    words += ["--num_workers", "2", "--sam_rho", "0.03", "--max_steps", "8", "--eval_strategy", "no", "--seeds", "2"]
+    words += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path), "--readme", str(readme)]
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(REPOSITORY / "scripts/experiments/compare_text.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "tiny.json").read_text())
     tried = {method: [t for t in report["trials"] if t["method"] == method] for method in ("lsam", "ddp_sam", "ddp")}
@@ -530,8 +527,7 @@ def test_fine_tuning_is_simulated_with_labels_that_are_wrong(folder, tmp_path):
     words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
     words += [f"--validation_file={folder / 'held_out.csv'}", "--steps=4", "--seeds=1", "--processes=1", "--quiet"]
     words += [f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}"]
-    command = [sys.executable, str(REPOSITORY / "scripts/experiments/simulate_text.py"), "noise", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(REPOSITORY / "scripts/experiments/simulate_text.py", "noise", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     assert done.stdout.endswith((tmp_path / "noise.md").read_text())

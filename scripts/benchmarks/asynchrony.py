@@ -22,8 +22,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,7 +35,7 @@ from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.benchmarks.step import LEARNING_RATE, MODEL_PACKAGE, RHO, SYNC_STEPS, SyntheticTokens, load_minilm
 from scripts.common.benchmark import write_benchmark
-from scripts.common.launches import launch_command
+from scripts.common.launches import launch
 
 NAME = "async"  # of benchmarks/async.json
 KINDS = ("free", "sleep", "busy")
@@ -157,14 +155,13 @@ def work(arguments: argparse.Namespace) -> None:
     (arguments.folder / f"worker_{rank}.json").write_text(json.dumps(report))
 
 
-def launch(method: str, arguments: argparse.Namespace) -> list[dict]:
+def measure(method: str, arguments: argparse.Namespace) -> list[dict]:
     """Runs two workers; returns what each has measured."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [*launch_command(2), __file__, "--worker", method, "--folder", folder]
+        options = ["--worker", method, "--folder", folder]
         for name in ("batch", "length", "warmup", "rounds", "block_steps", "block_seconds"):
-            command += [f"--{name}", str(getattr(arguments, name))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
+            options += [f"--{name}", str(getattr(arguments, name))]
+        launch(2, __file__, options)
         return [json.loads((Path(folder) / f"worker_{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -221,7 +218,7 @@ def main():
         return
     if arguments.warmup < UNCOUNTED + 2:
         parser.error(f"--warmup must be at least {UNCOUNTED + 2}: the pause is set by the steps in it")
-    reports = {method: launch(method, arguments) for method in track(METHODS, "methods", arguments.quiet)}
+    reports = {method: measure(method, arguments) for method in track(METHODS, "methods", arguments.quiet)}
     rows = [row for method in METHODS for row in summarize(method, reports[method])]
     print(table(rows))
     names = ("batch", "length", "warmup", "rounds", "block_seconds", "block_steps")

@@ -34,7 +34,7 @@ from recipes.cifar10_resnet20.methods import Asynchronous, DataParallel
 from recipes.common.progress import add_quiet, pairs, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark
-from scripts.common.launches import launch_command
+from scripts.common.launches import launch
 
 NAME = "images"  # of benchmarks/images.json
 RHO, SYNC_STEPS, LEARNING_RATE, MOMENTUM = 0.1, 16, 0.1, 0.9
@@ -132,14 +132,14 @@ def over_processes(allocator: str, costs: list[dict]) -> dict:
 def throughput(kind: str, batch: int, steps: int) -> float:
     """Images a second of two processes together."""
     with tempfile.TemporaryDirectory() as folder:
-        worker = [str(Path(__file__).resolve()), "--work", kind, "--batch", str(batch), "--steps", str(steps)]
-        worker += ["--output", folder]
+        script = str(Path(__file__).resolve())
+        options = ["--work", kind, "--batch", str(batch), "--steps", str(steps), "--output", folder]
         if kind == "independent":
-            several = [subprocess.Popen([sys.executable, *worker]) for _ in range(2)]
+            several = [subprocess.Popen([sys.executable, script, *options]) for _ in range(2)]
+            if any(process.wait() for process in several):
+                raise RuntimeError(f"a process of {kind} failed; its error stands above")
         else:
-            several = [subprocess.Popen([*launch_command(2), *worker])]
-        if any(process.wait() for process in several):
-            raise RuntimeError(f"a process of {kind} failed; its error stands above")
+            launch(2, script, options)
         return sum(float(path.read_text()) for path in Path(folder).iterdir() if path.suffix == ".rate")
 
 

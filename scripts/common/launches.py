@@ -21,9 +21,20 @@ from recipes.common.progress import Progress
 
 def launch_command(processes: int) -> list[str]:
     """What starts a script in that many processes on this machine; the script's path and arguments follow it."""
+    if processes == 1:
+        return [sys.executable]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*command, "--main_process_port", "0"]
+
+
+def launch(processes: int, script: str, arguments: Sequence[str]) -> None:
+    """Runs a script in that many processes on this machine; what they say is no part of what the caller prints.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails.
+    """
+    subprocess.run([*launch_command(processes), script, *arguments], check=True, stdout=sys.stderr)
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +73,10 @@ def finished(
             batches.setdefault(kind, {})[folder] = values
     for (workers, _), batch in batches.items():
         several = list(batch.values())
-        command = launch_command(workers) if workers > 1 else [sys.executable]
         with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
             json.dump(several, plan)
             plan.flush()
-            command += [str(Path(script).resolve()), "--runs", plan.name, *(["--quiet"] if quiet else [])]
-            subprocess.run(command, check=True)
+            launch(workers, str(Path(script).resolve()), ["--runs", plan.name, *(["--quiet"] if quiet else [])])
     return [json.loads((folder / "results.json").read_text()) for folder in folders]
 
 
