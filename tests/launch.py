@@ -119,68 +119,75 @@ def accelerate_launch(
     options += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", "0", *extra, str(script), *arguments]
     # Warnings are errors in the tests' own process; the workers' are looked at where a test is about them.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    if fork:
-        run = _forked(_launch, Path(script), options, {**environment, **FORK_WORKERS})
-    else:
-        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = run_launcher(options, fork, **environment)
     if check and run.returncode != 0:
         raise AssertionError(f"exit code {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}")
     return run
 
 
+def run_launcher(words: Sequence[str], fork: bool, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with these words; `fork` as for `accelerate_launch`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if fork:
+        return _forked(_launch, words, {**environment, **FORK_WORKERS})
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Runs a script of the repository, and what it launches, in forked processes: all are spared their imports."""
-    return _forked(_run_script, script, arguments, {**os.environ, "OMP_NUM_THREADS": "1", **FORK_WORKERS})
+    return _forked(_run_script, [str(script), *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **FORK_WORKERS})
 
 
-def _forked(target: Callable, script: Path, arguments: Sequence[str], environment: dict) -> subprocess.CompletedProcess:
+def _forked(target: Callable, words: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = fork_server.Process(target=_in_fork, args=(target, script, arguments, environment, outputs))
+        process = fork_server.Process(target=_in_fork, args=(target, words, os.getcwd(), environment, outputs))
         process.start()
         process.join()
         said = [path.read_text() for path in outputs]
-    return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+    return subprocess.CompletedProcess(words, process.exitcode, *said)
 
 
 def _in_fork(
-    target: Callable, script: Path, arguments: Sequence[str], environment: dict[str, str], outputs: list[Path]
+    target: Callable, words: Sequence[str], folder: str, environment: dict[str, str], outputs: list[Path]
 ) -> None:
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = [str(script.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    target(script, arguments)
+    os.chdir(folder)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    target(words)
 
 
-def _launch(script: Path, options: Sequence[str]) -> None:
+def _launch(words: Sequence[str]) -> None:
     """What `python -m accelerate.commands.launch` does."""
     from accelerate.commands import launch
 
-    sys.argv[1:] = options
+    script = next(word for word in words if word.endswith(".py"))
+    sys.path.insert(0, str(Path(script).resolve().parent))  # where torchrun does not, with PET_RUN_PATH
+    sys.argv[1:] = words
     launch.main()
 
 
-def _run_script(script: Path, arguments: Sequence[str]) -> None:
+def _run_script(words: Sequence[str]) -> None:
     """What `python script` does."""
     from scripts.common import launches
 
     launches.launch = _launch_from_fork
-    sys.argv[:] = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv[:] = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _launch_from_fork(processes: int, script: str, arguments: Sequence[str]) -> None:
     """In the place of `scripts.common.launches.launch`."""
     from scripts.common import launches
 
-    target, options = _run_script, list(arguments)
+    target, words = _run_script, [script, *arguments]
     if processes > 1:
-        target, options = _launch, [*launches.launch_command(processes)[3:], script, *arguments]
-    fork = multiprocessing.get_context("fork").Process(target=target, args=(Path(script), options))
+        target, words = _launch, [*launches.launch_command(processes)[3:], *words]
+    fork = multiprocessing.get_context("fork").Process(target=target, args=(words,))
     fork.start()
     fork.join()
     if fork.exitcode:
