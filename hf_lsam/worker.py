@@ -25,6 +25,11 @@ from .transport.base import Link
 
 logger = logging.getLogger(__name__)
 
+# Anchors that a worker may miss in a period of its own. In step with the others it sees each; behind one at a tenth of
+# their speed ten pass by. More have passed only by one that stood still for long: what it has done since its last push
+# belongs to an anchor that is gone and to a learning rate that may have been higher, and would undo what is settled.
+MISSED_ANCHORS = 32
+
 
 class Worker:
     """The parameters x of one process, their anchor y and the exchange between them.
@@ -62,6 +67,7 @@ class Worker:
         self.local_steps = 0
         self.steps_in_total = 0
         self.version = -1
+        self._steps_at_anchor = 0  # local steps when the last anchor came
         self.skipped_pushes = 0
         self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
         self.anchor_move: list[Tensor] | None = None  # y_old - y of the last move that was seen, as views
@@ -118,10 +124,10 @@ class Worker:
         if it is there; never waits."""
         if self.local_steps % self.settings.sync_steps == 0:
             self.pull_newest()  # so that what is handed in is measured from the newest anchor there is
-            if self.link.can_push:
-                self._push()
-            else:
+            if not self.link.can_push:
                 self.skipped_pushes += 1
+            elif self.steps_in_total:  # it may just have begun again
+                self._push()
         self.pull_newest()
 
     def finish(self, stop_all: bool = False, best_step: int = -1) -> int:
@@ -201,6 +207,7 @@ class Worker:
         self._algorithm.begin(self.parameters)
         self._algorithm.load_state_tensors(state)
         self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = state["counters"].tolist()
+        self._steps_at_anchor = self.local_steps
 
     def _push(self) -> None:
         x, y, push = self.parameters, self._anchor_views, self._total_views
@@ -217,11 +224,18 @@ class Worker:
 
     def pull_newest(self) -> None:
         """Replies from the server, and y <- newest anchor if it is there; never waits."""
+        version, periods = self.version, (self.local_steps - self._steps_at_anchor) / self.settings.sync_steps
         if self._pull():
-            counted_at = self.link.status.counted_at
-            is_counted = counted_at is not None and counted_at < self.version
-            uncounted = None if is_counted else self.layout.views(self._total_in_flight)
-            self._algorithm.take_anchor(self.parameters, self._anchor_views, uncounted)
+            self._steps_at_anchor = self.local_steps
+            missed = self.version - version
+            if missed > MISSED_ANCHORS * max(1.0, periods):
+                logger.info("worker %d stood still for %d anchors and begins at the newest", self.link.worker, missed)
+                self._begin_again()
+            else:
+                counted_at = self.link.status.counted_at
+                is_counted = counted_at is not None and counted_at < self.version
+                uncounted = None if is_counted else self.layout.views(self._total_in_flight)
+                self._algorithm.take_anchor(self.parameters, self._anchor_views, uncounted)
         status, before = self.link.status, self._at_fall_back
         refused_in_a_row = min(status.refused_in_a_row, status.refused - before.refused)
         if status.evictions > before.evictions or refused_in_a_row >= self.settings.max_bad_pushes:
@@ -239,13 +253,17 @@ class Worker:
             self.anchor_move = self.layout.views(self._move)
         return True
 
-    def _fall_back(self) -> None:
-        """x <- y, D <- 0: after a long absence, or once x is no longer finite."""
-        logger.warning("worker %d begins again at anchor %d", self.link.worker, self.version)
+    def _begin_again(self) -> None:
+        """x <- y, D <- 0."""
         self.adopt_anchor()
         self._total.zero_()
         self._loss_sum.zero_()
         self.steps_in_total = 0
+
+    def _fall_back(self) -> None:
+        """Begins again without what the optimizer remembers: after an eviction, or once x is no longer finite."""
+        logger.warning("worker %d begins again at anchor %d", self.link.worker, self.version)
+        self._begin_again()
         self._at_fall_back = self.link.status
         self.fell_back = True
 

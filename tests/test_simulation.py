@@ -149,6 +149,18 @@ def test_a_pause_holds_up_its_worker_alone():
     assert last.steps_in_all == 16
 
 
+@pytest.mark.parametrize(("until", "is_dropped"), [(1000.0, True), (100.0, False)])
+def test_what_a_worker_has_done_before_a_long_pause_is_dropped(until, is_dropped):
+    """As if it had died before it woke: 48 anchors have passed by until 1,000 s, and 12 until 100 s."""
+
+    def final(**fate):
+        paused = Machine(pauses=((6.5, until - 6.5),), **fate)
+        *_, last = cluster([Machine(), paused], share_steps=True).run(200)
+        return last.anchor
+
+    assert torch.equal(final(), final(dies_at=until - 1.0)) == is_dropped
+
+
 def test_data_parallel_is_one_worker_with_the_mean_gradient():
     machines = [Machine(1.0), Machine(2.0, latency=0.1, bandwidth=1e4)]
     generators = [batch_generator(rank) for rank in range(2)]

@@ -322,6 +322,7 @@ CLOCKED = {
     "the same, 1,440 steps": ("LSAM without SAM", LONG),
     "data-parallel SGD": ("data-parallel SGD", SHORT),
     "DiLoCo": ("DiLoCo", SHORT),
+    "EASGD": ("EASGD", SHORT),
 }
 
 
