@@ -14,11 +14,14 @@ comes out the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 BLOCK = 64
 BITS = (32, 8, 4)  # 32: float32, as it is
+_CHUNK = 1 << 17  # values at a time: what is computed on the way stays in the cache
 
 
 def encoded_bytes(numel: int, bits: int) -> int:
@@ -41,11 +44,20 @@ def encode(vector: Tensor, bits: int) -> Tensor:
         uint8 [encoded_bytes(d, bits)]: the exponents of all blocks, plus 127, and then the codes; two a byte, the first
         in the lower half, where they have 4 bits.
     """
-    codes, exponents = _round(vector, bits)
-    codes = codes.to(torch.int8).view(torch.uint8).flatten()
-    if bits == 4:
-        codes = (codes[0::2] & 15) | (codes[1::2] << 4)
-    return torch.cat([(exponents.flatten() + 127).to(torch.uint8), codes])
+    encoded = torch.empty(encoded_bytes(vector.numel(), bits), dtype=torch.uint8)
+    exponents, codes = _exponents_and_codes(encoded, vector.numel(), bits)
+    first = 0
+    for values in _blocks(vector):
+        last = first + len(values)
+        whole, biased = _codes(values, bits)
+        exponents[first:last] = biased
+        if bits == 8:
+            codes[first:last] = whole
+        else:
+            small = whole.to(torch.int8)
+            codes[first:last] = (small[:, 0::2] & 15) | (small[:, 1::2] << 4)
+        first = last
+    return encoded
 
 
 @torch.no_grad()
@@ -65,29 +77,68 @@ def decode(encoded: Tensor, bits: int, out: Tensor) -> Tensor:
             f"{encoded.numel()} bytes cannot be {out.numel()} values of {bits} bits, which take "
             f"{encoded_bytes(out.numel(), bits)}: sender and receiver differ in the model or in the bits."
         )
-    blocks = -(-out.numel() // BLOCK)
-    exponents, codes = encoded[:blocks].to(torch.int32) - 127, encoded[blocks:]
-    if bits == 4:
-        codes = torch.stack([codes << 4, codes & 0xF0], 1).flatten()  # the upper half carries the sign
-        exponents = exponents - 4
-    values = torch.ldexp(codes.view(torch.int8).view(blocks, BLOCK).to(torch.float32), exponents.unsqueeze(1))
-    return out.copy_(values.flatten()[: out.numel()])
+    exponents, codes = _exponents_and_codes(encoded, out.numel(), bits)
+    left = out
+    for biased, whole in zip(exponents.split(_CHUNK // BLOCK), codes.split(_CHUNK // BLOCK), strict=True):
+        if bits == 4:
+            whole = torch.stack([whole << 4 >> 4, whole >> 4], 2).flatten(1)  # either half with its sign
+        values = (whole * _power_of_two(biased.to(torch.int32))).flatten()[: left.numel()]
+        left[: values.numel()] = values
+        left = left[values.numel() :]
+    return out
 
 
 @torch.no_grad()
-def rounded(vector: Tensor, bits: int) -> Tensor:
-    """What `decode` gives of what `encode` gives of `vector`, float32 [d]; `vector` itself with 32 bits."""
+def round_(vector: Tensor, bits: int, rest: Tensor | None = None) -> Tensor:
+    """Rounds `vector` to what `decode` gives of what `encode` gives of it.
+
+    Args:
+        vector: float32 [d], whose squared norm is finite; rounded in place.
+        bits: 32, 8 or 4; 32 leaves it as it is.
+        rest: float32 [d]; written over with what rounding has taken from `vector`.
+
+    Returns:
+        `vector`.
+    """
     if bits == 32:
+        if rest is not None:
+            rest.zero_()
         return vector
-    codes, exponents = _round(vector, bits)
-    return torch.ldexp(codes, exponents).flatten()[: vector.numel()]
+    first = 0
+    for values in _blocks(vector):
+        last = min(first + values.numel(), vector.numel())
+        whole, biased = _codes(values, bits)
+        result = whole.mul_(_power_of_two(biased)).flatten()[: last - first]
+        if rest is not None:
+            torch.sub(vector[first:last], result, out=rest[first:last])
+        vector[first:last] = result
+        first = last
+    return vector
 
 
-def _round(vector: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes, whole float32 [blocks, BLOCK], and exponents, int32 [blocks, 1]."""
-    blocks = -(-vector.numel() // BLOCK)
-    values = torch.nn.functional.pad(vector, (0, blocks * BLOCK - vector.numel())).view(blocks, BLOCK)
-    largest = 2 ** (bits - 1) - 1
-    mantissa, exponents = torch.frexp(values.abs().amax(1, keepdim=True) / largest)  # mantissa in [1/2, 1), or 0
-    exponents = (exponents - (mantissa == 0.5).int()).clamp(-126, 127)
-    return torch.ldexp(values, -exponents).round(), exponents
+def _blocks(vector: Tensor) -> Iterator[Tensor]:
+    """`vector` [d] in pieces of [blocks, BLOCK], the last block filled up with zeros."""
+    whole = vector.numel() // BLOCK * BLOCK
+    for piece in vector[:whole].split(_CHUNK):
+        yield piece.view(-1, BLOCK)
+    if whole < vector.numel():
+        yield torch.nn.functional.pad(vector[whole:], (0, whole + BLOCK - vector.numel())).view(1, BLOCK)
+
+
+def _codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of `values` [blocks, BLOCK], whole numbers as float32, and the exponents plus 127, int32 [blocks, 1]."""
+    scale = values.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    # The exponent field of a float32 is above 23 bits of fraction; any fraction carries into it: log2, rounded up.
+    biased = ((scale.view(torch.int32) + 0x7FFFFF) >> 23).clamp_(min=1)
+    return (values * _power_of_two(254 - biased)).round_(), biased
+
+
+def _power_of_two(biased: Tensor) -> Tensor:
+    """2^(biased - 127) as float32, of int32 from 1 to 254."""
+    return (biased << 23).view(torch.float32)
+
+
+def _exponents_and_codes(encoded: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Views of `encoded`: uint8 [blocks, 1] and int8 [blocks, bytes of a block]."""
+    blocks = -(-numel // BLOCK)
+    return encoded[:blocks].view(blocks, 1), encoded[blocks:].view(torch.int8).view(blocks, BLOCK * bits // 8)

@@ -26,7 +26,7 @@ from . import sam
 from .algorithms import ServerSettings, WorkerSettings
 from .batchnorm import tracking_layers
 from .budget import RunSchedule, StepBudget
-from .compression import encoded_bytes, rounded
+from .compression import encoded_bytes, round_
 from .optimizers import StepHooks, known_direction, momentum_buffers
 from .parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 from .server.core import ServerCore
@@ -151,7 +151,7 @@ class _Server:
         if anchor.version == self.published[-1][1]:
             return
         held = self.published[-1][2]
-        newest = anchor.vector.clone() if self.bits == 32 else held + rounded(anchor.vector - held, self.bits)
+        newest = anchor.vector.clone() if self.bits == 32 else held + round_(anchor.vector - held, self.bits)
         self.published.append((now, anchor.version, newest))
         while len(self.published) > 1 and self.published[1][0] + self._longest <= now:
             self.published.pop(0)  # whoever asks from now on has a newer one
@@ -206,10 +206,7 @@ class _Link(Link):
     def _rounded(self, total: Tensor) -> Tensor:
         if self._held_back is None or not torch.isfinite(torch.dot(total, total)):  # the core refuses what is not
             return total
-        self._held_back += total
-        vector = rounded(self._held_back, self._server.bits)
-        self._held_back -= vector
-        return vector
+        return round_(self._held_back + total, self._server.bits, rest=self._held_back)
 
     def _arrive(self, total: Tensor, steps: int, version: int, loss: float) -> None:
         self._answer = self._server.core.anchor.version

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from hf_lsam.compression import BLOCK, decode, encode, encoded_bytes, rounded
+from hf_lsam.compression import _CHUNK, BLOCK, decode, encode, encoded_bytes, round_
+
+
+def rounded(vector, bits):
+    return round_(vector.clone(), bits)
 
 
 def vectors():
@@ -57,6 +61,26 @@ def test_with_feedback_the_sum_of_what_arrives_is_the_sum_of_what_was_sent(bits)
         arrived += result
     assert torch.allclose(arrived + held_back, sent, atol=1e-4)
     assert held_back.abs().max() < 4.0 / 2 ** (bits - 2)  # bounded, however long the run
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_long_vector_comes_out_as_by_the_formula(bits):
+    vector = torch.randn(2 * _CHUNK + 100, generator=torch.Generator().manual_seed(2)).cumsum(0)
+    padded = torch.nn.functional.pad(vector.double(), (0, -vector.numel() % BLOCK)).view(-1, BLOCK)
+    scale = torch.exp2(torch.ceil(torch.log2(padded.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1))))
+    want = (scale * (padded / scale).round()).flatten()[: vector.numel()].float()
+    rest = torch.empty_like(vector)
+    result = vector.clone()
+    assert round_(result, bits, rest) is result
+    assert torch.equal(result, want)
+    assert torch.equal(rest, vector - want)
+    assert torch.equal(decode(encode(vector, bits), bits, rest), want)
+
+
+def test_32_bits_leave_nothing_behind():
+    vector, rest = torch.tensor([1.0, 1e-30]), torch.ones(2)
+    assert torch.equal(round_(vector, 32, rest), torch.tensor([1.0, 1e-30]))
+    assert torch.equal(rest, torch.zeros(2))
 
 
 def test_bytes():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algorithms import ALGORITHMS, ServerHalf, ServerSettings
 from ..anchor import Anchor
-from ..compression import rounded
+from ..compression import round_
 
 REMEMBERED = 4096  # processes whose last counted push is kept
 UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
@@ -178,11 +178,8 @@ class RelayCore:
         self._steps, self._steps_under_way = 0, self._steps
         self.forwarded += 1
         bits = 32 if all_of_it else self.settings.exchange_bits
-        if bits < 32:
-            torch.sub(self._under_way, rounded(self._under_way, bits), out=self._sum)
-            self._under_way.sub_(self._sum)
-        elif self.settings.exchange_bits < 32:
-            self._sum.zero_()
+        if self.settings.exchange_bits < 32:
+            round_(self._under_way, bits, rest=self._sum)
         return self._under_way, self._steps_under_way, self.forwarded, bits
 
     def answered(self, number: int) -> None:

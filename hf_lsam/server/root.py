@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors
-from ..compression import rounded
+from ..compression import round_
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ANY_NUMBER,
@@ -321,7 +321,7 @@ class Root(Role):
                 return
             # What rounding leaves out is in the next difference, as `held` is what the machine has.
             bits = self.core.settings.exchange_bits
-            difference = rounded(self.core.anchor.vector - machine.held, bits)
+            difference = round_(self.core.anchor.vector - machine.held, bits)
             machine.held += difference
             machine.peer.post(AnchorChange(version, begun), difference, bits)
 

@@ -92,7 +92,7 @@ class Peer:
         Args:
             message: one of `MACHINE_MESSAGES`. Without a vector it may be posted at any time.
             vector: float32 [d] on CPU, contiguous; to be left as it is until `can_post`.
-            bits: of each of its values on the way; it arrives as `compression.rounded` would make it.
+            bits: of each of its values on the way; it arrives as `compression.round_` would make it.
 
         Raises:
             ValueError: if the vector is not such a one, or not `can_post`.
