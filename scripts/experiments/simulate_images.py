@@ -8,7 +8,7 @@
     epochs    thirty times all images of the training set, in batches of 128
     workers   error against n, with each worker's batch fixed, and with that of all together
     sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
-    clock     virtual time of a run, and its error: a slow worker, slow links, a pause
+    clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
 
 ResNet-20 of half the width on images of 16x16 pixels. Trials are judged on a tenth of the training images, held out for
 them; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has finished is not made again.
@@ -345,35 +345,47 @@ CLUSTERS = {
     "links of 1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 125e6 * OWN / PARAMETERS}] * 4,
     "links of 0.1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 12.5e6 * OWN / PARAMETERS}] * 4,
 }
-CLOCKED = {
-    "LSAM without SAM": ("LSAM without SAM", SHORT),
-    "the same, 1,440 steps": ("LSAM without SAM", LONG),
-    "data-parallel SGD": ("data-parallel SGD", SHORT),
-    "DiLoCo": ("DiLoCo", SHORT),
-    "EASGD": ("EASGD", SHORT),
-}
+CLOCKED = ("LSAM without SAM", "data-parallel SGD", "DiLoCo", "EASGD")
+# A run is as good as data-parallel training's if its error is not higher by more than this; the shortest one of these
+# lengths that is shows the time until then. Each is a run of its own, its learning rate from the first step to zero.
+TOLERANCE = 0.5
+LENGTHS = (SHORT, 600, 720, 960, LONG, 1920, 2880)
 
 
 def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Virtual seconds until all have finished, and the error then; longer runs where links are slow."""
-    _, rates = tuned(runs)
-    cells = [
-        (label, column)
-        for label, column in itertools.product(CLUSTERS, CLOCKED)
-        if CLOCKED[column][1] == SHORT or label.startswith("links")
-    ]
-    plans = []
-    for label, column in cells:
-        name, steps = CLOCKED[column]
-        plans += [Run(name, steps, rates[name], seed=seed, machines=CLUSTERS[label]) for seed in range(seeds)]
-    made = runs.results(plans)
-    texts = {}
-    for index, cell in enumerate(cells):
-        points = [result["points"][-1] for result in made[index * seeds : (index + 1) * seeds]]
-        seconds = statistics.fmean(point["virtual_seconds"] for point in points)
-        texts[cell] = f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
-    rows = [(label, *(texts.get((label, column), "") for column in CLOCKED)) for label in CLUSTERS]
-    return made, markdown_table(("", *CLOCKED), rows)
+    """Virtual seconds until all have finished, and the error then; and with how many steps LSAM's is level."""
+    _, rates = tuned(runs, CLOCKED)
+
+    def made(name: str, label: str, steps: int) -> list[dict[str, Any]]:
+        return runs.results(
+            [Run(name, steps, rates[name], seed=seed, machines=CLUSTERS[label]) for seed in range(seeds)]
+        )
+
+    everything, rows = [], []
+    for label in CLUSTERS:
+        columns = {name: made(name, label, SHORT) for name in CLOCKED}
+        everything += itertools.chain.from_iterable(columns.values())
+        level = mean_error(columns["data-parallel SGD"]) + TOLERANCE
+        for steps in LENGTHS:
+            longer = made("LSAM without SAM", label, steps)
+            everything += longer if steps > SHORT else []
+            if mean_error(longer) <= level:
+                break
+        texts = [time_and_error(results) for results in columns.values()]
+        rows.append((label, texts[0], f"{time_and_error(longer)}, {steps:,} steps", *texts[1:]))
+    return everything, markdown_table(("", CLOCKED[0], "the same until level", *CLOCKED[1:]), rows)
+
+
+def mean_error(results: Sequence[dict[str, Any]]) -> float:
+    """At the end, over seeds; %."""
+    return statistics.fmean(result["points"][-1]["error"] for result in results)
+
+
+def time_and_error(results: Sequence[dict[str, Any]]) -> str:
+    """At the end: virtual seconds, and the error's mean and spread over seeds."""
+    points = [result["points"][-1] for result in results]
+    seconds = statistics.fmean(point["virtual_seconds"] for point in points)
+    return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
 
 
 EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, workers, sam, clock)}

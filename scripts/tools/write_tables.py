@@ -5,7 +5,6 @@ python scripts/tools/write_tables.py
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +15,7 @@ from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results
 from scripts.experiments.compare_text import text
-from scripts.experiments.simulate_images import CLUSTERS, LONG, SHORT
+from scripts.experiments.simulate_images import CLUSTERS, SHORT, time_and_error
 from scripts.tools.summarize_results import table, write_between
 
 SENTENCES = REPOSITORY / "recipes/text_classification/results"
@@ -83,10 +82,9 @@ def simulated(folder: str, name: str) -> list[dict[str, Any]]:
     return [run for run in report["runs"] if not run["run"]["validation"]]
 
 
-def of_images(runs: list[dict[str, Any]], method: str, **fields: Any) -> list[dict[str, Any]]:
+def of_images(runs: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
     """The last points of a method's runs on the test images."""
-    own = [run for run in runs if {"method": method, **fields}.items() <= run["run"].items()]
-    return [run["points"][-1] for run in own]
+    return [run["points"][-1] for run in runs if run["run"]["method"] == method]
 
 
 def of_sentences(runs: list[dict[str, Any]], method: str, wrong_labels: float) -> list[dict[str, Any]]:
@@ -114,13 +112,12 @@ def summary() -> str:
         return f"1/{round(others[0]['bytes'] / runs[0]['bytes'])}"
 
     def seconds(method: str, cluster: str) -> str:
+        """Of the usual run, and of the longest one, with which it is level if it is at all."""
         texts = []
-        for steps in (SHORT, LONG):
-            own = of_images(clocked, method, machines=CLUSTERS[cluster], steps=steps)
-            if own:
-                virtual = statistics.fmean(point["virtual_seconds"] for point in own)
-                errors = mean_and_spread([point["error"] for point in own], 1)
-                texts.append(f"{virtual:,.0f} s, error {errors} %" + " (three times the steps)" * (steps == LONG))
+        own = [run for run in clocked if run["run"]["method"] == method and run["run"]["machines"] == CLUSTERS[cluster]]
+        for steps in sorted({SHORT, max(run["run"]["steps"] for run in own)}):
+            made = [run for run in own if run["run"]["steps"] == steps]
+            texts.append(time_and_error(made) + f" ({steps:,} steps a worker)" * (steps > SHORT))
         return "; ".join(texts)
 
     rows = [
@@ -162,7 +159,7 @@ def summary() -> str:
     for cluster in CLUSTERS:
         rows.append(
             (
-                f"time of the run with four workers: {cluster} (virtual clock)",
+                f"time of the run with four workers, and its error: {cluster} (virtual clock)",
                 seconds("LSAM without SAM", cluster),
                 seconds("data-parallel SGD", cluster),
             )
