@@ -29,6 +29,7 @@ from recipes.seq2seq.example_data import in_words
 from recipes.sft import train as sft
 from recipes.token_classification import train as token_classification
 from scripts.tools import write_tables
+from scripts.tools.summarize_results import method_label
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -532,7 +533,7 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     done = run_script(ROOT / "scripts/experiments/measure_recipe.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
-    assert [summary["method"] for summary in summaries] == list(METHODS)
+    assert [method_label(summary) for summary in summaries] == ["lsam", "lsam without SAM", "ddp_sam", "ddp"]
     for summary in summaries:
         assert [run["seed"] for run in summary["runs"]] == [0, 1]
         assert summary["eval_loss"]["mean"] == pytest.approx(np.mean([run["eval_loss"] for run in summary["runs"]]))

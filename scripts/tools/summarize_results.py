@@ -88,6 +88,12 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return summaries
 
 
+def method_label(summary: dict[str, Any]) -> str:
+    """What a table calls the method of a summary."""
+    without = summary["method"] == "lsam" and summary["configuration"].get("sam_rho") == 0
+    return "lsam without SAM" if without else summary["method"]
+
+
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """The summaries as Markdown, with the hardware and versions they were measured with."""
     rows = []
@@ -99,7 +105,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
         data_parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
         rows.append(
             (
-                summary["method"],
+                method_label(summary),
                 str(summary["num_workers"]),
                 ", ".join(str(run["seed"]) for run in runs),
                 mean_and_spread([run[f"eval_{metric}"] for run in runs], 4),

@@ -16,6 +16,7 @@ from recipes.common.recipe import load
 from recipes.common.results import REPOSITORY, write_atomically
 from recipes.common.tables import mean_and_spread
 from scripts.common.results import load_results
+from scripts.tools.summarize_results import method_label
 
 RECIPES = REPOSITORY / "recipes"
 SENTENCES = RECIPES / "text_classification/results"
@@ -38,7 +39,7 @@ def side_by_side(summaries: Sequence[dict[str, Any]]) -> Compared:
     """A row a method."""
     rows = [
         (
-            row["method"],
+            method_label(row),
             score(row),
             f"{row['bytes_exchanged'] / 1e6:,.0f}",
             f"{row['train_runtime_s']['mean']:,.0f}",
@@ -129,7 +130,8 @@ def of_recipe(path: Path) -> Iterator[CardFacts]:
         "for any of them. `ddp` is plain data parallelism with the same AdamW."
     )
     for row in summaries:
-        yield of_summary(recipe, row, side_by_side(summaries), against, load(recipe).PIPELINE_TAG)
+        if method_label(row) == row["method"]:
+            yield of_summary(recipe, row, side_by_side(summaries), against, load(recipe).PIPELINE_TAG)
 
 
 def of_experiment(path: Path) -> Iterator[CardFacts]:
