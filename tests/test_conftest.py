@@ -67,6 +67,7 @@ def test_a_process_whose_parent_has_ended_is_still_ours():
     child = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=-3).pid)"
     pid = int(subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True, check=True).stdout)
     try:
-        assert pid in [ours for ours, _ in own_processes()]
+        # Between its fork and the end of its exec it has no environment.
+        wait_until(lambda: pid in [ours for ours, _ in own_processes()])
     finally:
         kill(pid)
