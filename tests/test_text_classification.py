@@ -537,7 +537,7 @@ def test_fine_tuning_is_simulated_with_labels_that_are_wrong(folder, tmp_path):
     assert [run["run"]["method"] for run in tried] == [method for method in methods for _ in range(3)]
     assert all(run["run"]["validation"] and run["run"]["wrong_labels"] == 0.4 for run in tried)
     assert all(run["train_examples"] <= 86 for run in tried)  # a tenth, and its like, is held out for them
-    assert [run["run"]["wrong_labels"] for run in final] == [0.0, 0.4] * len(methods)
+    assert [run["run"]["wrong_labels"] for run in final] == [*simulate_text.SHARES_WRONG] * len(methods)
     assert {run["train_examples"] for run in final} == {96}
     for result in final:
         own, method = result["run"], result["run"]["method"]
