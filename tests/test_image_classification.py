@@ -251,3 +251,20 @@ def test_every_method_is_simulated_on_images(data, method):
 def test_the_clusters_of_the_clock_are_machines():
     for machines in simulate_images.CLUSTERS.values():
         assert len([simulate_images.Machine(**fields) for fields in machines]) == 4
+
+
+def test_a_simulation_is_held_against_two_processes(tmp_path, data):
+    words = [f"--{key}={value}" for key, value in data.items()]
+    words += ["--steps=8", "--seeds=1", f"--output_dir={tmp_path}", "--quiet"]
+    done = run_script(ROOT / "scripts/experiments/confirm_simulation.py", *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.endswith((tmp_path / "confirmed.md").read_text())
+    pairs = json.loads((tmp_path / "confirmed.json").read_text())["runs"]
+    assert [pair["pace"] for pair in pairs] == ["alike", "worker 1 at half speed"]
+    for pair in pairs:
+        assert sum(pair["steps"]) == 16
+        assert pair["seconds"] > 0
+        # The clock has the step times that were measured, and workers that share 16 steps end within one of each other.
+        times = [machine["step_seconds"] for machine in pair["run"]["machines"]]
+        together = 16 / sum(1 / each for each in times)
+        assert together <= pair["simulated"]["seconds"] <= together + max(times)

@@ -24,13 +24,14 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_lsam import vision
@@ -85,6 +86,8 @@ FOUR = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
 RATES = (0.05, 0.1, 0.2)
 TRIAL_SEEDS = (100, 101)
 SHORT, LONG = 480, 1440
+MOMENTUM = 0.9
+SMALL_IMAGES = ("--image_size=16", "--max_train_images=7680")
 
 
 @dataclass(frozen=True)
@@ -122,66 +125,97 @@ def images_of(data: str, validation: bool) -> ImageSet:
     return load_images(ImageDataArguments(**values))
 
 
-def simulate(run: Run, data: str) -> dict[str, Any]:
+class Task:
+    """What the workers of a run train, and how it is judged.
+
+    Args:
+        run: its settings; the machines say how many workers there are.
+        data: the fields of `ImageDataArguments`, as JSON.
+
+    Attributes:
+        model: as it is before the first step.
+    """
+
+    def __init__(self, run: Run, data: str):
+        self._run, self._images = run, images_of(data, run.validation)
+        self._mean, self._std = channel_statistics(self._images.train_images)
+        self._held_out = Batches(
+            self._images.eval_images, self._images.eval_labels, 500, self._mean, self._std, train=False
+        )
+        torch.manual_seed(run.seed)
+        self.model = vision.create("resnet20", len(self._images.labels), width=8).to(memory_format=torch.channels_last)
+
+    def batches(self, rank: int, workers: int) -> Batches:
+        """A worker's share of every epoch."""
+        images, labels, seed = self._images.train_images, self._images.train_labels, self._run.seed
+        return Batches(
+            images, labels, self._run.batch_size, self._mean, self._std, seed=seed, rank=rank, world_size=workers
+        )
+
+    def stream(self, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A worker's batches, epoch after epoch."""
+        batches = self.batches(rank, len(self._run.machines))
+        return itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, self._run.learning_rate, momentum=MOMENTUM, weight_decay=5e-4)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """Of the whole run: a warm-up of 5 %, and a cosine to zero."""
+        steps = self._run.steps
+
+        def share(step: int) -> float:
+            return min(1.0, (step + 1) / (0.05 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+    @torch.no_grad()
+    def error(self, model: nn.Module) -> float:
+        """Of `model` on the held-out images, %; BatchNorm's statistics are estimated anew before."""
+        reestimate(model, itertools.islice(self.batches(0, 1).epoch(0), 32), lambda batch: model(batch[0]))
+        model.eval()
+        wrong = sum((model(x).argmax(1) != labels).sum().item() for x, labels in self._held_out)
+        model.train()
+        return 100 * wrong / len(self._held_out.labels)
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, labels = batch
+    return cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), labels)
+
+
+def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[str, Any]:
     """Error, bytes and virtual seconds at the moments of a run.
 
     Args:
         data: the fields of `ImageDataArguments`, as JSON.
+        method: as a value of `METHODS`; default: that of the run's method.
     """
     torch.set_num_threads(1)
-    images, method, workers = images_of(data, run.validation), METHODS[run.method], len(run.machines)
-    mean, std = channel_statistics(images.train_images)
-
-    def batches(rank: int, size: int) -> Batches:
-        return Batches(
-            images.train_images,
-            images.train_labels,
-            run.batch_size,
-            mean,
-            std,
-            seed=run.seed,
-            rank=rank,
-            world_size=size,
-        )
-
-    streams = [
-        itertools.chain.from_iterable(map(batches(rank, workers).epoch, itertools.count())) for rank in range(workers)
-    ]
-    held_out = Batches(images.eval_images, images.eval_labels, 500, mean, std, train=False)
-    torch.manual_seed(run.seed)
-    model = vision.create("resnet20", len(images.labels), width=8).to(memory_format=torch.channels_last)
+    task, method = Task(run, data), METHODS[run.method] if method is None else method
+    streams = [task.stream(rank) for rank in range(len(run.machines))]
 
     def loss(model, rank):
-        x, labels = next(streams[rank])
-        x = x.contiguous(memory_format=torch.channels_last)
-        return lambda: cross_entropy(model(x), labels)
+        batch = next(streams[rank])
+        return lambda: loss_of(model, batch)
 
-    def optimizer(parameters):
-        return torch.optim.SGD(parameters, run.learning_rate, momentum=0.9, weight_decay=5e-4)
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / (0.05 * run.steps)) * (1 + math.cos(math.pi * step / run.steps)) / 2
-
-    def scheduler(optimizer):
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-    machines = [Machine(**fields) for fields in run.machines]
-    gradient = Gradient(run.sam_rho if method.get("sam") else 0.0)
-    arguments = None if method.get("data_parallel") else LoopArguments(**method.get("lsam", {}))
-    barrier = method.get("barrier", False)
     made, sync_steps = make_run(
-        arguments, model, optimizer, loss, machines, gradient, scheduler, momentum=0.9, seed=run.seed, barrier=barrier
+        None if method.get("data_parallel") else LoopArguments(**method.get("lsam", {})),
+        task.model,
+        task.optimizer,
+        loss,
+        [Machine(**fields) for fields in run.machines],
+        Gradient(run.sam_rho if method.get("sam") else 0.0),
+        task.scheduler,
+        momentum=MOMENTUM,
+        seed=run.seed,
+        barrier=method.get("barrier", False),
     )
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in task.model.parameters() if p.requires_grad]
 
     def error(anchor: torch.Tensor) -> float:
         made.layout.write(anchor, parameters)
-        with torch.no_grad():
-            reestimate(model, itertools.islice(batches(0, 1).epoch(0), 32), lambda batch: model(batch[0]))
-            model.eval()
-            wrong = sum((model(x).argmax(1) != labels).sum().item() for x, labels in held_out)
-        model.train()
-        return 100 * wrong / len(held_out.labels)
+        return task.error(task.model)
 
     begin = time.perf_counter()
     points = [
@@ -400,8 +434,7 @@ def main() -> None:
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_images")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_images/tables")
     arguments, words = parser.parse_known_args()
-    words = ["--image_size=16", "--max_train_images=7680", *words]
-    data = parse_configuration((ImageDataArguments,), words)
+    data = parse_configuration((ImageDataArguments,), [*SMALL_IMAGES, *words])
     runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
     found, table = EXPERIMENTS[arguments.experiment](runs, arguments.seeds)
     report = {"experiment": arguments.experiment, "runs": found}
