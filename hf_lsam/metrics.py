@@ -77,6 +77,7 @@ class WorkerMetrics:
             "lsam/refused_pushes": link.refused,
             "lsam/bytes_pushed": link.bytes_pushed,
             "lsam/bytes_pulled": link.bytes_pulled,
+            "lsam/bytes_between_machines": worker.link.bytes_between_machines,
         }
 
     def of_run(self) -> dict[str, float]:
@@ -89,6 +90,7 @@ class WorkerMetrics:
             "skipped_pushes": worker.skipped_pushes,
             "bytes_pushed": link.bytes_pushed,
             "bytes_pulled": link.bytes_pulled,
+            "bytes_between_machines": worker.link.bytes_between_machines,
             "anchor_version": worker.version,
             "staleness_mean": link.staleness_sum / max(1, link.accepted),
             "staleness_max": link.staleness_max,

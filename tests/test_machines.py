@@ -27,7 +27,7 @@ from wiretap import Wiretap
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
-from hf_lsam.compression import round_
+from hf_lsam.compression import encoded_bytes, round_
 from hf_lsam.identity import Identity
 from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
@@ -303,6 +303,10 @@ def test_anchors_cross_in_few_bits_and_the_last_exactly(tmp_path, bits):
         assert set(ends) == {ends[0]}
         finals = [folder.slot(folder.version) for folder in run.folders]
         assert torch.equal(*finals)
+        # Six sums and six changes in few bits, and the first anchor and the last whole; heartbeats, and messages.
+        least = 12 * encoded_bytes(NUMEL, bits) + 2 * 4 * NUMEL
+        counted = [run.links[machine, 0].bytes_between_machines for machine in (0, 1)]
+        assert all(least < count < least + 100_000 for count in counted), counted
 
 
 def test_one_push_a_machine_and_period_crosses_and_all_begin_and_end_at_one_anchor(tmp_path):

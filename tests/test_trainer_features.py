@@ -1097,7 +1097,14 @@ def test_log_history_has_lsams_own_metrics(tmp_path):
         assert entry["lsam/drift"] == pytest.approx(expected.drift[step - 1], rel=1e-3)
         assert entry["lsam/anchor_version"] == step // 4
         # One worker hands its sums over within its process, at once.
-        for name in ("staleness", "skipped_pushes", "refused_pushes", "bytes_pushed", "bytes_pulled"):
+        for name in (
+            "staleness",
+            "skipped_pushes",
+            "refused_pushes",
+            "bytes_pushed",
+            "bytes_pulled",
+            "bytes_between_machines",
+        ):
             assert entry[f"lsam/{name}"] == 0, name
     assert trainer.worker_summary() == pytest.approx(
         {
@@ -1107,6 +1114,7 @@ def test_log_history_has_lsams_own_metrics(tmp_path):
             "skipped_pushes": 0,
             "bytes_pushed": 0,
             "bytes_pulled": 0,
+            "bytes_between_machines": 0,
             "anchor_version": 3,
             "drift": expected.drift[-1],
             "staleness_mean": 0,

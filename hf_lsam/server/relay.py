@@ -78,6 +78,7 @@ class Relay(Role):
         self._address = address
         self._secret = secret
         self._peer: Peer | None = None
+        self._bytes_of_lost = 0  # that crossed links which are no more
         self._connecting: threading.Thread | None = None
         self._connected: queue.SimpleQueue[Peer | Exception] = queue.SimpleQueue()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -117,6 +118,10 @@ class Relay(Role):
     @property
     def others_finished(self) -> bool:
         return True  # the root knows
+
+    @property
+    def bytes_moved(self) -> int:
+        return self._bytes_of_lost + (0 if self._peer is None else self._peer.bytes_moved)
 
     def tick(self, now: float) -> None:
         if self._final:  # nothing is left to be said, and the root may have ended
@@ -254,6 +259,7 @@ class Relay(Role):
         assert self._peer is not None
         self._service.unwatch(self._peer)
         self._peer.close()
+        self._bytes_of_lost += self._peer.bytes_moved
         self._peer, self._linked = None, False
 
     # --- what the global server says ---

@@ -58,6 +58,11 @@ class Role(ABC):
     def others_finished(self) -> bool:
         """Whether the workers of this machine are the last that train."""
 
+    @property
+    @abstractmethod
+    def bytes_moved(self) -> int:
+        """Sent to and received from other machines by this server."""
+
     @abstractmethod
     def tick(self, now: float) -> None:
         """What is due without a message, at every turn of the loop."""

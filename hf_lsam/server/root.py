@@ -87,6 +87,7 @@ class Root(Role):
         self._pending: set[_Machine] = set()  # connected, but not joined
         self._awaited: dict[int, float] = {}  # machines of the launch that are not here -> until when
         self._stopping = False
+        self._bytes_of_lost = 0  # that crossed links which are no more
         self._copy: tuple[int, Tensor] | None = None  # the version that is being sent; the core's own vector moves on
 
     # --- what the service calls ---
@@ -138,6 +139,10 @@ class Root(Role):
     @property
     def others_finished(self) -> bool:
         return not self._awaited and all(machine.finished for machine in self._machines.values())
+
+    @property
+    def bytes_moved(self) -> int:
+        return self._bytes_of_lost + sum(each.peer.bytes_moved for each in (*self._machines.values(), *self._pending))
 
     def tick(self, now: float) -> None:
         if self._listener is None:
@@ -245,6 +250,7 @@ class Root(Role):
         """Ends the link of a machine; its workers leave n at once."""
         self._service.unwatch(machine.peer)
         machine.peer.close()
+        self._bytes_of_lost += machine.peer.bytes_moved
         self._pending.discard(machine)
         if self._machines.get(machine.number) is not machine:
             logger.warning("a machine was turned away: %s", reason)

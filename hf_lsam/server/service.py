@@ -118,6 +118,7 @@ class Service:
         parent: int | None = None,
     ):
         self.folder = folder
+        self._bytes_before = folder.bytes_between_machines
         self.expected = int(folder.run["num_workers"])
         self._role = role
         self._core = role.core
@@ -224,6 +225,7 @@ class Service:
     def _look_after(self, now: float) -> bool:
         """What is due without a message: evictions, snapshots, the end."""
         self._role.tick(now)
+        self.folder.set_bytes_between_machines(self._bytes_before + self._role.bytes_moved)
         for connection in self._connections() if now >= self._sweep_at else ():
             self._sweep_at = now + self._longest_wait
             silent = now - connection.last_heard

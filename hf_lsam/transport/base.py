@@ -131,6 +131,11 @@ class Link(ABC):
         return self._status
 
     @property
+    def bytes_between_machines(self) -> int:
+        """That this machine has sent to and received from others, for all of its workers."""
+        return 0
+
+    @property
     @abstractmethod
     def can_push(self) -> bool:
         """Whether `push` may be called: there is a server, and it has answered the last push."""

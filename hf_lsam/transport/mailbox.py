@@ -162,6 +162,7 @@ def _allocate_shared(path: Path, numel: int, num_workers: int) -> None:
     for name in ("anchor_0", "anchor_1"):
         _allocate(path / name, numel * FLOAT_BYTES)
     _allocate(path / "version", 32)
+    _allocate(path / "between_machines", 8)
     _allocate(path / "steps", 8 * (1 + num_workers + MAX_WORKERS))
 
 
@@ -175,7 +176,7 @@ def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
 
 
-_SHARED_FILES = ("anchor_0", "anchor_1", "version", "steps")
+_SHARED_FILES = ("anchor_0", "anchor_1", "version", "between_machines", "steps")
 
 
 def _barrier() -> None:
@@ -206,6 +207,7 @@ class RunFolder:
         self.run = json.loads((self.path / "run.json").read_text())
         self.numel = int(self.run["numel"])
         self._version = _map(self.path / "version", 4, torch.int64)  # complete, begun, final, best step
+        self._between_machines = _map(self.path / "between_machines", 1, torch.int64)
         self._slots = [_map(self.path / f"anchor_{i}", self.numel) for i in (0, 1)]
         self._steps = _map(self.path / "steps", 1 + int(self.run["num_workers"]) + MAX_WORKERS, torch.int64)
 
@@ -339,6 +341,17 @@ class RunFolder:
     def set_steps_begun_elsewhere(self, steps: int) -> None:
         """Server only: by workers of other machines, and before this folder was made."""
         self._steps[0] = steps
+
+    # --- what crosses links to other machines ---
+
+    @property
+    def bytes_between_machines(self) -> int:
+        """That the server of this machine has sent to and received from others."""
+        return int(self._between_machines[0])
+
+    def set_bytes_between_machines(self, count: int) -> None:
+        """Server only."""
+        self._between_machines[0] = count
 
     # --- the anchor: one writer ---
 

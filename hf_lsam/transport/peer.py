@@ -38,6 +38,9 @@ _BUFFERS = 2  # vectors that one end holds: the owner has one while the next arr
 class Peer:
     """One end of an exchange with another machine; made by `Listener.accept` and `connect`.
 
+    Attributes:
+        bytes_moved: sent and received, before encryption.
+
     Messages arrive in the order they were posted, each with its vector, if it has one. A thread sends and receives. It
     fills one buffer while the owner holds another; as long as neither is free, nothing is acknowledged, and the other
     side's post of a vector waits.
@@ -54,6 +57,7 @@ class Peer:
 
     def __init__(self, connection: ssl.SSLSocket, numel: int, silence: float, address: tuple[str, int]):
         self.address = address
+        self.bytes_moved = 0
         self._connection = connection
         self._numel = numel
         self._silence = silence
@@ -186,6 +190,7 @@ class Peer:
                     if not received:
                         raise ConnectionResetError("the other side closed the connection")
                     heard = time.monotonic()
+                    self.bytes_moved += received
                     unfilled = unfilled[received:] or next(arriving)
                 unsent = unsent or next(leaving)
                 sent = None
@@ -195,6 +200,7 @@ class Peer:
                     except OSError:  # reading tells why, and first brings in what came before the end
                         writable = False
                 if sent is not None:
+                    self.bytes_moved += sent
                     unsent = unsent[sent:]
                     records += 1
                     if records == _MOST_RECORDS:  # Python's ssl cannot renew a key

@@ -129,6 +129,10 @@ class SharedMemoryLink(Link):
         self._heartbeat.start()
 
     @property
+    def bytes_between_machines(self) -> int:
+        return self._folder.bytes_between_machines
+
+    @property
     def can_push(self) -> bool:
         return self._push_frame is None and self._status.connected and self._evicted_at is None
 
