@@ -24,7 +24,7 @@ from launch import TIMEOUT, free_port, wait_until
 from netns import machines, why_not
 from wiretap import Wiretap
 
-from hf_lsam.compression import round_
+from hf_lsam.compression import encoded_bytes, round_
 from hf_lsam.transport import peer as peer_module
 from hf_lsam.transport import tls
 from hf_lsam.transport.messages import MACHINE_MESSAGES, JoinMachine, Live, Message, Refusal, Sum
@@ -552,6 +552,8 @@ def test_a_vector_in_few_bits_arrives_as_it_was_rounded(listener, node, bits):
         assert torch.equal(back, round_(vector.clone(), bits))
         while not peer.can_post:
             time.sleep(0.001)
+    vectors = 2 * (encoded_bytes(NUMEL, bits) + 4 * NUMEL)  # and back in float32
+    assert vectors < peer.bytes_moved < vectors + 20_000
     peer.close()
 
 
