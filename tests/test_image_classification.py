@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +21,7 @@ from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
 from scripts.experiments import simulate_images
+from scripts.tools import write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
@@ -251,6 +253,16 @@ def test_every_method_is_simulated_on_images(data, method):
 def test_the_clusters_of_the_clock_are_machines():
     for machines in simulate_images.CLUSTERS.values():
         assert len([simulate_images.Machine(**fields) for fields in machines]) == 4
+
+
+def test_the_figure_of_the_clock_says_what_the_readme_does(tmp_path):
+    write_tables.draw_clock(tmp_path / "clock.svg")
+    said = re.findall(r">([^<>]+)</text>", (tmp_path / "clock.svg").read_text())
+    assert {*simulate_images.CLUSTERS, "LSAM", "data-parallel SGD"} <= set(said)
+    seconds = [text for text in said if re.fullmatch(r"[\d,]+ s", text)]
+    assert len(seconds) == 2 * len(simulate_images.CLUSTERS)
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"{each}, " in readme for each in seconds)
 
 
 def test_a_simulation_is_held_against_two_processes(tmp_path, data):

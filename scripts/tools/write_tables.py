@@ -5,6 +5,7 @@ python scripts/tools/write_tables.py
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results
 from scripts.experiments.compare_text import text
-from scripts.experiments.simulate_images import CLUSTERS, SHORT, time_and_error
+from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_error
 from scripts.tools.summarize_results import table, write_between
 
 SENTENCES = REPOSITORY / "recipes/text_classification/results"
@@ -92,6 +93,39 @@ def of_sentences(runs: list[dict[str, Any]], method: str, wrong_labels: float) -
     return [run for run in runs if (run["run"]["method"], run["run"]["wrong_labels"]) == (method, wrong_labels)]
 
 
+def until_level(runs: list[dict[str, Any]], method: str, cluster: str) -> list[dict[str, Any]]:
+    """Of the experiment `clock`, a method's longest runs on a cluster, one a seed: it made none that are longer once it
+    was level."""
+    own = [run for run in runs if run["run"]["method"] == method and run["run"]["machines"] == CLUSTERS[cluster]]
+    longest = max(run["run"]["steps"] for run in own)
+    return [run for run in own if run["run"]["steps"] == longest]
+
+
+def draw_clock(path: Path) -> None:
+    """Bars of the seconds of `until_level`, as SVG that is the same whenever it is drawn."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    runs = simulated("cifar10_resnet20", "clock")
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for offset, method in zip((-0.2, 0.2), CLOCKED, strict=False):
+        seconds = [
+            statistics.fmean(run["points"][-1]["virtual_seconds"] for run in until_level(runs, method, cluster))
+            for cluster in CLUSTERS
+        ]
+        places = [place + offset for place in range(len(CLUSTERS))]
+        bars = axis.barh(places, seconds, 0.36, label=method.removesuffix(" without SAM"))
+        axis.bar_label(bars, [f"{each:,.0f} s" for each in seconds], padding=3, fontsize="small")
+    axis.set(xscale="log", xlim=(20, 20_000), xlabel="seconds until the same error, virtual clock")
+    axis.set_yticks(range(len(CLUSTERS)), CLUSTERS)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper right")
+    with matplotlib.rc_context({"svg.hashsalt": "clock", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def summary() -> str:
     """The table of README.md: a line a claim, LSAM against data-parallel training."""
     reports = {name: load_results(REPOSITORY / f"benchmarks/{name}.json") for name in ("async", "step")}
@@ -110,15 +144,6 @@ def summary() -> str:
 
     def share(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
         return f"1/{round(others[0]['bytes'] / runs[0]['bytes'])}"
-
-    def seconds(method: str, cluster: str) -> str:
-        """Of the usual run, and of the longest one, with which it is level if it is at all."""
-        texts = []
-        own = [run for run in clocked if run["run"]["method"] == method and run["run"]["machines"] == CLUSTERS[cluster]]
-        for steps in sorted({SHORT, max(run["run"]["steps"] for run in own)}):
-            made = [run for run in own if run["run"]["steps"] == steps]
-            texts.append(time_and_error(made) + f" ({steps:,} steps a worker)" * (steps > SHORT))
-        return "; ".join(texts)
 
     rows = [
         (
@@ -159,9 +184,8 @@ def summary() -> str:
     for cluster in CLUSTERS:
         rows.append(
             (
-                f"time of the run with four workers, and its error: {cluster} (virtual clock)",
-                seconds("LSAM without SAM", cluster),
-                seconds("data-parallel SGD", cluster),
+                f"time until the error of data-parallel SGD (the same, 4 workers, virtual clock): {cluster}",
+                *(time_and_error(until_level(clocked, method, cluster)) for method in CLOCKED[:2]),
             )
         )
     rows.append(
@@ -219,6 +243,7 @@ def main() -> None:
     write_experiments(REPOSITORY / "recipes/text_classification")
     write_recipes(REPOSITORY / "recipes")
     write_between(REPOSITORY / "README.md", "results", summary())
+    draw_clock(REPOSITORY / "recipes/cifar10_resnet20/results/simulated/clock.svg")
 
 
 if __name__ == "__main__":
