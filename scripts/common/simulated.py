@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class SimulatedRuns:
         figure: of a result gives what its line on the screen says.
         data: what all runs share; a run is found again under its own fields and these.
         runs_dir: where results are kept.
-        processes: runs at a time, a core each.
+        processes: runs at a time, a core each; 1 makes them in this process.
         quiet: no progress.
     """
 
@@ -91,9 +92,13 @@ class SimulatedRuns:
         """In the order of `runs`."""
         paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
         missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._processes, context) as pool, Progress(len(missing), "runs", self._quiet) as bar:
-            made = pool.map(self._simulate, missing.values(), itertools.repeat(self.data))
+        with ExitStack() as stack:
+            make: Callable[..., Iterator[dict[str, Any]]] = map
+            if self._processes > 1:
+                context = multiprocessing.get_context("spawn")
+                make = stack.enter_context(ProcessPoolExecutor(self._processes, context)).map
+            bar = stack.enter_context(Progress(len(missing), "runs", self._quiet))
+            made = make(self._simulate, missing.values(), itertools.repeat(self.data))
             for path, result in zip(missing, made, strict=True):
                 write_atomically(path, json.dumps(result) + "\n")
                 bar.say(f"{result['run']['method']}, seed {result['run']['seed']}: {self._figure(result)}")
