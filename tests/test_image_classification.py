@@ -267,6 +267,8 @@ def test_scale_is_simulated_with_trials_at_every_number_of_workers(tmp_path, dat
     assert capsys.readouterr().out.endswith((tmp_path / "scale.md").read_text())
     assert "</svg>" in (tmp_path / "scale.svg").read_text()
     runs = json.loads((tmp_path / "scale.json").read_text())["runs"]
+    simulate_scale.draw(runs, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "scale.svg").read_bytes()
     trials, made = ([each for each in runs if each["run"]["validation"] is kind] for kind in (True, False))
     assert len(trials) == len(made) == 2 * (2 * 2 * 2 + 2)
     # As many steps each, or as many samples in all.

@@ -22,7 +22,6 @@ import json
 import math
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -168,26 +167,26 @@ def error(results: Sequence[dict[str, Any]]) -> str:
     return mean_and_spread([result["error"] for result in results], 1)
 
 
-def compare(runs: SimulatedRuns, question: str, seeds: int) -> tuple[list[dict[str, Any]], str, dict[str, list]]:
-    """A column an n: the errors of both methods with the rates that were chosen, and how stale LSAM's anchors were.
+def steps_of(question: str) -> dict[int, int]:
+    """Of each worker, at every n."""
+    return {n: STEPS if question == "steps" else SAMPLES // (BATCH * n) for n in WORKERS}
 
-    Returns:
-        all runs, the table, and the errors of each method at every n, over seeds.
-    """
-    steps = {n: STEPS if question == "steps" else SAMPLES // (BATCH * n) for n in WORKERS}
+
+def compare(runs: SimulatedRuns, question: str, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """A column an n: the errors of both methods with the rates that were chosen, and how stale LSAM's anchors were."""
+    steps = steps_of(question)
     plans = [Run(method, n, steps[n], 0.0) for method, n in itertools.product(METHODS, WORKERS)]
     tried, groups = tuned(runs, plans, seeds)
-    rows, errors = [("steps a worker", *(f"{steps[n]:,}" for n in WORKERS))], {}
+    rows = [("steps a worker", *(f"{steps[n]:,}" for n in WORKERS))]
     for index, method in enumerate(METHODS):
         own = groups[index * len(WORKERS) : (index + 1) * len(WORKERS)]
-        errors[method] = [[result["error"] for result in results] for results in own]
         rows.append((f"{method}, error, %", *map(error, own)))
         rows.append(("its learning rate", *(f"{results[0]['run']['learning_rate']:g}" for results in own)))
         if index == 0:
             stale = (statistics.fmean(result["staleness"] for result in results) for results in own)
             rows.append(("its staleness, anchors", *(f"{each:.2f}" for each in stale)))
     table = markdown_table(("", *(f"n = {n:,}" for n in WORKERS)), rows)
-    return [*tried, *itertools.chain.from_iterable(groups)], table, errors
+    return [*tried, *itertools.chain.from_iterable(groups)], table
 
 
 def knobs(runs: SimulatedRuns, seeds: int, workers: int = 256) -> tuple[list[dict[str, Any]], str]:
@@ -202,19 +201,24 @@ def knobs(runs: SimulatedRuns, seeds: int, workers: int = 256) -> tuple[list[dic
     return [*tried, *itertools.chain.from_iterable(groups)], table
 
 
-def draw(errors: dict[str, dict[str, list]], path: Path) -> None:
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Error against n, a panel a question; the line is the mean over seeds, the band their range."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    def errors(method: str, workers: int, steps: int) -> list[float]:
+        run = {"method": method, "workers": workers, "steps": steps, "validation": False, "lsam": {}}
+        return [result["error"] for result in runs if run.items() <= result["run"].items()]
+
     figure = Figure(figsize=(8, 3), layout="constrained")
     titles = {"steps": f"{STEPS} steps a worker", "samples": f"{SAMPLES:,} samples in all"}
-    for axis, (question, of_methods) in zip(figure.subplots(1, 2, sharey=True), errors.items(), strict=True):
-        for method, values in of_methods.items():
+    for axis, (question, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for method in METHODS:
+            values = [errors(method, n, steps) for n, steps in steps_of(question).items()]
             (line,) = axis.plot(WORKERS, [statistics.fmean(each) for each in values], marker="o", label=method)
             axis.fill_between(WORKERS, [*map(min, values)], [*map(max, values)], color=line.get_color(), alpha=0.15)
-        axis.set(xscale="log", xlabel="workers", title=titles[question])
-        axis.set_xticks(WORKERS, [f"{n:,}" for n in WORKERS], minor=False)
+        axis.set(xscale="log", xlabel="workers", title=title)
+        axis.set_xticks(WORKERS, [f"{n:,}" for n in WORKERS])
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test error, %")
     figure.axes[0].legend(frameon=False)
@@ -232,16 +236,14 @@ def main() -> None:
     arguments, words = parser.parse_known_args()
     data = parse_configuration((ImageDataArguments,), ["--image_size=8", *words])
     runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
-    everything, texts, errors = [], [], defaultdict(dict)
-    for question in ("steps", "samples"):
-        found, table, errors[question] = compare(runs, question, arguments.seeds)
-        everything += found
-        texts.append(table)
-    found, table = knobs(runs, arguments.seeds)
-    write_json(arguments.output_dir / "scale.json", {"experiment": "scale", "runs": [*everything, *found]})
-    write_atomically(arguments.output_dir / "scale.md", "\n\n".join([*texts, table]) + "\n")
-    draw(errors, arguments.output_dir / "scale.svg")
-    print("\n\n".join([*texts, table]))
+    answers = [compare(runs, question, arguments.seeds) for question in ("steps", "samples")]
+    answers.append(knobs(runs, arguments.seeds))
+    found = [*itertools.chain.from_iterable(made for made, _ in answers)]
+    tables = "\n\n".join(table for _, table in answers)
+    write_json(arguments.output_dir / "scale.json", {"experiment": "scale", "runs": found})
+    write_atomically(arguments.output_dir / "scale.md", tables + "\n")
+    draw(found, arguments.output_dir / "scale.svg")
+    print(tables)
 
 
 if __name__ == "__main__":
