@@ -257,7 +257,9 @@ def test_the_clusters_of_the_clock_are_machines():
 
 
 def test_scale_is_simulated_with_trials_at_every_number_of_workers(tmp_path, data, monkeypatch, capsys):
-    few = {"WORKERS": (1, 4), "STEPS": 6, "SAMPLES": 8 * 12, "RATES": (0.01, 0.1), "KNOBS": ({}, {"sync_steps": 1})}
+    few = {"WORKERS": (1, 4), "STEPS": 6, "SAMPLES": 8 * 12, "KNOBS": ({}, {"sync_steps": 1})}
+    few["QUESTIONS"] = {"steps": ("sgd", (1, 4)), "samples": ("sgd", (1, 4)), "adamw": ("adamw", (1,))}
+    few["RATES"] = {"sgd": (0.01, 0.1), "adamw": (0.001, 0.01)}
     for name, value in few.items():
         monkeypatch.setattr(simulate_scale, name, value)
     words = [f"--{key}={value}" for key, value in data.items()]
@@ -270,11 +272,11 @@ def test_scale_is_simulated_with_trials_at_every_number_of_workers(tmp_path, dat
     simulate_scale.draw(runs, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "scale.svg").read_bytes()
     trials, made = ([each for each in runs if each["run"]["validation"] is kind] for kind in (True, False))
-    assert len(trials) == len(made) == 2 * (2 * 2 * 2 + 2)
+    assert len(trials) == len(made) == 2 * (2 * 2 * 2 + 2 + 2)
     # As many steps each, or as many samples in all.
-    assert [each["run"]["steps"] for each in made[::2]] == [6] * 4 + [12, 3] * 2 + [6] * 2
+    assert [each["run"]["steps"] for each in made[::2]] == [6] * 4 + [12, 3] * 2 + [6] * 2 + [6] * 2
     for each in made:
-        own = {key: each["run"][key] for key in ("method", "workers", "steps", "lsam")}
+        own = {key: each["run"][key] for key in ("method", "workers", "steps", "lsam", "optimizer")}
         tried = [trial for trial in trials if own.items() <= trial["run"].items()]
         assert each["run"]["learning_rate"] == min(tried, key=lambda trial: trial["error"])["run"]["learning_rate"]
     assert [each["sync_steps"] for each in made[-4:]] == [2, 2, 1, 1]

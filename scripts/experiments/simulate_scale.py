@@ -3,14 +3,15 @@
     python scripts/experiments/simulate_scale.py --dataset parquet --train_file train.parquet --eval_file test.parquet
 
 A perceptron with one hidden layer (13,002 parameters) on CIFAR-10 at 8x8 pixels, batches of 8, SGD with momentum; a
-step takes one second on average, give or take a fifth. Three questions:
+step takes one second on average, give or take a fifth. Four questions, a table each:
 
     steps     each worker makes as many steps, whatever their number
     samples   all together see as many samples: the more workers, the fewer steps each
+    adamw     as `steps`, with AdamW
     knobs     with 256 workers, sync_steps, coupling_strength and anchor_lr one by one, beside the defaults
 
-LSAM without SAM's gradient and data-parallel SGD have the same trials over the learning rate at every n, on a tenth of
-the training images; the table is of the test images. Runs are kept in `--runs_dir`, and one that has finished is not
+LSAM without SAM's gradient and data-parallel training have the same trials over the learning rate at every n, on a
+tenth of the training images; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has finished is not
 made again. `--output_dir` receives scale.json, scale.md and scale.svg.
 """
 
@@ -41,10 +42,11 @@ from recipes.common.results import REPOSITORY, provenance, write_atomically, wri
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.simulated import SimulatedRuns, make_run
 
-METHODS = ("LSAM without SAM", "data-parallel SGD")
+METHODS = ("LSAM", "data-parallel")
 WORKERS = (1, 4, 16, 64, 256, 1024)
 STEPS, SAMPLES, BATCH, MOMENTUM = 100, 204_800, 8, 0.9
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+QUESTIONS = {"steps": ("sgd", WORKERS), "samples": ("sgd", WORKERS), "adamw": ("adamw", WORKERS[:4])}
+RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)}
 TRIAL_SEED = 100
 KNOBS: tuple[dict[str, float], ...] = (
     {},
@@ -70,6 +72,7 @@ class Run:
         seed: of weights, order and the time of steps.
         validation: train on nine tenths of the training images and evaluate on the tenth.
         lsam: fields of `LoopArguments` that are not the defaults.
+        optimizer: "sgd", with momentum, or "adamw".
     """
 
     method: str
@@ -79,6 +82,7 @@ class Run:
     seed: int = 0
     validation: bool = False
     lsam: dict[str, float] = field(default_factory=dict)
+    optimizer: str = "sgd"
 
 
 @lru_cache(maxsize=2)
@@ -109,14 +113,19 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         rows = torch.randint(len(labels), (BATCH,), generator=draws[rank])
         return lambda: cross_entropy(model(x[rows]), labels[rows])
 
+    def optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        if run.optimizer == "sgd":
+            return torch.optim.SGD(parameters, run.learning_rate, momentum=MOMENTUM)
+        return torch.optim.AdamW(parameters, run.learning_rate)
+
     def share(step: int) -> float:
         return min(1.0, (step + 1) / max(1.0, 0.05 * run.steps)) * (1 + math.cos(math.pi * step / run.steps)) / 2
 
     begin = time.perf_counter()
     made, sync_steps = make_run(
-        None if run.method == METHODS[1] else LoopArguments(**run.lsam),
+        None if run.method == "data-parallel" else LoopArguments(**run.lsam),
         model,
-        lambda parameters: torch.optim.SGD(parameters, run.learning_rate, momentum=MOMENTUM),
+        optimizer,
         loss,
         [Machine(jitter=0.2, latency=0.01)] * run.workers,
         Gradient(),
@@ -151,12 +160,13 @@ def tuned(runs: SimulatedRuns, plans: Sequence[Run], seeds: int) -> tuple[list[d
     """The trials of each plan, and for each its runs over seeds with the learning rate of the best."""
     trials = [
         replace(plan, learning_rate=rate, seed=TRIAL_SEED, validation=True)
-        for plan, rate in itertools.product(plans, RATES)
+        for plan in plans
+        for rate in RATES[plan.optimizer]
     ]
     tried = runs.results(trials)
-    best = []
-    for index, plan in enumerate(plans):
-        own = tried[index * len(RATES) : (index + 1) * len(RATES)]
+    best, left = [], iter(tried)
+    for plan in plans:
+        own = itertools.islice(left, len(RATES[plan.optimizer]))
         chosen = min(own, key=lambda result: result["error"])["run"]["learning_rate"]
         best += [replace(plan, learning_rate=chosen, seed=seed) for seed in range(seeds)]
     made = runs.results(best)
@@ -169,23 +179,24 @@ def error(results: Sequence[dict[str, Any]]) -> str:
 
 def steps_of(question: str) -> dict[int, int]:
     """Of each worker, at every n."""
-    return {n: STEPS if question == "steps" else SAMPLES // (BATCH * n) for n in WORKERS}
+    return {n: SAMPLES // (BATCH * n) if question == "samples" else STEPS for n in QUESTIONS[question][1]}
 
 
 def compare(runs: SimulatedRuns, question: str, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A column an n: the errors of both methods with the rates that were chosen, and how stale LSAM's anchors were."""
-    steps = steps_of(question)
-    plans = [Run(method, n, steps[n], 0.0) for method, n in itertools.product(METHODS, WORKERS)]
+    steps, (optimizer, workers) = steps_of(question), QUESTIONS[question]
+    plans = [Run(method, n, steps[n], 0.0, optimizer=optimizer) for method, n in itertools.product(METHODS, workers)]
     tried, groups = tuned(runs, plans, seeds)
-    rows = [("steps a worker", *(f"{steps[n]:,}" for n in WORKERS))]
+    rows = [("steps a worker", *(f"{each:,}" for each in steps.values()))]
     for index, method in enumerate(METHODS):
-        own = groups[index * len(WORKERS) : (index + 1) * len(WORKERS)]
+        own = groups[index * len(workers) : (index + 1) * len(workers)]
         rows.append((f"{method}, error, %", *map(error, own)))
         rows.append(("its learning rate", *(f"{results[0]['run']['learning_rate']:g}" for results in own)))
         if index == 0:
             stale = (statistics.fmean(result["staleness"] for result in results) for results in own)
             rows.append(("its staleness, anchors", *(f"{each:.2f}" for each in stale)))
-    table = markdown_table(("", *(f"n = {n:,}" for n in WORKERS)), rows)
+    header = "AdamW" if optimizer == "adamw" else "SGD"
+    table = markdown_table((header, *(f"n = {n:,}" for n in workers)), rows)
     return [*tried, *itertools.chain.from_iterable(groups)], table
 
 
@@ -207,7 +218,14 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     def errors(method: str, workers: int, steps: int) -> list[float]:
-        run = {"method": method, "workers": workers, "steps": steps, "validation": False, "lsam": {}}
+        run = {
+            "method": method,
+            "workers": workers,
+            "steps": steps,
+            "validation": False,
+            "lsam": {},
+            "optimizer": "sgd",
+        }
         return [result["error"] for result in runs if run.items() <= result["run"].items()]
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -236,7 +254,7 @@ def main() -> None:
     arguments, words = parser.parse_known_args()
     data = parse_configuration((ImageDataArguments,), ["--image_size=8", *words])
     runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
-    answers = [compare(runs, question, arguments.seeds) for question in ("steps", "samples")]
+    answers = [compare(runs, question, arguments.seeds) for question in QUESTIONS]
     answers.append(knobs(runs, arguments.seeds))
     found = [*itertools.chain.from_iterable(made for made, _ in answers)]
     tables = "\n\n".join(table for _, table in answers)
