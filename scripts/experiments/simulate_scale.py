@@ -11,8 +11,8 @@ step takes one second on average, give or take a fifth. Four questions, a table 
     knobs     with 256 workers, sync_steps, coupling_strength and anchor_lr one by one, beside the defaults
 
 LSAM without SAM's gradient and data-parallel training have the same trials over the learning rate at every n, on a
-tenth of the training images; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has finished is not
-made again. `--output_dir` receives scale.json, scale.md and scale.svg.
+tenth of the training images; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has
+finished is not made again. `--output_dir` receives scale.json, scale.md and scale.svg.
 """
 
 from __future__ import annotations
