@@ -112,6 +112,11 @@ class LSAMArguments:
         compensate_coupling (`bool`, defaults to True): "decoupled" and "score" slow workers and anchor down (see
             `hf_lsam.coupling.drift_slowdown`); the optimizer steps with its learning rate multiplied by as much, and a
             learning rate means what it means without LSAM. Both rates are logged.
+        scale_learning_rate (`bool`, defaults to False): the optimizer steps with its learning rate multiplied by the
+            square root of the number of workers of the launch. For optimizers that normalise their steps, Adam and its
+            kind: the noise of its own batch shortens each worker's way, and it takes so much more for n of them to move
+            as data-parallel training does with the learning rate as it is (measured: docs/scaling.md). Leave it out
+            with SGD, and where the learning rate is near the largest that one worker bears.
         share_steps (`bool`, defaults to False): the workers share the steps of the run: max_steps, or the steps of
             num_train_epochs, count once for each worker of the launch, and whoever is faster makes more of them, going
             on through its share of the data. The run then does not wait for the slowest worker. Learning rates follow
@@ -190,6 +195,7 @@ class LSAMArguments:
         float, number("[0, inf)", "The default is 1.0; the paper uses 0.1 and 0.9 with coupling='score'.")
     ] = 1.0
     compensate_coupling: bool = True
+    scale_learning_rate: bool = False
     share_steps: bool = False
     num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
     shared_memory_dir: str = SHARED_MEMORY
@@ -299,17 +305,19 @@ class LSAMArguments:
         """Whether LSAM's workers are pulled at every step, as in the paper's Algorithm 2."""
         return self.algorithm == "lsam" and self.coupling != "merge"
 
-    def learning_rate_factor(self, sync_steps: int, momentum: float = 0.0) -> float:
-        """What the optimizer's learning rate is multiplied with, so that the coupling brakes nothing.
+    def learning_rate_factor(self, sync_steps: int, momentum: float = 0.0, workers: int = 1) -> float:
+        """What the optimizer's learning rate is multiplied with: `compensate_coupling` and `scale_learning_rate`.
 
         Args:
             sync_steps: tau of the run.
             momentum: of SGD.
+            workers: n of the launch.
         """
-        if not (self.has_stepwise_coupling and self.compensate_coupling):
-            return 1.0
-        in_score = self.coupling == "score"
-        return drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
+        factor = math.sqrt(workers) if self.scale_learning_rate else 1.0
+        if self.has_stepwise_coupling and self.compensate_coupling:
+            in_score = self.coupling == "score"
+            factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
+        return factor
 
     def timeouts(self) -> Timeouts:
         return by_name(Timeouts, self, service=by_name(ServiceSettings, self))

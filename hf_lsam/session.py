@@ -122,8 +122,9 @@ class Session:
         self.batchnorm = tracking_layers(model)
         self._buffers = movable_buffers(model)
         self._buffers_before: list[Tensor] | None = values_of(self._buffers)
-        self.sync_steps = arguments.steps_between_pushes(arguments.identity.num_workers)
-        self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer))
+        workers = arguments.identity.num_workers
+        self.sync_steps = arguments.steps_between_pushes(workers)
+        self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer), workers)
         logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
 
     def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> list[int]:

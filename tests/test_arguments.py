@@ -122,6 +122,7 @@ def test_every_field_has_a_value_out_of_range_in_this_test():
     own = {field.name for field in dataclasses.fields(LSAMArguments)} - {
         "sam_adaptive",
         "compensate_coupling",
+        "scale_learning_rate",
         "share_steps",
     }  # any truth value will do
     assert own == set(OUT_OF_RANGE)
@@ -170,6 +171,11 @@ def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5, "sync_steps": 16}
     assert config(tmp_path, **stepwise).learning_rate_factor(16, 0.9) == pytest.approx(1 + 2 / 1.5 / (1 - 2 / 16))
     assert config(tmp_path, compensate_coupling=False, **stepwise).learning_rate_factor(16) == 1.0
+    assert config(tmp_path).learning_rate_factor(16, workers=4) == 1.0
+    scaled = config(tmp_path, scale_learning_rate=True)
+    assert scaled.learning_rate_factor(16, 0.9, workers=4) == 2.0
+    scaled = config(tmp_path, scale_learning_rate=True, **stepwise)
+    assert scaled.learning_rate_factor(16, 0.9, workers=9) == pytest.approx(3 * (1 + 2 / 1.5 / (1 - 2 / 16)))
     score = config(tmp_path, coupling="score", coupling_strength=0.1)
     assert score.learning_rate_factor(16, 0.9) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
 

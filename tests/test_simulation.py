@@ -17,10 +17,12 @@ from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.compression import encoded_bytes
+from hf_lsam.loop import LoopArguments
 from hf_lsam.parameters import ParameterLayout, trainable_parameters
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 from hf_lsam.transport.mailbox import RunFolder
+from scripts.common.simulated import make_run
 
 TAU = 4
 
@@ -283,3 +285,25 @@ def test_what_a_worker_that_dies_has_left_the_others_make():
     *_, last = made.run(12)
     assert last.steps_in_all == 2 * 12 - 1  # but for the step in which it died
     assert last.seconds == 17.0
+
+
+def test_four_workers_with_a_scaled_learning_rate_step_with_twice_of_it():
+    def anchor(rate: float, **lsam) -> torch.Tensor:
+        generators = [batch_generator(100 + rank) for rank in range(4)]
+
+        def loss(model: nn.Module, rank: int):
+            x = draw(generators[rank])
+            return lambda: loss_of(model, x)
+
+        def optimizer(parameters):
+            return torch.optim.AdamW(parameters, rate, weight_decay=0.0)
+
+        def scheduler(optimizer):
+            return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+        arguments, machines = LoopArguments(**lsam), [Machine()] * 4
+        made, _ = make_run(arguments, LockstepNet(), optimizer, loss, machines, Gradient(), scheduler, 0.0, seed=0)
+        return [moment.anchor for moment in made.run(3 * TAU)][-1]
+
+    assert torch.equal(anchor(0.001, scale_learning_rate=True), anchor(0.002))
+    assert not torch.equal(anchor(0.001), anchor(0.002))

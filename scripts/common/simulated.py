@@ -52,7 +52,7 @@ def make_run(
         arguments.server_settings(sync_steps),
         gradient,
         make_scheduler,
-        arguments.learning_rate_factor(sync_steps, momentum),
+        arguments.learning_rate_factor(sync_steps, momentum, len(machines)),
         barrier,
         share_steps=not barrier,
         seed=seed,
