@@ -196,8 +196,21 @@ def compare(runs: SimulatedRuns, question: str, seeds: int) -> tuple[list[dict[s
             stale = (statistics.fmean(result["staleness"] for result in results) for results in own)
             rows.append(("its staleness, anchors", *(f"{each:.2f}" for each in stale)))
     header = "AdamW" if optimizer == "adamw" else "SGD"
-    table = markdown_table((header, *(f"n = {n:,}" for n in workers)), rows)
-    return [*tried, *itertools.chain.from_iterable(groups)], table
+    tables = [markdown_table((header, *(f"n = {n:,}" for n in workers)), rows)]
+    if optimizer == "adamw":
+        tables.append(trials(tried))
+    return [*tried, *itertools.chain.from_iterable(groups)], "\n\n".join(tables)
+
+
+def trials(tried: Sequence[dict[str, Any]]) -> str:
+    """A line a method and n: the errors on held-out training images at every learning rate that was tried."""
+    lines: dict[str, dict[str, str]] = {}
+    for result in tried:
+        line = lines.setdefault(f"{result['run']['method']}, n = {result['run']['workers']}", {})
+        line[f"{result['run']['learning_rate']:g}"] = f"{result['error']:.1f}"
+    rates = list(next(iter(lines.values())))
+    rows = [(name, *(line[rate] for rate in rates)) for name, line in lines.items()]
+    return markdown_table(("trials, error, %", *rates), rows)
 
 
 def knobs(runs: SimulatedRuns, seeds: int, workers: int = 256) -> tuple[list[dict[str, Any]], str]:
