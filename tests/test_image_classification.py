@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -21,7 +20,7 @@ from recipes.cifar10_resnet20.methods import METHODS
 from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
-from scripts.experiments import simulate_images, simulate_scale
+from scripts.experiments import simulate_images
 from scripts.tools import write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,32 +253,6 @@ def test_every_method_is_simulated_on_images(data, method):
 def test_the_clusters_of_the_clock_are_machines():
     for machines in simulate_images.CLUSTERS.values():
         assert len([simulate_images.Machine(**fields) for fields in machines]) == 4
-
-
-def test_scale_is_simulated_with_trials_at_every_number_of_workers(tmp_path, data, monkeypatch, capsys):
-    few = {"WORKERS": (1, 4), "STEPS": 6, "SAMPLES": 8 * 12, "KNOBS": ({}, {"sync_steps": 1})}
-    few["QUESTIONS"] = {"steps": ("sgd", (1, 4)), "samples": ("sgd", (1, 4)), "adamw": ("adamw", (1,))}
-    few["RATES"] = {"sgd": (0.01, 0.1), "adamw": (0.001, 0.01)}
-    for name, value in few.items():
-        monkeypatch.setattr(simulate_scale, name, value)
-    words = [f"--{key}={value}" for key, value in data.items()]
-    words += ["--seeds=2", "--processes=1", "--quiet", f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["simulate_scale.py", *words])
-    simulate_scale.main()
-    assert capsys.readouterr().out.endswith((tmp_path / "scale.md").read_text())
-    assert "</svg>" in (tmp_path / "scale.svg").read_text()
-    runs = json.loads((tmp_path / "scale.json").read_text())["runs"]
-    simulate_scale.draw(runs, tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "scale.svg").read_bytes()
-    trials, made = ([each for each in runs if each["run"]["validation"] is kind] for kind in (True, False))
-    assert len(trials) == len(made) == 2 * (2 * 2 * 2 + 2 + 2)
-    # As many steps each, or as many samples in all.
-    assert [each["run"]["steps"] for each in made[::2]] == [6] * 4 + [12, 3] * 2 + [6] * 2 + [6] * 2
-    for each in made:
-        own = {key: each["run"][key] for key in ("method", "workers", "steps", "lsam", "optimizer")}
-        tried = [trial for trial in trials if own.items() <= trial["run"].items()]
-        assert each["run"]["learning_rate"] == min(tried, key=lambda trial: trial["error"])["run"]["learning_rate"]
-    assert [each["sync_steps"] for each in made[-4:]] == [2, 2, 1, 1]
 
 
 def test_the_figure_of_the_clock_says_what_the_readme_does(tmp_path):

@@ -18,7 +18,6 @@ from hf_lsam.transport.base import JoinRequest
 from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.worker import Worker
-from scripts.tools.estimate_scale import Scale
 
 NUMEL = 100_000
 
@@ -107,15 +106,3 @@ def test_the_doctor_says_it():
     said = [next(iter(memory_findings(workers, 10**9))).text for workers in (1, 2)]
     assert said[0].endswith("LSAM keeps 16 bytes a trained parameter in each worker: 14.90 GiB.")
     assert said[1].endswith("keeps 12 bytes (on a GPU 20) a trained parameter in each worker: 11.18 or 18.63 GiB.")
-
-
-def test_what_many_workers_ask_for_on_paper():
-    scale = Scale(64_000, 24, sync_steps=4, step_seconds=0.5)  # three machines; a period takes two seconds
-    assert scale.machine_link == 65_000 / 2
-    assert scale.root_link == 2 * scale.machine_link
-    assert scale.all_reduce_link == pytest.approx(2 * 2 / 3 * 256_000 / 0.5)
-    # Three sums a period, and two machines' links both ways.
-    assert scale.root_cores(absorbed=256_000, exchanged=65_000) == pytest.approx(3 / 2 + 2 * 2 / 2)
-    assert scale.worker_memory == 20 * 64_000
-    assert scale.root_memory - scale.relay_memory == 64_000 * (8 + 2 * 12 - (12 + 8))
-    assert Scale(64_000, 8).root_link == 0

@@ -15,10 +15,8 @@ from recipes.common import recipe
 from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results
-from scripts.experiments import simulate_scale
 from scripts.experiments.compare_text import text
 from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_error
-from scripts.tools import estimate_scale
 from scripts.tools.summarize_results import table, write_between
 
 SENTENCES = REPOSITORY / "recipes/text_classification/results"
@@ -226,17 +224,6 @@ def write_benchmarks() -> None:
         write_between(REPOSITORY / "benchmarks/README.md", name, described)
 
 
-def write_scaling() -> None:
-    """The tables of docs/scaling.md, and its figure."""
-    page, measured = REPOSITORY / "docs/scaling.md", REPOSITORY / "benchmarks/scale.json"
-    runs = load_results(measured)["runs"]
-    write_between(page, "scale", f"{measured.with_suffix('.md').read_text().strip()}\n\n{of_runs(runs)}")
-    simulate_scale.draw(runs, page.with_name("scale.svg"))
-    sizes = [(parameters, workers) for parameters in (10**7, 10**9, 70 * 10**9) for workers in (1_000, 100_000)]
-    scales = [estimate_scale.Scale(*size, sync_steps=16) for size in sizes]
-    write_between(page, "estimate", estimate_scale.table(scales))
-
-
 def write_lists() -> None:
     """The lists of recipes, from what each says of itself."""
     for page, folder in (("recipes/README.md", ""), ("docs/getting_started.md", "recipes/")):
@@ -251,7 +238,6 @@ def write_lists() -> None:
 
 def main() -> None:
     write_lists()
-    write_scaling()
     write_benchmarks()
     write_experiments(REPOSITORY / "recipes/cifar10_resnet20")
     write_experiments(REPOSITORY / "recipes/text_classification")
