@@ -138,8 +138,10 @@ class _Server:
     behind goes with the next.
     """
 
-    def __init__(self, clock: _Clock, core: ServerCore, longest_transfer: float):
+    def __init__(self, clock: _Clock, core: ServerCore, longest_transfer: float, push_seconds: float):
         self.core = core
+        self.push_seconds = push_seconds
+        self._busy_until = -math.inf
         self.bits = core.settings.exchange_bits
         self.waiting: list[_SimulatedWorker] = []  # for a newer anchor
         self.published: list[tuple[float, int, Tensor]] = [(-math.inf, 0, core.anchor.vector.clone())]
@@ -158,6 +160,14 @@ class _Server:
         waiting, self.waiting = self.waiting, []
         for each in waiting:
             self._clock.at(now + each.link.transfer, each.number, each.look_for_anchor)
+
+    def take(self, rank: int, do: Callable[[], None], seconds: float = 0.0) -> None:
+        """Does what has arrived, which takes `seconds`, after all that arrived before it."""
+        self._busy_until = max(self._clock.now, self._busy_until) + seconds
+        if self._busy_until > self._clock.now:
+            self._clock.at(self._busy_until, rank, do)
+        else:
+            do()
 
     def leave(self, worker: int) -> None:
         self.core.leave(worker)
@@ -196,12 +206,16 @@ class _Link(Link):
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         self._status, self._answered_at = self._status.after_push(self._size), math.inf
         vector = self._rounded(total)
-        if not self.transfer:
+        if not self.transfer and not self._server.push_seconds:
             self._arrive(vector, steps, version, loss)
             return
         vector = vector.clone()
-        arrival = self._clock.now + self.transfer
-        self._clock.at(arrival, self._worker, lambda: self._arrive(vector, steps, version, loss))
+
+        def take() -> None:
+            seconds = self._server.push_seconds
+            self._server.take(self._worker, lambda: self._arrive(vector, steps, version, loss), seconds)
+
+        self._clock.at(self._clock.now + self.transfer, self._worker, take)
 
     def _rounded(self, total: Tensor) -> Tensor:
         if self._held_back is None or not torch.isfinite(torch.dot(total, total)):  # the core refuses what is not
@@ -233,7 +247,12 @@ class _Link(Link):
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
         # After the steps that others end at the same time: who finishes together is counted together.
-        self._clock.at(self._clock.now + self.transfer, LAST + self._worker, lambda: self._server.leave(self._worker))
+        rank = LAST + self._worker
+
+        def take() -> None:
+            self._server.take(rank, lambda: self._server.leave(self._worker))
+
+        self._clock.at(self._clock.now + self.transfer, rank, take)
         _, version, vector = self._newest()
         incoming.copy_(vector)
         self._status = replace(self._status, finished=True)
@@ -261,6 +280,7 @@ class Cluster:
         learning_rate_factor: see `LSAMArguments.learning_rate_factor`.
         share_steps: workers share the steps of the run (see `budget`); schedules follow it.
         barrier: after a push a worker waits for the anchor that counts it, as local SGD and DiLoCo do.
+        push_seconds: that the server takes for each push; those that arrive meanwhile wait in line.
         seed: of jitter, and of what workers draw from torch's generator (dropout, noise); worker r draws from seed + r.
 
     State: everything; a run cannot be saved.
@@ -279,6 +299,7 @@ class Cluster:
         learning_rate_factor: float = 1.0,
         barrier: bool = False,
         share_steps: bool = False,
+        push_seconds: float = 0.0,
         seed: int = 0,
     ):
         named = trainable_parameters(model)
@@ -290,7 +311,7 @@ class Cluster:
         longest = max(machine.transfer(encoded_bytes(self.layout.numel, server.exchange_bits)) for machine in machines)
         self.num_workers = len(machines)
         self.clock = _Clock()
-        self.server = _Server(self.clock, ServerCore(start, server), longest)
+        self.server = _Server(self.clock, ServerCore(start, server), longest, push_seconds)
         self._before = (0, 0)  # accepted pushes and the sum of their staleness, at the last moment
         self._workers = [_SimulatedWorker(self, number, machine, seed) for number, machine in enumerate(machines)]
 

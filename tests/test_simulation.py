@@ -126,6 +126,19 @@ def test_a_push_crosses_the_link_at_its_bandwidth_and_latency():
     assert seen[-1][1] >= 4 * numel * pushes
 
 
+def test_a_server_that_pushes_keep_busy_takes_them_one_after_another():
+    """Four workers push every TAU seconds, each of which the server takes `seconds` for."""
+    free, saturated = cluster([Machine()] * 4, push_seconds=TAU / 8), cluster([Machine()] * 4, push_seconds=TAU / 2)
+    *_, last = free.run(3 * TAU)
+    assert free.server.core.accepted_pushes == 12
+    assert last.seconds == 3 * TAU + 4 * TAU / 8  # the last four, pushed at once at the end
+    *_, last = saturated.run(3 * TAU)
+    # At 2 TAU two of the four have their answer and push; the others' movement goes with what all hand in at the end.
+    assert saturated.server.core.accepted_pushes == 4 + 2 + 4
+    assert last.seconds == TAU + 10 * TAU / 2
+    assert last.staleness > 0
+
+
 def test_a_barrier_makes_everyone_as_slow_as_the_slowest_and_its_link():
     free = [Machine(1.0), Machine(2.0)]
     *_, last = cluster(free, barrier=True).run(3 * TAU)

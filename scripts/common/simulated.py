@@ -31,13 +31,14 @@ def make_run(
     momentum: float,
     seed: int,
     barrier: bool = False,
+    push_seconds: float = 0.0,
 ) -> tuple[Cluster | DataParallel, int | None]:
     """A run with these arguments of LSAM, or data-parallel if they are None; and its sync_steps.
 
     Args:
         momentum: of the optimizer.
         barrier: workers wait for their anchor; else they share the steps of the run.
-        model, make_optimizer, loss, machines, gradient, make_scheduler, seed: see `Cluster`.
+        model, make_optimizer, loss, machines, gradient, make_scheduler, push_seconds, seed: see `Cluster`.
     """
     if arguments is None:
         return DataParallel(model, make_optimizer, loss, machines, gradient, make_scheduler, seed), None
@@ -54,6 +55,7 @@ def make_run(
         arguments.learning_rate_factor(sync_steps, momentum),
         barrier,
         share_steps=not barrier,
+        push_seconds=push_seconds,
         seed=seed,
     )
     return cluster, sync_steps
