@@ -8,8 +8,8 @@ changes. A table a question:
 
     steps     each worker makes as many steps, whatever n is
     samples   all workers together see as many samples: the more workers, the fewer steps each
-    knobs     256 workers, with other values of sync_steps, coupling_strength and anchor_lr, one at a time
-    server    64 workers and a server that takes a time for each push; the rate that 64 workers have in `steps`
+    knobs     64 workers, with other values of sync_steps, coupling_strength and anchor_lr, one at a time
+    server    64 workers and a server that takes a time for each push; at the rate that they have in `steps`
 
 In the first three LSAM and data-parallel SGD have the same trials over the learning rate at every n (and each knob as
 many), judged on a tenth of the training images that is held out for them; the tables are of the test images. Runs are
@@ -45,11 +45,11 @@ from scripts.common.simulated import SimulatedRuns, make_run
 
 LSAM, DATA_PARALLEL = METHODS = ("LSAM", "data-parallel SGD")
 WORKERS = (1, 4, 16, 64, 256, 1024)
-STEPS, SAMPLES, BATCH, MOMENTUM = 64, 65_536, 8, 0.9
-RATES = (0.01, 0.02, 0.04, 0.08, 0.16)
+STEPS, SAMPLES, BATCH, MOMENTUM = 64, 32_768, 8, 0.9
+RATES = (0.02, 0.04, 0.08, 0.16)
 TRIAL_SEED = 100
 FEW_SEEDS = 1024  # workers from which on one seed has to do
-MANY = 256  # workers of the question `knobs`
+MANY = 64  # workers of the questions `knobs` and `server`
 # The priors: exchanges at every step if it costs that workers stand apart, rarer ones if not; a pull of half the
 # way, which leaves them apart; and a longer stride of the anchor, as the mean of many is less noisy.
 KNOBS: tuple[dict[str, float], ...] = (
@@ -58,8 +58,7 @@ KNOBS: tuple[dict[str, float], ...] = (
     {"coupling_strength": 0.5},
     {"anchor_lr": 1.5},
 )
-LOADED = 64  # workers of the question `server`
-LOADS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds that the pushes of a period take the server, over the period
+LOADS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds that the pushes of a period take the server, over the period
 
 
 @dataclass(frozen=True)
@@ -162,17 +161,18 @@ def error_of(result: dict[str, Any]) -> str:
     return f"n = {result['run']['workers']}, error {result['error']:.2f} % in {result['seconds']:.0f} s"
 
 
-def steps_of(question: str) -> dict[int, int]:
+def steps_of(question: str, most_workers: int) -> dict[int, int]:
     """Of each worker, at every n."""
-    return {n: STEPS if question == "steps" else SAMPLES // (BATCH * n) for n in WORKERS}
+    numbers = [n for n in WORKERS if n <= most_workers]
+    return {n: STEPS if question == "steps" else SAMPLES // (BATCH * n) for n in numbers}
 
 
-def compared() -> list[Run]:
+def compared(most_workers: int) -> list[Run]:
     """The runs of `steps`, `samples` and `knobs`, without rate and seed; none twice."""
     plans = [
         Run(method, n, steps)
         for question, method in itertools.product(("steps", "samples"), METHODS)
-        for n, steps in steps_of(question).items()
+        for n, steps in steps_of(question, most_workers).items()
     ]
     plans += [Run(LSAM, MANY, STEPS, lsam=knob) for knob in KNOBS]
     return [plan for index, plan in enumerate(plans) if plan not in plans[:index]]
@@ -186,14 +186,14 @@ def trials_of(plan: Run) -> list[Run]:
     return [replace(plan, learning_rate=rate, seed=TRIAL_SEED, validation=True) for rate in RATES]
 
 
-def make(runs: SimulatedRuns, seeds: int) -> list[dict[str, Any]]:
+def make(runs: SimulatedRuns, seeds: int, most_workers: int) -> list[dict[str, Any]]:
     """All runs: the trials, those with the best of their rates, and those with a server that takes its time."""
-    plans = sorted(compared(), key=lambda plan: plan.workers * plan.steps)
+    plans = sorted(compared(most_workers), key=lambda plan: plan.workers * plan.steps)
     tried = runs.results([trial for plan in plans for trial in trials_of(plan)])
     of_plan = zip(*[iter(tried)] * len(RATES), strict=True)
     best = [min(trials, key=lambda result: result["error"])["run"]["learning_rate"] for trials in of_plan]
     chosen = [replace(plan, learning_rate=rate) for plan, rate in zip(plans, best, strict=True)]
-    loaded = next(plan for plan in chosen if plan == replace(plan, method=LSAM, workers=LOADED, steps=STEPS))
+    loaded = next(plan for plan in chosen if plan == Run(LSAM, MANY, STEPS, plan.learning_rate))
     chosen += [replace(loaded, load=load) for load in LOADS if load]
     return tried + runs.results([replace(plan, seed=seed) for plan in chosen for seed in seeds_of(plan, seeds)])
 
@@ -220,9 +220,13 @@ def with_rate_of(runs: Sequence[dict[str, Any]], workers: int, plan: Run) -> str
     return next(f"{result['error']:.1f}" for result in runs if result["run"] == trial)
 
 
+def most_of(runs: Sequence[dict[str, Any]]) -> int:
+    return max(result["run"]["workers"] for result in runs)
+
+
 def comparison(runs: Sequence[dict[str, Any]], question: str) -> str:
     """A column an n: errors and rates of both methods, and what LSAM's workers and anchors did."""
-    steps = steps_of(question)
+    steps = steps_of(question, most_of(runs))
     rows = [["steps a worker", *(f"{each:,}" for each in steps.values())]]
     for method in METHODS:
         own = [of_plan(runs, Run(method, n, each)) for n, each in steps.items()]
@@ -237,7 +241,7 @@ def comparison(runs: Sequence[dict[str, Any]], question: str) -> str:
             rows.append(
                 ["distance between workers, % of the norm", *(f"{100 * mean(each, 'dispersion'):.1f}" for each in own)]
             )
-    return markdown_table(("", *(f"n = {n:,}" for n in WORKERS)), rows)
+    return markdown_table(("", *(f"n = {n:,}" for n in steps)), rows)
 
 
 def knobs(runs: Sequence[dict[str, Any]]) -> str:
@@ -259,7 +263,7 @@ def server(runs: Sequence[dict[str, Any]]) -> str:
     """A line a load of the server."""
     rows = []
     for load in LOADS:
-        own = of_plan(runs, Run(LSAM, LOADED, STEPS, load=load))
+        own = of_plan(runs, Run(LSAM, MANY, STEPS, load=load))
         rows.append(
             (
                 f"{load:g}",
@@ -270,7 +274,7 @@ def server(runs: Sequence[dict[str, Any]]) -> str:
             )
         )
     header = ("load of the server", "test error, %", "staleness, anchors", "steps a push", "seconds of the run")
-    return markdown_table((f"n = {LOADED}: {header[0]}", *header[1:]), rows)
+    return markdown_table((f"n = {MANY}: {header[0]}", *header[1:]), rows)
 
 
 def tables(runs: Sequence[dict[str, Any]]) -> str:
@@ -292,15 +296,14 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
     titles = {"steps": f"{STEPS} steps a worker", "samples": f"{SAMPLES:,} samples in all"}
     for axis, (question, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        numbers = steps_of(question, most_of(runs))
         for method, marker in zip(METHODS, "os", strict=True):
-            errors = [
-                [result["error"] for result in of_plan(runs, Run(method, n, steps))]
-                for n, steps in steps_of(question).items()
-            ]
-            (line,) = axis.plot(WORKERS, [*map(statistics.fmean, errors)], marker=marker, label=method)
-            axis.fill_between(WORKERS, [*map(min, errors)], [*map(max, errors)], color=line.get_color(), alpha=0.2)
+            own = [of_plan(runs, Run(method, n, steps)) for n, steps in numbers.items()]
+            errors = [[result["error"] for result in results] for results in own]
+            (line,) = axis.plot([*numbers], [*map(statistics.fmean, errors)], marker=marker, label=method)
+            axis.fill_between([*numbers], [*map(min, errors)], [*map(max, errors)], color=line.get_color(), alpha=0.2)
         axis.set(xscale="log", xlabel="workers", title=title)
-        axis.set_xticks(WORKERS, [f"{n:,}" for n in WORKERS])
+        axis.set_xticks([*numbers], [f"{n:,}" for n in numbers])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test error, %")
@@ -313,13 +316,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_quiet(parser)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--most_workers", type=int, default=WORKERS[-1], help="leave out the larger numbers of workers")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_scale")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_scale/tables")
     arguments, words = parser.parse_known_args()
     data = parse_configuration((ImageDataArguments,), ["--image_size=8", *words])
     runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
-    made = make(runs, arguments.seeds)
+    made = make(runs, arguments.seeds, arguments.most_workers)
     write_json(arguments.output_dir / "scale.json", {"experiment": "scale", "runs": made})
     write_atomically(arguments.output_dir / "scale.md", tables(made) + "\n")
     print(tables(made))
