@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md, benchmarks/README.md and the recipes from the JSON they come from.
+"""Writes the measured tables of README.md, docs/, benchmarks/README.md and the recipes from the JSON they come from.
 
 python scripts/tools/write_tables.py
 """
@@ -15,6 +15,7 @@ from recipes.common import recipe
 from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results
+from scripts.experiments import estimate_scale, simulate_scale
 from scripts.experiments.compare_text import text
 from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_error
 from scripts.tools.summarize_results import table, write_between
@@ -51,6 +52,8 @@ def of_runs(runs: list[dict[str, Any]]) -> str:
 def write_experiments(folder: Path) -> None:
     """The tables of reproduce.py and of the simulations between the markers of the recipe's README."""
     for path in sorted(folder.glob("results/*/*.json")):
+        if path.stem == "scale":  # on a page of its own
+            continue
         report = load_results(path)
         if path.parent.name == "simulated":
             measured = path.with_suffix(".md").read_text().strip()
@@ -64,6 +67,18 @@ def write_experiments(folder: Path) -> None:
             f"{first['evaluated_on']}. {of_runs(report['runs'])}"
         )
         write_between(folder / "README.md", f"{report['budget']}-{path.stem}", described)
+
+
+def write_scaling(page: Path, results: Path) -> None:
+    """What simulate_scale.py and estimate_scale.py found, and the figure beside the page."""
+    estimated = estimate_scale.tables(estimate_scale.Measured.load())
+    write_between(page, "estimate", estimated)
+    if not results.exists():
+        return
+    runs = load_results(results)["runs"]
+    simulate_scale.draw(runs, page.with_name("scale.svg"))
+    figure = "![Error against the number of workers](scale.svg)"
+    write_between(page, "scale", f"{figure}\n\n{simulate_scale.tables(runs)}\n\n{of_runs(runs)}")
 
 
 def write_recipes(recipes: Path) -> None:
@@ -241,6 +256,7 @@ def main() -> None:
     write_benchmarks()
     write_experiments(REPOSITORY / "recipes/cifar10_resnet20")
     write_experiments(REPOSITORY / "recipes/text_classification")
+    write_scaling(REPOSITORY / "docs/scaling.md", REPOSITORY / "recipes/cifar10_resnet20/results/simulated/scale.json")
     write_recipes(REPOSITORY / "recipes")
     write_between(REPOSITORY / "README.md", "results", summary())
     draw_clock(REPOSITORY / "recipes/cifar10_resnet20/results/simulated/clock.svg")
