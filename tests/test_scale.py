@@ -45,13 +45,15 @@ def test_workers_a_free_server_and_a_busy_one_are_simulated(data):
 
 
 def test_every_number_of_workers_and_every_knob_has_the_same_trials(tmp_path, data, monkeypatch):
-    for name, value in {"WORKERS": (1, 4), "STEPS": 8, "SAMPLES": 128, "RATES": (0.001, 0.05), "MANY": 4}.items():
+    few = {"WORKERS": (1, 4), "STEPS": 8, "SAMPLES": 128, "RATES": (0.001, 0.05), "MANY": 4}
+    few |= {"ADAM_WORKERS": (4,), "ADAM_RATES": (0.001, 0.01)}
+    for name, value in few.items():
         monkeypatch.setattr(simulate_scale, name, value)
     runs = SimulatedRuns(simulate_scale.simulate, simulate_scale.error_of, data, tmp_path, processes=1, quiet=True)
     made = simulate_scale.make(runs, seeds=2, most_workers=4)
     trials, others = ([each for each in made if each["run"]["validation"] is kind] for kind in (True, False))
     plans = simulate_scale.compared(4)
-    assert len(trials) == 2 * len(plans)
+    assert len(trials) == 2 * len(plans) + 2 * 2 * 3  # the latter with AdamW, of three seeds
     assert len(others) == 2 * (len(plans) + len(simulate_scale.LOADS) - 1)
     for plan in plans:
         own = [simulate_scale.of_plan(made, plan)[seed]["run"] for seed in range(2)]
@@ -65,6 +67,8 @@ def test_every_number_of_workers_and_every_knob_has_the_same_trials(tmp_path, da
     table = simulate_scale.tables(made)
     assert "| steps a worker | 8 | 8 |" in table
     assert "| steps a worker | 16 | 4 |" in table
+    errors = [each["error"] for each in trials if each["run"]["method"] == "LSAM, AdamW"][3:]
+    assert f" {sum(errors) / 3:.1f} |\n| data-parallel AdamW, n = 4 |" in table
     simulate_scale.draw(made, tmp_path / "scale.svg")
     assert (tmp_path / "scale.svg").read_text().count('<g id="axes_') == 2
 

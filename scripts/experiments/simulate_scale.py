@@ -10,6 +10,7 @@ changes. A table a question:
     samples   all workers together see as many samples: the more workers, the fewer steps each
     knobs     64 workers, with other values of sync_steps, coupling_strength and anchor_lr, one at a time
     server    64 workers and a server that takes a time for each push; at the rate that they have in `steps`
+    adamw     the same with AdamW, at many rates: which does LSAM need to go where data-parallel training goes?
 
 In the first three LSAM and data-parallel SGD have the same trials over the learning rate at every n (and each knob as
 many), judged on a tenth of the training images that is held out for them; the tables are of the test images. Runs are
@@ -58,6 +59,10 @@ KNOBS: tuple[dict[str, float], ...] = (
     {"coupling_strength": 0.5},
     {"anchor_lr": 1.5},
 )
+# With AdamW, at every rate; errors on held-out training images.
+WITH_ADAM = ("LSAM, AdamW", "data-parallel AdamW")
+ADAM_WORKERS, ADAM_SEEDS = (1, 4, 16, 64), (100, 101, 102)
+ADAM_RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 LOADS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds that the pushes of a period take the server, over the period
 
 
@@ -66,7 +71,7 @@ class Run:
     """One simulated run.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `METHODS` or `WITH_ADAM`.
         workers: n.
         steps: of each worker; workers of LSAM share n times as many.
         learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
@@ -115,12 +120,14 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         return lambda: cross_entropy(model(x[rows]), labels[rows])
 
     def optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        if run.method in WITH_ADAM:
+            return torch.optim.AdamW(parameters, run.learning_rate)
         return torch.optim.SGD(parameters, run.learning_rate, momentum=MOMENTUM)
 
     def share(step: int) -> float:
         return min(1.0, (step + 1) / (0.05 * run.steps)) * (1 + math.cos(math.pi * step / run.steps)) / 2
 
-    arguments = LoopArguments(**{"exchange_bits": 32, **run.lsam}) if run.method == LSAM else None
+    arguments = LoopArguments(**{"exchange_bits": 32, **run.lsam}) if run.method.startswith(LSAM) else None
     begin = time.perf_counter()
     made, sync_steps = make_run(
         arguments,
@@ -195,7 +202,16 @@ def make(runs: SimulatedRuns, seeds: int, most_workers: int) -> list[dict[str, A
     chosen = [replace(plan, learning_rate=rate) for plan, rate in zip(plans, best, strict=True)]
     loaded = next(plan for plan in chosen if plan == Run(LSAM, MANY, STEPS, plan.learning_rate))
     chosen += [replace(loaded, load=load) for load in LOADS if load]
-    return tried + runs.results([replace(plan, seed=seed) for plan in chosen for seed in seeds_of(plan, seeds)])
+    made = tried + runs.results([replace(plan, seed=seed) for plan in chosen for seed in seeds_of(plan, seeds)])
+    return made + runs.results([run for several in with_adam().values() for run in several])
+
+
+def with_adam() -> dict[tuple[str, int, float], list[Run]]:
+    """Of every method, n and rate the runs over seeds."""
+    return {
+        (method, n, rate): [Run(method, n, STEPS, rate, seed, validation=True) for seed in ADAM_SEEDS]
+        for method, n, rate in itertools.product(WITH_ADAM, ADAM_WORKERS, ADAM_RATES)
+    }
 
 
 def of_plan(runs: Sequence[dict[str, Any]], plan: Run) -> list[dict[str, Any]]:
@@ -277,6 +293,20 @@ def server(runs: Sequence[dict[str, Any]]) -> str:
     return markdown_table((f"n = {MANY}: {header[0]}", *header[1:]), rows)
 
 
+def adamw(runs: Sequence[dict[str, Any]]) -> str:
+    """A line a method and n, a column a rate: means over seeds."""
+    errors = {json.dumps(result["run"]): result["error"] for result in runs}
+    cells = {
+        key: f"{statistics.fmean(errors[json.dumps(asdict(run))] for run in several):.1f}"
+        for key, several in with_adam().items()
+    }
+    rows = [
+        (f"{method}, n = {n}", *(cells[method, n, rate] for rate in ADAM_RATES))
+        for n, method in itertools.product(ADAM_WORKERS, WITH_ADAM)
+    ]
+    return markdown_table(("error, %, at the learning rate", *(f"{rate:g}" for rate in ADAM_RATES)), rows)
+
+
 def tables(runs: Sequence[dict[str, Any]]) -> str:
     """Of all questions."""
     said = {
@@ -284,6 +314,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
         f"All together see {SAMPLES:,} samples:": comparison(runs, "samples"),
         f"Other settings, {MANY} workers, {STEPS} steps each:": knobs(runs),
         "A server that takes a time for each push (1: as long as workers take from push to push):": server(runs),
+        f"AdamW, {STEPS} steps each, on held-out training images:": adamw(runs),
     }
     return "\n\n".join(f"{title}\n\n{table}" for title, table in said.items())
 
