@@ -266,6 +266,8 @@ class LSAMArguments:
         device = pin(self.identity, use_cpu)
         self.distributed_state = PartialState()
         self._n_gpu = 0 if device.type == "cpu" else 1
+        if device.type == "cpu":
+            self.dataloader_pin_memory = False  # as with use_cpu: torch warns of it at every loader
         return device
 
     @property

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .loading import saved_model
 from .parameters import data_parallel_bytes
-from .record import Record, read_record
+from .record import BYTES, Record, read_record
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 FACTS = "card.json"  # in the folder of a run
@@ -149,7 +149,7 @@ def facts_of_run(run_dir: Path) -> CardFacts:
 
 def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
     """What the record of a run says, beside the model in `run_dir`."""
-    run, workers = record.run, record.workers
+    run, workers = record.run, record.made_once().workers
     evaluated = [entry for entry in workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
     timing = ("_runtime", "_per_second", "_preparation_time")
     metrics = [
@@ -162,7 +162,7 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
         for rank, entries in workers.items()
     }
     steps = [point.get("step", 0) for point in last.values()]
-    exchanged = sum(point.get("lsam/bytes_pushed", 0) + point.get("lsam/bytes_pulled", 0) for point in last.values())
+    exchanged = sum(point.get(name, 0) for point in last.values() for name in BYTES)
     parallel = data_parallel_bytes(steps, run["model"]["trainable_parameters"])
     rows = [
         ("Method", "LSAM"),

@@ -181,7 +181,12 @@ def in_batches(loader: DataLoader, batches: Iterable[list[int]]) -> Iterable:
     Args:
         batches: the indices of each.
     """
-    same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-    rows = DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})
+    rows = batched_anew(loader, batches)
     device = getattr(loader, "device", None)  # of a loader that Accelerate has prepared
     return rows if device is None else (send_to_device(batch, device) for batch in rows)
+
+
+def batched_anew(loader: DataLoader, batches: Iterable[list[int]]) -> DataLoader:
+    """As `in_batches`, on the host."""
+    same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+    return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})

@@ -14,6 +14,7 @@ TASKS = (
     ("ForCausalLM", "text-generation", "CAUSAL_LM"),
     ("LMHeadModel", "text-generation", None),
 )
+READERS = {"tokenizer_config.json": "AutoTokenizer", "preprocessor_config.json": "AutoImageProcessor"}
 AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForCausalLM"}
 
 
@@ -40,23 +41,25 @@ def saved_model(run_dir: Path, labels: list[str] | None = None) -> dict[str, str
         return {"task": None, "library": None, "loading": source}
     else:
         return {"task": None, "library": None, "loading": None}
-    return {"task": task, "library": library, "loading": _loading(library, ending, task, labels)}
+    reader = next((name for file, name in READERS.items() if (run_dir / file).exists()), None)
+    return {"task": task, "library": library, "loading": _loading(library, ending, task, labels, reader)}
 
 
-def _loading(library: str, ending: str | None, task: str | None, labels: list[str] | None) -> str:
+def _loading(library: str, ending: str | None, task: str | None, labels: list[str] | None, reader: str | None) -> str:
     auto = "Auto" if library == "transformers" else "AutoPeft"
     kind = f"{auto}Model{AUTO_CLASSES.get(ending, ending or '')}"
-    reader = "AutoImageProcessor" if task == "image-classification" else "AutoTokenizer"
-    own = [kind, reader] if library == "transformers" else [reader]
-    lines = [f"from transformers import {', '.join(sorted(own))}"]
+    own = [name for name in (kind if library == "transformers" else None, reader) if name]
+    lines = [f"from transformers import {', '.join(sorted(own))}"] if own else []
     lines += [] if library == "transformers" else [f"from peft import {kind}"]
     lines += ["", 'folder = "."  # where this card lies, or its name on the Hub']
     if labels:
         lines += [f"labels = {labels}", f"model = {kind}.from_pretrained(folder, num_labels=len(labels))"]
     else:
         lines += [f"model = {kind}.from_pretrained(folder)"]
-    lines += [f"{'processor' if reader == 'AutoImageProcessor' else 'tokenizer'} = {reader}.from_pretrained(folder)"]
-    if task == "text-classification" and labels:
+    if reader:
+        name = "tokenizer" if reader == "AutoTokenizer" else "processor"
+        lines += [f"{name} = {reader}.from_pretrained(folder)"]
+    if task == "text-classification" and labels and reader:
         lines += [
             'scores = model.eval()(**tokenizer(["A sentence."], return_tensors="pt")).logits',
             "print(labels[scores.argmax().item()])",

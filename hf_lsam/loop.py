@@ -17,12 +17,12 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from .arguments import TRAINER_ONLY, LSAMArguments, refuse_former_names
 from .budget import RunSchedule
 from .checkpoint import SERVER_STATE, WORKER_STATE
-from .data import agree_on_order, from_the_start
+from .data import agree_on_order, batched_anew, from_the_start, share_unevenly
 from .fields import marked
 from .identity import detach
 from .session import Session
@@ -316,12 +316,17 @@ class LSAM:
     def shard(self, loader: DataLoader, seed: int | None = None) -> DataLoader:
         """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
 
-        A loader that an Accelerator under the same launch has prepared before is sharded already. Blocking: until
-        worker 0 has called it too.
+        A loader that an Accelerator under the same launch has prepared before is sharded already. Where the workers'
+        loaders have batches of different sizes, each has batches of its own size, every row is seen once, and what a
+        worker hands in counts with its rows a step. Blocking: until all workers have called it too.
 
         Args:
             loader: the data; what its samplers draw is drawn alike in every worker, and anew each epoch.
             seed: of the order; None follows `torch.manual_seed`. Worker 0's counts.
+
+        Raises:
+            ValueError: if batches differ in size, and the loader is a stream or has a batch sampler of its own, or the
+                algorithm is not "lsam".
         """
         identity = self.arguments.identity
         seed = self.session.run.agree("data_seed", torch.initial_seed() if seed is None else seed)
@@ -333,6 +338,13 @@ class LSAM:
             use_seedable_sampler=True,
             data_seed=seed,
         )
+        rows = loader.batch_size or 0  # none of a batch sampler of one's own
+        sizes, rows_of_steps = self.session.agree_on_batch_sizes(rows, rows * self._accumulation)
+        if len(set(rows_of_steps)) > 1:
+            self.session.weigh(rows_of_steps)
+        if len(set(sizes)) > 1:
+            share_unevenly(share, sizes)
+            loader = batched_anew(loader, BatchSampler(loader.sampler, min(sizes), loader.drop_last))
         self._whole[share] = loader
         return agree_on_order(share, seed)
 

@@ -26,15 +26,17 @@ def worker_bytes(settings: WorkerSettings, alone: ServerSettings | None = None, 
     Args:
         settings: of the worker.
         alone: of its server, if that is an object in the worker's process: the worker has no anchor of its own then.
-        accelerator: whether vectors cross to the host beside training: the next anchor and the last push have places of
-            their own then, unless the worker is alone.
+        accelerator: whether vectors cross to the host beside training: the next anchor has a place of its own then, and
+            so has the last push where the next is gathered step by step, unless the worker is alone.
     """
+    merges = settings.coupling == "merge"
     vectors = 1  # what is to be pushed
-    vectors += settings.algorithm == "lsam" and settings.coupling == "merge"  # r
+    vectors += settings.algorithm == "lsam" and merges  # r
     vectors += 2 * settings.keeps_anchor_move
     if alone is not None:
         return VECTOR * vectors + server_bytes(alone)
-    return VECTOR * (vectors + 1 + 2 * accelerator)
+    gathers = settings.algorithm == "lsam" and not merges
+    return VECTOR * (vectors + 1 + accelerator * (1 + gathers))
 
 
 def shared_bytes(workers: int) -> int:

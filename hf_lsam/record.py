@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER = "lsam"
+BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")  # of a worker since it last joined
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -197,6 +198,25 @@ class Record:
 
     run: dict[str, Any]
     workers: dict[int, list[dict[str, Any]]]
+
+    def made_once(self) -> Record:
+        """Without the lines of steps that a resumed worker has made again; bytes count on from one part to the next."""
+        return Record(self.run, {rank: _made_once(entries) for rank, entries in self.workers.items()})
+
+
+def _made_once(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    before = dict.fromkeys(BYTES, 0)
+    offset = dict(before)
+    for entry in entries:
+        if entry.get("begin"):
+            kept = [earlier for earlier in kept if earlier["step"] <= entry["step"] and not earlier.get("end")]
+            offset = dict(before)
+        elif BYTES[0] in entry:
+            entry = entry | {name: entry.get(name, 0) + offset[name] for name in before}
+            before = {name: entry[name] for name in before}
+        kept.append(entry)
+    return kept
 
 
 class Tail:

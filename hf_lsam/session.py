@@ -127,8 +127,8 @@ class Session:
         self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer), workers)
         logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
 
-    def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> list[int]:
-        """Tells the launch how large this worker's batches are, and weighs its differences by what it trains on.
+    def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> tuple[list[int], list[int]]:
+        """Tells the launch how large this worker's batches are.
 
         All workers must call it as often. Blocking: until all have.
 
@@ -137,13 +137,31 @@ class Session:
             rows_per_step: of an optimizer step, all micro-batches together.
 
         Returns:
-            `rows` of each worker, in the order of ranks.
+            `rows` and `rows_per_step` of each worker, in the order of ranks.
         """
         sizes = self.run.agree("batch_sizes", self.run.gather("batch_size", [rows, rows_per_step]))
-        self._weight = rows_per_step * len(sizes) / sum(each for _, each in sizes)
+        each_rows, each_step = ([size[part] for size in sizes] for part in (0, 1))
+        return each_rows, each_step
+
+    def weigh(self, rows_per_step: list[int]) -> None:
+        """Weighs this worker's differences by what it trains on.
+
+        Args:
+            rows_per_step: of each worker of the launch, in the order of ranks.
+
+        Raises:
+            ValueError: if they differ, and the algorithm has no mean to weigh in.
+        """
+        if len(set(rows_per_step)) > 1 and self.arguments.algorithm != "lsam":
+            raise ValueError(
+                f"The workers train on {rows_per_step} rows a step, and algorithm={self.arguments.algorithm!r} counts "
+                "each worker alike: it has no mean to weigh them in. Use as many rows in every worker (smaller batches "
+                "and more gradient accumulation where memory is short), or algorithm='lsam'."
+            )
+        own = rows_per_step[self.arguments.identity.rank if len(rows_per_step) > 1 else 0]
+        self._weight = own * len(rows_per_step) / sum(rows_per_step)
         if self.worker is not None:
             self.worker.weigh(self._weight)
-        return [each for each, _ in sizes]
 
     @property
     def device(self) -> torch.device:

@@ -55,11 +55,12 @@ class Worker:
 
         self.anchor = vector() if link.anchor_in_place is None else link.anchor_in_place  # y, [d]
         self._total = vector()  # what is to be pushed, [d]
-        # On an accelerator vectors are copied beside the training stream: the next y while it comes and the last push
-        # while it goes need places of their own.
+        self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings, self.parameters)
+        # On an accelerator vectors are copied beside the training stream: the next y while it comes needs a place of
+        # its own, and so does the last push while it goes, where the next is gathered step by step.
         at_once = device.type == "cpu" or link.anchor_in_place is not None
         self._incoming = self.anchor if at_once else vector()
-        self._total_in_flight = self._total if at_once else vector()
+        self._total_in_flight = self._total if at_once or not self._algorithm.gathers else vector()
         self._anchor_views = self.layout.views(self.anchor)
         self._total_views = self.layout.views(self._total)
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
@@ -73,11 +74,11 @@ class Worker:
         self.anchor_move: list[Tensor] | None = None  # y_old - y of the last move that was seen, as views
         self._last_anchor: Tensor | None = None
         self._at_fall_back = link.status  # the last time it began again, or began
+        self._dropped_push = False  # it has begun again since the last push: x holds nothing of it
         while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
             self._pull()
         if settings.keeps_anchor_move:
             self._last_anchor, self._move = self.anchor.clone(), vector()
-        self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings, self.parameters)
 
     def weigh(self, weight: float) -> None:
         """Sets how much this worker's differences count (see `WorkerHalf.weight`)."""
@@ -221,6 +222,7 @@ class Worker:
         self._total_views = self.layout.views(self._total)
         self._algorithm.after_push(self._total_views)
         self.steps_in_total = 0
+        self._dropped_push = False
 
     def pull_newest(self) -> None:
         """Replies from the server, and y <- newest anchor if it is there; never waits."""
@@ -234,7 +236,8 @@ class Worker:
             else:
                 counted_at = self.link.status.counted_at
                 is_counted = counted_at is not None and counted_at < self.version
-                uncounted = None if is_counted else self.layout.views(self._total_in_flight)
+                settled = is_counted or self._dropped_push
+                uncounted = None if settled else self.layout.views(self._total_in_flight)
                 self._algorithm.take_anchor(self.parameters, self._anchor_views, uncounted)
         status, before = self.link.status, self._at_fall_back
         refused_in_a_row = min(status.refused_in_a_row, status.refused - before.refused)
@@ -256,7 +259,9 @@ class Worker:
     def _begin_again(self) -> None:
         """x <- y, D <- 0."""
         self.adopt_anchor()
-        self._total.zero_()
+        if self._algorithm.gathers:
+            self._total.zero_()
+        self._dropped_push = True
         self._loss_sum.zero_()
         self.steps_in_total = 0
 

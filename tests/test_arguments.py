@@ -283,6 +283,12 @@ def test_a_worker_is_a_job_of_its_own_to_accelerate_and_keeps_its_rank(tmp_path,
     assert os.environ["RANK"] == "1"
 
 
+def test_a_worker_without_a_gpu_pins_no_memory(tmp_path):
+    """Torch would warn of it at each loader."""
+    args = LSAMConfig(output_dir=tmp_path, report_to=[])
+    assert args.dataloader_pin_memory == (args.device.type != "cpu")
+
+
 def test_every_training_argument_is_there_and_unknown_ones_are_errors(tmp_path):
     ours = {field.name for field in dataclasses.fields(LSAMConfig)}
     assert {field.name for field in dataclasses.fields(TrainingArguments)} <= ours

@@ -29,7 +29,7 @@ PREAMBLE = """
 import json, os, sys, time
 from pathlib import Path
 
-from models import arguments, blobs, net
+from models import Stream, arguments, blobs, net
 from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -185,8 +185,52 @@ report(drawn=trainer.drawn, weight=trainer.worker._algorithm.weight, anchor=trai
 """
 
 
-def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_them(tmp_path):
-    path = write_script(tmp_path / "script.py", PREAMBLE + BATCHES)
+LOOP = """
+import torch
+from hf_lsam import LSAM
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.net = torch.nn.BatchNorm1d(8), net()
+
+    def forward(self, x, labels):
+        return self.net(self.norm(x), labels)
+
+
+torch.manual_seed(0)
+model = Normed()
+optimizer = torch.optim.SGD(model.parameters(), 0.05)
+lsam = LSAM(model, optimizer, output_dir=OUT / "run", num_workers=2, sync_steps=2, batchnorm_batches=3)
+drawn = []
+torch.manual_seed(RANK)
+share = lsam.shard(torch.utils.data.DataLoader(blobs(64), batch_size=[4, 12][RANK], shuffle=True))
+lsam.shard(torch.utils.data.DataLoader(blobs(16), batch_size=8))  # of one size: weighs nothing anew
+with lsam:
+    for _ in range(2):
+        for batch in share:
+            drawn.append([round(value, 4) for value in batch["x"][:, 0].tolist()])
+            lsam.step(lambda: model(**batch))
+with lsam.anchor(share, lambda batch: model(**batch)):
+    mean = model.norm.running_mean.tolist()
+refused = []
+for fields, kind in (({"algorithm": "easgd", "coupling_strength": 0.1, "sam_rho": 0}, list), ({}, Stream)):
+    other = LSAM(net(), optimizer, num_workers=2, **fields)
+    rows = blobs(64).rows if kind is list else Stream(blobs(64))
+    try:
+        other.shard(torch.utils.data.DataLoader(rows, batch_size=[4, 12][RANK]))
+    except ValueError as error:
+        refused.append(str(error))
+report(
+    drawn=drawn, weight=lsam.worker._algorithm.weight, anchor=lsam.worker.anchor.tolist(), mean=mean, refused=refused
+)
+"""
+
+
+@pytest.mark.parametrize("kind", ["trainer", "loop"])
+def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_them(tmp_path, kind):
+    path = write_script(tmp_path / "script.py", PREAMBLE + (BATCHES if kind == "trainer" else LOOP))
     accelerate_launch(path, str(tmp_path), fork=True, PYTHONPATH=PATHS)
     small, large = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert (small["weight"], large["weight"]) == (0.5, 1.5)
@@ -197,6 +241,22 @@ def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_t
         assert sorted(x for each in (small, large) for batch in each["drawn"][epoch] for x in batch) == rows
     assert small["drawn"][:4] != small["drawn"][4:]
     assert small["anchor"] == large["anchor"]
+    if kind == "loop":
+        assert small["mean"] == large["mean"]  # of BatchNorm at the anchor, from the same batches
+        for each in (small, large):
+            of_easgd, of_a_stream = each["refused"]
+            assert "[4, 12] rows a step, and algorithm='easgd' counts each worker alike" in of_easgd
+            assert "batches have [4, 12] rows, and a stream" in of_a_stream
+
+
+def test_a_trainer_with_batches_of_another_size_is_refused_where_nothing_weighs_them(tmp_path):
+    args = arguments(LSAMConfig, tmp_path, algorithm="lsgd", sam_rho=0.0)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs())
+    trainer.session.weigh([8, 8])
+    with pytest.raises(
+        ValueError, match=r"train on \[8, 16\] rows a step, and algorithm='lsgd'.*gradient accumulation"
+    ):
+        trainer.session.weigh([8, 16])
 
 
 @pytest.mark.parametrize(

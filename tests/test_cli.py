@@ -26,8 +26,9 @@ from launch import accelerate_launch, free_port, wait_until, write_script
 from models import arguments, blobs, net, sentences, tiny_bert
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.card import facts_of_run, is_hub_name, model_card
+from hf_lsam.card import facts_of_run, is_hub_name, megabytes, model_card
 from hf_lsam.cli import COMMANDS, main
+from hf_lsam.loading import saved_model
 from hf_lsam.record import read_record, worker_state
 
 TESTS = Path(__file__).parent
@@ -181,7 +182,7 @@ def test_doctor_sees_a_taken_port_and_too_little_memory():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         result = hf_lsam(
-            "doctor", "--trainable", 10**13, "--multi_gpu", "--num_processes", 2, "--main_process_port", port
+            "doctor", "--trainable", "1e13", "--multi_gpu", "--num_processes", 2, "--main_process_port", port
         )
     assert result.exit_code == 1
     assert f"port {port} is taken" in result.output
@@ -395,6 +396,34 @@ def test_card_does_not_replace_what_was_written_by_hand(finished, tmp_path):
     assert hf_lsam("card", finished, "--output", by_hand).exit_code == 0  # its own it may replace
 
 
+def test_a_card_reads_a_tokenizer_where_one_was_saved(tmp_path):
+    config = {"architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "okenizer" not in saved_model(tmp_path)["loading"]
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    code = saved_model(tmp_path)["loading"]
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer\n" in code
+    assert "tokenizer = AutoTokenizer.from_pretrained(folder)" in code
+
+
+def test_bytes_of_a_run_that_was_resumed_are_those_of_all_its_parts(tmp_path):
+    def run(max_steps: int, resume: bool = False) -> tuple[float, float]:
+        fields = {"max_steps": max_steps, "sync_steps": 2, "save_strategy": "steps", "save_steps": 4}
+        trainer = LSAMTrainer(model=net(), args=arguments(LSAMConfig, tmp_path, **fields), train_dataset=blobs())
+        trainer.train(resume_from_checkpoint=resume)
+        return tuple(trainer.worker_summary()[f"bytes_{way}"] for way in ("pushed", "pulled"))
+
+    # What was made after the checkpoint is made again, and was sent all the same.
+    parts = [run(6), run(10, resume=True)]
+    sent, received = (sum(part) for part in zip(*parts, strict=True))
+    exchanged = dict(facts_of_run(tmp_path).results)["Bytes exchanged"]
+    assert exchanged == megabytes(sent + received)
+    entry = read_record(tmp_path).made_once().workers[0][-2]
+    assert (entry["lsam/bytes_pushed"], entry["lsam/bytes_pulled"]) == (sent, received)
+    shown = hf_lsam("monitor", "--once", tmp_path).output
+    assert f"{exchanged} exchanged" in shown
+
+
 def test_card_of_what_is_no_run(tmp_path):
     assert "holds no record of a run" in hf_lsam("card", tmp_path).output
     (tmp_path / "card.json").write_text("[]")
@@ -420,7 +449,7 @@ def test_the_trainer_writes_the_same_card_and_its_code_loads_the_model(tmp_path,
     code = card.text.partition("```python\n")[2].partition("```")[0]
     assert "AutoModelForSequenceClassification" in code
     monkeypatch.chdir(tmp_path / "tiny")
-    exec("\n".join(line for line in code.splitlines() if "okenizer.from" not in line), loaded := {})
+    exec(code, loaded := {})
     assert all(map(torch.equal, loaded["model"].state_dict().values(), trainer.model.state_dict().values()))
 
 

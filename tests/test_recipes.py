@@ -10,11 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from launch import accelerate_launch, run_launcher, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_lsam.card import facts_of_run
 from recipes.causal_lm import train as causal_lm
@@ -122,6 +136,104 @@ def test_a_recipe_for_the_hub_says_what_to_do_without_one(tmp_path, recipe):
     with pytest.raises(ValueError, match=message) as error:
         recipes.load(recipe).run(values)
     assert str(error.value).split()[2].rstrip(",") in (values["dataset_name"], values["model_name_or_path"])
+
+
+def on_the_hub(folder: Path, splits: dict[str, dict], features: Features | None = None, configuration: str = "default"):
+    """A folder laid out as a data set on the Hub is: a file a split, and a card that says which configuration it is."""
+    for split, columns in splits.items():
+        path = folder / "data" / f"{split}.parquet"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Dataset.from_dict(columns, features=features).to_parquet(path)
+    files = [{"split": split, "path": f"data/{split}.parquet"} for split in splits]
+    card = yaml.safe_dump({"configs": [{"config_name": configuration, "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+
+
+def model_on_the_hub(folder: Path, kind: type, configuration: type, **sizes) -> None:
+    torch.manual_seed(0)
+    kind(configuration(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+TOKENS = len(byte_tokenizer())
+BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"vocab_size": TOKENS}
+
+
+def hub_causal_lm(model: Path, data: Path) -> dict:
+    model_on_the_hub(model, LlamaForCausalLM, LlamaConfig, **SIZES)
+    lines = ["", " = A title = \n", "the cat sat on the mat and looked at the moon .\n"]
+    splits = {"train": {"text": lines * 300}, "validation": {"text": lines * 50}, "test": {"text": lines}}
+    on_the_hub(data, splits, configuration="wikitext-2-raw-v1")
+    return {}
+
+
+def hub_sft(model: Path, data: Path) -> dict:
+    model_on_the_hub(model, LlamaForCausalLM, LlamaConfig, **SIZES)
+    turns = [[("user", f"{a} + 1?"), ("assistant", str(a + 1))] for a in range(40)]
+    chats = [[{"role": role, "content": text} for role, text in each] for each in turns]
+    rows = {"source": ["sums"] * 40, "messages": chats, "num_turns": [1] * 40}
+    on_the_hub(data, {"train": rows, "test": {name: column[:4] for name, column in rows.items()}})
+    return {}
+
+
+def hub_seq2seq(model: Path, data: Path) -> dict:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model_on_the_hub(model, T5ForConditionalGeneration, T5Config, vocab_size=TOKENS, **sizes)
+    books = [{"en": f"the {n}th cat", "fr": f"le chat numéro {n}"} for n in range(40)]
+    features = Features({"id": Value("string"), "translation": {"en": Value("string"), "fr": Value("string")}})
+    rows = {"id": [str(n) for n in range(40)], "translation": books}
+    on_the_hub(data, {"train": rows}, features, "en-fr")
+    return {"eval_size": 4, "generation_max_length": 16}
+
+
+def hub_token_classification(model: Path, data: Path) -> dict:
+    model_on_the_hub(model, BertModel, BertConfig, vocab_size=TOKENS, **BERT)  # without a head
+    names = ["O", "B-PER", "I-PER", "B-LOC"]
+    features = {"id": Value("string"), "tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}
+    rows = {"id": ["0"] * 40, "tokens": [["Anna", "Berg", "left", "Bonn"]] * 40, "ner_tags": [[1, 2, 0, 3]] * 40}
+    on_the_hub(data, {"train": rows, "validation": rows, "test": rows}, Features(features))
+    return {}
+
+
+def hub_image_classification(model: Path, data: Path) -> dict:
+    torch.manual_seed(0)
+    sizes = {"image_size": 224, "patch_size": 32, "num_labels": 5, **BERT}  # a head for other classes than the data's
+    ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 20, 30, 3)).astype(np.uint8)
+    rows = {"image": [Image.fromarray(each) for each in pixels] * 5, "label": [0, 1] * 20}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["pizza", "soup"])})
+    on_the_hub(data, {"train": rows, "validation": rows}, features)
+    return {}
+
+
+STAND_INS = {
+    "causal_lm": hub_causal_lm,
+    "sft": hub_sft,
+    "seq2seq": hub_seq2seq,
+    "token_classification": hub_token_classification,
+    "image_classification": hub_image_classification,
+}
+
+
+@pytest.mark.parametrize("recipe", FOR_THE_HUB)
+def test_a_recipe_for_the_hub_trains_on_what_lies_there(tmp_path, recipe):
+    """Its YAML file as it is, with a small model and a few rows laid out as those it names."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    own = STAND_INS[recipe](model, data)
+    values = {"model_name_or_path": model, "dataset_name": data, "output_dir": tmp_path / "out", "use_cpu": True}
+    values |= {"bf16": False, "max_steps": 2, "warmup_steps": 0, "sync_steps": 2, **own}
+    words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    parsed = parse(recipe, ["--config", str(RECIPES / recipe / "hub.yaml"), *words])
+    results = recipes.load(recipe).run(parsed)
+    assert results["steps_per_worker"] == [2]
+    assert results["anchor_version"] == 1
+    assert np.isfinite(results["eval_loss"])
+    assert results["eval_loss"] != results["eval_loss_before"]
+    adapter = tmp_path / "out" / "adapter_model.safetensors"
+    assert adapter.exists() == (parsed.get("use_lora") is True)
+    weights = load_file(adapter if adapter.exists() else tmp_path / "out" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @pytest.mark.parametrize("recipe", recipes.names())

@@ -85,6 +85,7 @@ class WorkerHalf:
     """
 
     weight = 1.0
+    gathers = False  # whether `push` grows at every step, and not only when it is handed in
     hands_in_a_part = True  # whether a period that the run's end cuts short is handed in
     wants_loss = False  # whether the server is told the mean loss
 

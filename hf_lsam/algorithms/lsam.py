@@ -36,6 +36,8 @@ from .base import ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
 class StepwiseCoupling(WorkerHalf):
     """Algorithm 2's worker: pulled at every step, hands in the sum of x - y over its steps."""
 
+    gathers = True
+
     def before_step(self, x: Sequence[Tensor], y: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
         """Adds lambda (x - y) to the gradient, lambda = lambda0 / (eta tau), where `coupling` is "score".
 

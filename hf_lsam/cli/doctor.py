@@ -70,13 +70,13 @@ class Launch:
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--trainable", type=click.IntRange(min=1), help="How many parameters will be trained.")
+@click.option("--trainable", type=click.FloatRange(min=1), help="How many parameters will be trained, as in 7e9.")
 @click.option(
     "--wait", type=click.FloatRange(min=1), default=90.0, show_default=True, help="Seconds that the launch may take."
 )
 @click.option("--ray", is_flag=True, help="Look at a Ray cluster: the options are those of python -m hf_lsam.ray.")
 @click.argument("launch_options", nargs=-1, type=click.UNPROCESSED)
-def doctor(trainable: int | None, wait: float, ray: bool, launch_options: tuple[str, ...]) -> None:
+def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tuple[str, ...]) -> None:
     """Says what `accelerate launch LAUNCH_OPTIONS` would do, by starting it with a script that only says who it is.
 
     Give it the options of your launch; a script and its arguments may follow and are not started. The doctor's own
@@ -330,7 +330,7 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("ok", f"{sum(threads)} threads on {cores} cores.")
 
 
-def memory_findings(workers: int, trainable: int | None) -> Iterator[Finding]:
+def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
     """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
     from ..algorithms import ServerSettings, WorkerSettings
     from ..memory import shared_bytes, worker_bytes

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..record import Record, RecordReader, worker_state
+from ..record import BYTES, Record, RecordReader, worker_state
 
 RATE_POINTS = 6  # log points over which a rate is taken
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
@@ -90,13 +90,14 @@ def render(record: Record, now: float) -> Group:
     table.add_column("state")
     for name in ("step", "loss", "steps/s", "drift", "stale", "seen", "skipped", "refused", "MB out", "MB in"):
         table.add_column(name, justify="right")
+    exchanged = _exchanged(record)
     for rank in range(run["num_workers"]):
-        table.add_row(*_row(record, rank, now))
+        table.add_row(*_row(record, rank, now, exchanged.get(rank)))
     begun = datetime.fromtimestamp(run["started"])
-    exchanged = sum(_latest(record, rank, f"lsam/bytes_{way}") or 0 for rank in record.workers for way in _WAYS)
+    total = sum(map(sum, exchanged.values()))
     version = max((point["lsam/anchor_version"] for point in points), default=0)
     lines = [f"{_count(run['num_workers'], 'worker')} on {run['host']}, begun {begun:%Y-%m-%d %H:%M:%S}"]
-    lines += [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {exchanged / 1e6:,.1f} MB exchanged"]
+    lines += [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {total / 1e6:,.1f} MB exchanged"]
     evaluated = [entry for entry in record.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
     if evaluated:
         figures = [f"{name} {value:.4g}" for name, value in evaluated[-1].items() if _is_result(name, value)]
@@ -107,7 +108,13 @@ def render(record: Record, now: float) -> Group:
     return Group(head, table, *lines)
 
 
-_WAYS = ("pushed", "pulled")
+def _exchanged(record: Record) -> dict[int, list[float]]:
+    """Of each worker that has logged, the bytes sent and received in the whole run, however often it was resumed."""
+    lasts = {
+        rank: next((entry for entry in reversed(entries) if BYTES[0] in entry), None)
+        for rank, entries in record.made_once().workers.items()
+    }
+    return {rank: [last[name] for name in BYTES] for rank, last in lasts.items() if last is not None}
 
 
 def log_points(record: Record, rank: int) -> list[dict[str, Any]]:
@@ -121,7 +128,7 @@ def _states(record: Record) -> list[str]:
     return [worker_state(entries) for entries in record.workers.values()]
 
 
-def _row(record: Record, rank: int, now: float) -> list[str | Text]:
+def _row(record: Record, rank: int, now: float, exchanged: Sequence[float] | None) -> list[str | Text]:
     entries = record.workers.get(rank)
     if entries is None:
         return [str(rank), "waiting", *["-"] * 10]
@@ -133,7 +140,6 @@ def _row(record: Record, rank: int, now: float) -> list[str | Text]:
     point = points[-1] if points else {}
     loss, stale = point.get("loss"), point.get("lsam/staleness")
     drift = next((each["lsam/drift"] for each in reversed(points) if "lsam/drift" in each), None)
-    sent, received = (_latest(record, rank, f"lsam/bytes_{way}") for way in _WAYS)
     return [
         str(rank),
         Text(state, STYLES.get(state, "")),
@@ -145,8 +151,7 @@ def _row(record: Record, rank: int, now: float) -> list[str | Text]:
         f"{_duration(seen)} ago",
         _number(point.get("lsam/skipped_pushes"), ",.0f"),
         _number(point.get("lsam/refused_pushes"), ",.0f"),
-        _number(None if sent is None else sent / 1e6, ",.1f"),
-        _number(None if received is None else received / 1e6, ",.1f"),
+        *(_number(count / 1e6, ",.1f") for count in exchanged or []),
     ]
 
 
@@ -195,11 +200,6 @@ def _rate(series: Sequence[tuple[float, float]]) -> float | None:
 def _interval(points: Sequence[dict[str, Any]]) -> float:
     recent = points[-RATE_POINTS:]
     return median(later["time"] - earlier["time"] for earlier, later in pairwise(recent))
-
-
-def _latest(record: Record, rank: int, name: str) -> float | None:
-    points = log_points(record, rank)
-    return points[-1][name] if points else None
 
 
 def _is_result(name: str, value: Any) -> bool:

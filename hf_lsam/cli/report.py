@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from ..card import told
-from ..record import FOLDER, Record, read_record, worker_state
+from ..record import BYTES, FOLDER, Record, read_record, worker_state
 from .charts import Series, absent, line_chart, map_chart, number, table
 
 # What may differ between two runs of the same experiment.
@@ -28,7 +28,6 @@ _NOT_COMPARED = ("seed", "data_seed", "shared_memory_dir", "server_address", "se
 _NOT_COMPARED += ("landscape_points", "landscape_batches")
 _NOT_MEASURED = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of an evaluation's other entries
 _OF_A_LANDSCAPE = {"batches", "batchnorm", "distances", "fractions", "lines", "plane", "strength"}
-_BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")
 _MIB = 2**20
 
 Points = list[tuple[float, float]]
@@ -119,7 +118,7 @@ class RunFacts:
         """Of each worker the times of its log points, and what it had pushed and pulled by then."""
         every = [self.points(rank) for rank in self.record.workers]
         return [
-            ([point["time"] for point in points], [sum(point.get(name, 0) for name in _BYTES) for point in points])
+            ([point["time"] for point in points], [sum(point.get(name, 0) for name in BYTES) for point in points])
             for points in every
         ]
 
@@ -131,8 +130,7 @@ def read_run(run_dir: Path) -> RunFacts:
         FileNotFoundError: if the folder holds no record of a run.
         ValueError: if run.json is damaged.
     """
-    record = read_record(run_dir)
-    record = Record(record.run, {rank: _last_life(entries) for rank, entries in record.workers.items()})
+    record = read_record(run_dir).made_once()
     notes = []
     for rank in range(record.run["num_workers"]):
         entries = record.workers.get(rank, [])
@@ -150,22 +148,6 @@ def read_run(run_dir: Path) -> RunFacts:
         notes.append(f"landscape.json lacks {', '.join(lacking)} and was left out.")
         landscape = None
     return RunFacts(str(run_dir), record, landscape, _optional(run_dir / "results.json", notes), notes)
-
-
-def _last_life(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries without those that a resumed worker has made again; bytes go on counting."""
-    kept: list[dict[str, Any]] = []
-    before = dict.fromkeys(_BYTES, 0)
-    offset = dict(before)
-    for entry in entries:
-        if entry.get("begin"):
-            kept = [earlier for earlier in kept if earlier["step"] <= entry["step"] and not earlier.get("end")]
-            offset = dict(before)
-        elif _BYTES[0] in entry:
-            entry = entry | {name: entry.get(name, 0) + offset[name] for name in before}
-            before = {name: entry[name] for name in before}
-        kept.append(entry)
-    return kept
 
 
 def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -375,7 +375,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         self._common_checkpoint = None
         identity = self.args.identity
         rows = self.args.train_batch_size
-        self._batch_sizes = self.session.agree_on_batch_sizes(rows, rows * self.args.gradient_accumulation_steps)
+        rows_per_step = rows * self.args.gradient_accumulation_steps
+        self._batch_sizes, rows_of_steps = self.session.agree_on_batch_sizes(rows, rows_per_step)
+        self.session.weigh(rows_of_steps)
         if identity.rank == 0 and identity.num_workers > 1:
             self._callback.others = OtherWorkers(Path(self.args.output_dir), identity.num_workers)
         if resume_from_checkpoint:
