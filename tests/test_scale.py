@@ -92,7 +92,7 @@ def test_what_many_workers_ask_for_follows_from_what_was_measured():
     assert estimate_scale.levels(billion, 17, measured) == 2
     assert estimate_scale.levels(billion, 257, measured) == 3
     assert estimate_scale.levels(70 * billion, 125, measured) is None
-    assert estimate_scale.gpus_of(70 * billion) == 32  # 32 bytes a parameter
+    assert estimate_scale.gpus_of(70 * billion) == 28  # 32 bytes a parameter
     assert estimate_scale.machines_of(70 * billion, 1000) == 1000
     assert estimate_scale.all_reduce_bytes(billion, 125) == 2 * 124 / 125 * 4 * billion
     assert estimate_scale.delay(billion, measured) == pytest.approx(2 * (push / 1e9 + 1) / 16)
