@@ -205,6 +205,7 @@ class Session:
             return None
         state = load_tensors(worker_state)
         self.worker.load_state_tensors(state)
+        self.metrics.entry_was_made()  # the steps made before are in the record
         return state
 
     def begin(self, step: int, resumed: bool, configuration: dict[str, Any]) -> None:

@@ -72,6 +72,17 @@ def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
     assert sum("begin" in entry for entry in anew.workers[0]) == 1
 
 
+def test_the_losses_of_a_resumed_run_are_of_the_steps_that_it_makes(tmp_path):
+    fields = {"logging_steps": 500, "save_strategy": "steps", "save_steps": 4}
+    trainer_of(tmp_path, max_steps=4, **fields).train()
+    trainer_of(tmp_path, max_steps=6, **fields).train(resume_from_checkpoint=True)
+    trainer_of(tmp_path / "through", max_steps=6).train()
+    resumed = [entry for entry in read_record(tmp_path).workers[0] if "loss" in entry][-2:]
+    through = [entry for entry in read_record(tmp_path / "through").workers[0] if "loss" in entry][-2:]
+    assert [entry["step"] for entry in resumed] == [5, 6]
+    assert [entry["loss"] for entry in resumed] == pytest.approx([entry["loss"] for entry in through], rel=1e-4)
+
+
 def test_an_error_is_the_last_line(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.compute_loss = lambda *args, **keywords: 1 / 0

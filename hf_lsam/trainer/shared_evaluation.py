@@ -91,7 +91,7 @@ class SharedEvaluation:
         """Of all batches by their numbers, made here or by other workers."""
         args, results = self.args, {}
         silent = args.disable_tqdm or args.identity.rank != 0
-        bar = tqdm(desc="This worker's part", unit="batch", disable=silent, leave=False)
+        bar = tqdm(desc="This worker's part", unit="batch", disable=silent, leave=False, delay=2)  # seconds
         with bar, Exchange(self.session.run.store, key, args.worker_timeout) as exchange:
             parts = 1 if batches.is_stream else args.identity.num_workers
             for number, inputs in batches.numbered(exchange.taken(parts, args.identity.rank % parts, batches.end)):
