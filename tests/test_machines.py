@@ -129,7 +129,9 @@ def test_what_rounding_leaves_behind_goes_with_the_next_sum_and_the_last_is_exac
 def test_a_relay_refuses_what_is_not_finite_and_takes_no_older_anchor():
     core = RelayCore(torch.zeros(2), SETTINGS)
     assert not core.push(torch.tensor([1.0, math.nan]), TAU)
-    assert core.refused_pushes == 1
+    assert not core.push(torch.tensor([1.0, math.nan]), TAU, finite=True)
+    assert not core.push(torch.ones(2), TAU, finite=False)
+    assert core.refused_pushes == 3
     assert core.claim(True) is None
     core.adopt(torch.ones(2), 5)
     core.adopt(torch.zeros(2), 4)

@@ -377,7 +377,7 @@ class Service:
         self.counted.note(connection.process, message.number, message.steps)
         version = self._core.anchor.version
         assert connection.mailbox is not None
-        accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss)
+        accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss, message.finite)
         self.publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.
         self._tell(connection, Answer(accepted, version))

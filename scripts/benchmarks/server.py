@@ -40,7 +40,8 @@ from scripts.common.benchmark import write_benchmark
 NAME = "server"  # of benchmarks/server.json
 SYNC_STEPS = 16
 VECTOR = "vector"  # file in the run folder: what all senders push
-CONTEXT = multiprocessing.get_context("forkserver")  # whose processes share their imports, and so their memory
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["scripts.benchmarks.server"])  # so that senders share its imports, and their memory
 MODES = ("end to end", "absorb", "sum")
 MARGIN = 0.2  # share of a window that is not counted, at its begin
 
@@ -170,8 +171,8 @@ def require_room(shared_memory_dir: str, senders: int, megabytes: float) -> None
     if free < needed:
         raise OSError(
             f"{shared_memory_dir} has {free / 1e6:.0f} MB free; {senders} senders of {megabytes:g} MB, what they "
-            f"push and two copies of the anchor need {needed / 1e6:.0f} MB. Enlarge it (`mount -o remount,size=...`), pass "
-            "--shared_memory_dir, or fewer --senders."
+            f"push and two copies of the anchor need {needed / 1e6:.0f} MB. Enlarge it (`mount -o remount,size=...`), "
+            "pass --shared_memory_dir, or fewer --senders."
         )
 
 
