@@ -14,7 +14,8 @@ from hf_lsam.algorithms import ServerSettings
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.root import Root
 from hf_lsam.server.service import Service
-from hf_lsam.transport.mailbox import Channel, RunFolder
+from hf_lsam.transport.channel import Channel
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Heartbeat, Join, Push, Refusal, Welcome
 
 MESSAGES = 110_000

@@ -39,8 +39,9 @@ from hf_lsam.server.relay import Relay
 from hf_lsam.server.root import Root, listen
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import ServerGone
-from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import Message, Sum
+from hf_lsam.transport.ownership import is_served
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
 from hf_lsam.transport.shared_memory import SharedMemoryLink

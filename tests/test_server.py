@@ -29,8 +29,9 @@ from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.root import Root
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import RefusedError, ServerGone
+from hf_lsam.transport.channel import Channel
 from hf_lsam.transport.copier import Copier
-from hf_lsam.transport.mailbox import Channel, RunFolder
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Push
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import save_tensors
-from ..transport.mailbox import MAX_WORKERS, Channel, RunFolder
+from ..transport.channel import Channel
+from ..transport.mailbox import MAX_WORKERS, RunFolder
 from ..transport.messages import (
     Answer,
     Evicted,

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..checkpoint import load_tensors, save_tensors
 from ..parameters import ParameterLayout, first_difference
 from .base import NOTHING_UNCOUNTED, FinalAnchor, Link, LinkStatus, RefusedError, ServerGone
+from .channel import Channel
 from .copier import Copier
-from .mailbox import Channel, RunFolder
+from .mailbox import RunFolder
 from .messages import (
     ANY_NUMBER,
     ELSEWHERE,
