@@ -27,7 +27,7 @@ from .identity import SERVER_ADDRESS as SERVER_ADDRESS_VARIABLE
 from .identity import WORKER, Identity, pin
 from .joining import Timeouts
 from .server.service import ServiceSettings
-from .transport.mailbox import missing_here
+from .transport.ownership import missing_here
 from .transport.peer import HEARTBEAT
 
 SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out

@@ -60,6 +60,15 @@ def blocks(*tensor_lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]
 
 
 @torch.no_grad()
+def is_finite(vector: Tensor) -> bool:
+    """Whether no value of `vector`, float32 [d], is NaN or infinite, or so large that the squared norm is."""
+    if vector.device.type != "cpu":
+        return bool(torch.linalg.vector_norm(vector).isfinite())  # CUDA's dot product ends at 2^31 values
+    # The fastest check there is: 22.5 M values take 0.6 of the time of their copy.
+    return bool(torch.dot(vector, vector).isfinite())
+
+
+@torch.no_grad()
 def pull_and_accumulate(
     parameters: Sequence[Tensor], anchor: Sequence[Tensor], total: Sequence[Tensor], pull: float
 ) -> None:

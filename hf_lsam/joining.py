@@ -28,8 +28,9 @@ from .server.machines import MachineSettings, address_file
 from .server.service import ServiceSettings
 from .transport.base import JoinRequest, RefusedError, ServerGone, Transport
 from .transport.in_process import InProcessLink
-from .transport.mailbox import RunFolder, is_served, make_launch_folder
+from .transport.mailbox import RunFolder
 from .transport.messages import ANY_NUMBER
+from .transport.ownership import is_served, make_launch_folder
 from .transport.secret import new_secret
 from .transport.shared_memory import SharedMemoryLink
 

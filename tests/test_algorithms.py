@@ -116,6 +116,13 @@ def test_a_leader_that_leaves_can_be_followed_by_one_with_a_higher_loss():
 
 
 @pytest.mark.parametrize("algorithm", ["easgd", "lsgd"])
+def test_a_server_whose_anchor_every_push_moves_takes_nobodys_word(algorithm):
+    core = ServerCore(torch.zeros(2), ServerSettings(TAU, algorithm=algorithm, moving_rate=0.3))
+    assert not core.push(torch.tensor([1.0, math.nan]), TAU, finite=True)
+    assert (core.anchor.version, core.anchor.vector.tolist()) == (0, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("algorithm", ["easgd", "lsgd"])
 def test_a_restored_server_goes_on_as_the_first_would(algorithm):
     settings = ServerSettings(TAU, algorithm=algorithm, moving_rate=0.3)
     core = ServerCore(torch.zeros(3), settings)

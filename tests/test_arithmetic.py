@@ -194,6 +194,21 @@ def test_nesterov_is_the_recurrence_that_the_stability_bound_is_about():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_an_anchor_moves_alike_wherever_its_gradient_may_be_written(optimizer, beta):
+    anchors = [Anchor(torch.zeros(300_000), 0.3, beta, optimizer) for _ in range(3)]
+    for _ in range(3):
+        total = torch.randn(300_000)
+        kept = total.clone()
+        anchors[0].update(total, 4)
+        anchors[1].update(total, 4, gradient=torch.empty_like(total))
+        assert torch.equal(total, kept)
+        anchors[2].update(total, 4, gradient=total)
+    assert torch.equal(anchors[0].vector, anchors[1].vector)
+    assert torch.equal(anchors[0].vector, anchors[2].vector)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
 def test_an_anchor_goes_on_from_its_state_bit_for_bit(optimizer):
     generator = torch.Generator().manual_seed(0)
     sums = [torch.randn(50, generator=generator) for _ in range(6)]

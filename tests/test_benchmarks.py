@@ -122,7 +122,7 @@ def test_bench_server_says_how_much_room_it_needs():
     done = run_script(SCRIPTS / "server.py", "--senders", "3", "--megabytes", "1e9")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "3 senders of 1e+09 MB and two copies of the anchor need 5000000000 MB" in done.stderr
+    assert "3 senders of 1e+09 MB, what they push and two copies of the anchor need 6000000000 MB" in done.stderr
 
 
 def test_gpu_check_without_a_gpu():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from hf_lsam.transport.mailbox import make_launch_folder
+from hf_lsam.transport.ownership import make_launch_folder
 if os.fork():
     os._exit(0)
 folder, lock = make_launch_folder(Path(sys.argv[1]))

@@ -36,8 +36,9 @@ from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.transport.base import RefusedError, ServerGone
 from hf_lsam.transport.in_process import InProcessLink
-from hf_lsam.transport.mailbox import RunFolder, dead_launches, is_served, make_launch_folder
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import ANY_NUMBER, Snapshot
+from hf_lsam.transport.ownership import dead_launches, is_served, make_launch_folder
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 from scripts.stress import chaos

@@ -14,7 +14,8 @@ from hf_lsam.algorithms import ServerSettings
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.root import Root
 from hf_lsam.server.service import Service
-from hf_lsam.transport.mailbox import Channel, RunFolder
+from hf_lsam.transport.channel import Channel
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Heartbeat, Join, Push, Refusal, Welcome
 
 MESSAGES = 110_000
@@ -115,7 +116,7 @@ def garbled(generator: random.Random, frame: bytes) -> bytes:
 def test_strangers_change_nothing_whatever_they_send(server):
     generator = random.Random(0)
     worker = join(server, 1)
-    worker.send(Push(1, 1, 0.0))
+    worker.send(Push(1, 1, 0.0, True))
     server.turn(0.0)
     assert worker.receive().accepted
     before = state_of(server)
@@ -133,7 +134,7 @@ def test_strangers_change_nothing_whatever_they_send(server):
     assert state_of(server) == before
     assert list(server._workers) == [0]
     assert [path.name for path in server.folder.path.glob("mailbox_*")] == ["mailbox_0"]
-    worker.send(Push(2, 4, 0.0))
+    worker.send(Push(2, 4, 0.0, True))
     server.turn(0.0)
     assert worker.receive().accepted
     worker.close()
@@ -150,7 +151,7 @@ def test_a_worker_gone_mad_costs_only_itself(server):
         server._workers[number].mailbox.fill_(generator.choice([0.0, float("nan"), float("inf")]))
         for push in range(1, 200):  # most are messages that a worker may send; the first that is not ends it
             steps = generator.choice([1, 4, 2**31 - 1])
-            frame = WORKER_MESSAGES.pack(Push(push * 2**30, steps, 0.0))
+            frame = WORKER_MESSAGES.pack(Push(push * 2**30, steps, 0.0, True))
             if generator.random() < 0.5:
                 frame = random_frame(generator, [Heartbeat])
             elif generator.random() < 0.04:
@@ -165,7 +166,7 @@ def test_a_worker_gone_mad_costs_only_itself(server):
         if rounds % 20 == 0:  # the honest worker is served as before
             mailbox.fill_(0.0)
             pushes += 1
-            honest.send(Push(pushes, 4, 0.0))
+            honest.send(Push(pushes, 4, 0.0, True))
             server.turn(0.0)
             assert honest.receive().accepted
     assert pushes > 10
@@ -178,11 +179,11 @@ def test_a_worker_gone_mad_costs_only_itself(server):
 @pytest.mark.parametrize("second", [1, 2, 3, -5])
 def test_a_push_that_is_replayed_or_comes_out_of_order_is_not_counted(server, second):
     worker = join(server, 1)
-    worker.send(Push(3, 4, 0.0))
+    worker.send(Push(3, 4, 0.0, True))
     server.turn(0.0)
     assert worker.receive().accepted
     before = state_of(server)
-    worker.send(Push(second, 4, 0.0))
+    worker.send(Push(second, 4, 0.0, True))
     server.turn(0.0)
     assert state_of(server) == before
     with pytest.raises(ConnectionError):

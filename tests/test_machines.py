@@ -39,8 +39,9 @@ from hf_lsam.server.relay import Relay
 from hf_lsam.server.root import Root, listen
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import ServerGone
-from hf_lsam.transport.mailbox import RunFolder, is_served
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import Message, Sum
+from hf_lsam.transport.ownership import is_served
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
 from hf_lsam.transport.shared_memory import SharedMemoryLink
@@ -129,7 +130,9 @@ def test_what_rounding_leaves_behind_goes_with_the_next_sum_and_the_last_is_exac
 def test_a_relay_refuses_what_is_not_finite_and_takes_no_older_anchor():
     core = RelayCore(torch.zeros(2), SETTINGS)
     assert not core.push(torch.tensor([1.0, math.nan]), TAU)
-    assert core.refused_pushes == 1
+    assert not core.push(torch.tensor([1.0, math.nan]), TAU, finite=True)
+    assert not core.push(torch.ones(2), TAU, finite=False)
+    assert core.refused_pushes == 3
     assert core.claim(True) is None
     core.adopt(torch.ones(2), 5)
     core.adopt(torch.zeros(2), 4)

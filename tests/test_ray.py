@@ -23,7 +23,7 @@ from launch import SHARED_MEMORY, own_processes, own_shared_memory, wait_until, 
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.cli.monitor import run_state
 from hf_lsam.record import read_record
-from hf_lsam.transport.mailbox import dead_launches
+from hf_lsam.transport.ownership import dead_launches
 
 pytest.importorskip("ray")
 from ray.cluster_utils import Cluster

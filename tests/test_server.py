@@ -29,7 +29,9 @@ from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.root import Root
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import RefusedError, ServerGone
-from hf_lsam.transport.mailbox import Channel, RunFolder
+from hf_lsam.transport.channel import Channel
+from hf_lsam.transport.copier import Copier
+from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Push
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
@@ -86,6 +88,38 @@ def test_a_push_that_is_not_finite_is_refused_and_leaves_no_trace(bad, where):
         assert server.push(good * 3, 4)
     assert torch.equal(core.anchor.vector, untouched.anchor.vector)
     assert core.anchor.vector.isfinite().all()
+
+
+def test_a_push_that_its_sender_found_not_to_be_finite_is_not_looked_at():
+    core = live_core(1)
+    assert not core.push(torch.ones(3), 4, finite=False)
+    assert (core.refused_pushes, core.accepted_pushes, core.anchor.version) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_sender_that_is_wrong_about_its_push_costs_a_period_and_never_the_anchor(steps):
+    core = live_core(2)
+    assert core.push(torch.ones(3) * 4, 4, finite=True)
+    assert core.push(torch.tensor([0.0, math.nan, 1.0]), 4, finite=True)
+    assert (core.anchor.version, core.anchor.vector.tolist()) == (0, [0.0, 0.0, 0.0])
+    for _ in range(8 // steps):
+        assert core.push(torch.ones(3) * steps, steps, finite=True)
+    assert (core.anchor.version, core.anchor.vector.tolist()) == (1, [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 131_072, -1])
+def test_a_copy_tells_whether_what_it_carried_is_finite(bad, where):
+    copier = Copier(torch.device("cpu"), [])
+    source, target = torch.randn(300_000), torch.empty(300_000)
+    source[where] = bad
+    copier.start(target, source, check=True)
+    assert torch.equal(target.view(torch.int32), source.view(torch.int32))
+    assert copier.is_finite == math.isfinite(bad)
+    copier.start(target, torch.ones(300_000))  # says nothing of itself
+    assert copier.is_finite == math.isfinite(bad)
+    copier.start(target, torch.ones(300_000), check=True)
+    assert copier.is_finite
 
 
 def test_infinities_of_both_signs_do_not_cancel():
@@ -220,12 +254,12 @@ def test_no_room_in_shared_memory_is_an_error_that_names_the_bytes_and_leaves_no
 def test_a_channel_reassembles_frames_and_tells_what_is_not_one():
     near, far = socket.socketpair()
     channel = Channel(near)
-    frame = struct.pack("<IHqqd", 0x4C53414D, 2, 3, 16, 0.5).ljust(WORKER_MESSAGES.size, b"\0")
+    frame = struct.pack("<IHqqd?", 0x4C53414D, 2, 3, 16, 0.5, True).ljust(WORKER_MESSAGES.size, b"\0")
     assert channel.receive() is None
     far.sendall(frame[:11])
     assert channel.receive() is None
     far.sendall(frame[11:])
-    assert channel.receive() == Push(number=3, steps=16, loss=0.5)
+    assert channel.receive() == Push(number=3, steps=16, loss=0.5, finite=True)
     assert channel.receive() is None
     far.sendall(b"GET / HTTP/1.1\r\n" * 8)
     with pytest.raises(ValueError, match="not a frame"):

@@ -134,8 +134,14 @@ class ServerHalf:
         anchor: y, float32 [d].
         settings: see `ServerSettings`.
 
+    Attributes:
+        adds_up: pushes are added up, and the sum is looked at before it moves the anchor: that a push is finite may be
+            taken on its sender's word.
+
     Process: the server's.
     """
+
+    adds_up = False
 
     def __init__(self, anchor: Anchor, settings: ServerSettings):
         self.anchor = anchor

@@ -23,14 +23,17 @@ barrier; with `anchor_optimizer="nesterov"`, DiLoCo (arXiv 2311.08105) without i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..anchor import Anchor
-from ..coupling import add_pull_to_gradient, blocks, pull_and_accumulate
+from ..coupling import add_pull_to_gradient, blocks, is_finite, pull_and_accumulate
 from .base import ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
+
+logger = logging.getLogger(__name__)
 
 
 class StepwiseCoupling(WorkerHalf):
@@ -119,6 +122,8 @@ class MeanDifference(ServerHalf):
     State: the step count and sum of the period under way; at 0 steps the sum has no meaning.
     """
 
+    adds_up = True
+
     def __init__(self, anchor: Anchor, settings: ServerSettings):
         super().__init__(anchor, settings)
         self._pending = torch.zeros_like(anchor.vector)
@@ -128,6 +133,9 @@ class MeanDifference(ServerHalf):
         """Takes a sum of differences over `steps` local steps."""
         if self.pending_steps:
             self._pending.add_(vector)
+        elif self._is_complete(steps, live):
+            self._update(vector, steps)
+            return
         else:
             self._pending.copy_(vector)  # a new period; what the last one left behind is written over
         self.pending_steps += steps
@@ -144,15 +152,21 @@ class MeanDifference(ServerHalf):
         was seen, instead of jumping to the mean of a handful of samples.
         """
         if self.pending_steps:
-            self._update(max(self.pending_steps, self.settings.sync_steps))
+            self._update(self._pending, max(self.pending_steps, self.settings.sync_steps))
+
+    def _is_complete(self, steps: int, live: int) -> bool:
+        return steps >= max(1, live) * self.settings.sync_steps
 
     def _update_if_complete(self, live: int) -> None:
-        if self.pending_steps >= max(1, live) * self.settings.sync_steps:
-            self._update(self.pending_steps)
+        if self._is_complete(self.pending_steps, live):
+            self._update(self._pending, self.pending_steps)
 
-    def _update(self, steps: int) -> None:
-        self.anchor.update(self._pending, steps)
+    def _update(self, total: Tensor, steps: int) -> None:
         self.pending_steps = 0
+        if is_finite(total):
+            self.anchor.update(total, steps, gradient=self._pending)
+        else:  # a sender was wrong about what it handed in
+            logger.error("a sum of differences over %d steps was dropped: NaN or infinity", steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {"pending": self._pending, "pending_steps": torch.tensor(self.pending_steps)}

@@ -334,7 +334,7 @@ def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
     """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
     from ..algorithms import ServerSettings, WorkerSettings
     from ..memory import shared_bytes, worker_bytes
-    from ..transport.mailbox import dead_launches  # loads torch, for which --help need not wait
+    from ..transport.ownership import dead_launches  # loads torch, for which --help need not wait
 
     alone = ServerSettings(sync_steps=4) if workers == 1 else None
     kept = [worker_bytes(WorkerSettings(sync_steps=4), alone, accelerator) for accelerator in (False, True)]

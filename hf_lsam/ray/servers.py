@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 
 from ..checkpoint import load_tensors
-from ..transport.mailbox import RunFolder, make_launch_folder
+from ..transport.mailbox import RunFolder
+from ..transport.ownership import make_launch_folder
 from .hosts import Host
 
 MOST_ERRORS = 3  # with which a server may end before the run is given up

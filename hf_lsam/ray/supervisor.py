@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..record import RecordReader
 from ..signals import EndSignals
-from ..transport.mailbox import LAUNCH_PREFIX
+from ..transport.ownership import LAUNCH_PREFIX
 from ..transport.secret import new_secret
 from .cluster import HOST_ENVIRONMENT, Needs, connect, nodes
 from .hosts import WorkerHost

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..transport.mailbox import RunFolder, missing_here
+from ..transport.mailbox import RunFolder
+from ..transport.ownership import missing_here
 from ..transport.secret import read_secret
 from .lifetime import run_server
 from .relay import Relay

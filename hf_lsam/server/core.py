@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algorithms import ALGORITHMS, ServerHalf, ServerSettings
 from ..anchor import Anchor
 from ..compression import round_
+from ..coupling import is_finite
 
 REMEMBERED = 4096  # processes whose last counted push is kept
 UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
@@ -69,7 +70,7 @@ class ServerCore:
         return sum(self.live.values())
 
     @torch.no_grad()
-    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool:
+    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
         """Takes what one worker hands in (see `algorithms`).
 
         Args:
@@ -77,14 +78,15 @@ class ServerCore:
             steps: how many local steps it covers, at least 1.
             worker: who hands it in.
             loss: the worker's mean loss over these steps, where the algorithm asks for it.
+            finite: what `is_finite` says of it, where who hands it in has asked, which saves a sweep over memory.
 
         Returns:
             False if a value is NaN or infinite, or so large that the squared norm is: the push is refused and
             counted, nothing else changes.
         """
-        # One reading sweep before anything is touched. A dot product is the fastest check there is (22.5 M values: 4.0
-        # ms, their sum 6.6), and adding in place, not into a second buffer, saves one memory stream of four.
-        if not torch.isfinite(torch.dot(vector, vector)):
+        if finite is None or (finite and not self._algorithm.adds_up):
+            finite = is_finite(vector)
+        if not finite:
             self.refused_pushes += 1
             return False
         self.accepted_pushes += 1
@@ -147,13 +149,14 @@ class RelayCore:
         return len(self._live)
 
     @torch.no_grad()
-    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0) -> bool:
+    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
         """Adds the sum of x - y over `steps` local steps of one worker, float32 [d]; read, not kept.
 
         Returns:
             False if it is not finite, as `ServerCore.push`.
         """
-        if not torch.isfinite(torch.dot(vector, vector)):
+        # Nobody's word is taken: what rounding leaves of a sum goes into the next, and NaN would never leave it.
+        if finite is False or not is_finite(vector):
             self.refused_pushes += 1
             return False
         self.accepted_pushes += 1

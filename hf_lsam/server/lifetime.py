@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..transport.mailbox import RunFolder, served_by_this_process
+from ..transport.mailbox import RunFolder
+from ..transport.ownership import served_by_this_process
 from .role import Role
 from .root import Root
 from .service import Service

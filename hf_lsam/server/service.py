@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import save_tensors
-from ..transport.mailbox import MAX_WORKERS, Channel, RunFolder
+from ..transport.channel import Channel
+from ..transport.mailbox import MAX_WORKERS, RunFolder
 from ..transport.messages import (
     Answer,
     Evicted,
@@ -379,7 +380,7 @@ class Service:
         self.counted.note(connection.process, message.number, message.steps)
         version = self._core.anchor.version
         assert connection.mailbox is not None
-        accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss)
+        accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss, message.finite)
         self.publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.
         self._tell(connection, Answer(accepted, version))

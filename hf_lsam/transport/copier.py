@@ -12,6 +12,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ..coupling import blocks
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,13 +23,15 @@ class Copier:
     Args:
         device: where the worker's vectors live.
         shared: mapped tensors that will take part in copies; registered as pinned memory on CUDA.
+        was_finite: what `is_finite` says before the first copy that is checked.
 
     Blocking: on CPU for the length of the copy; on CUDA never.
     """
 
-    def __init__(self, device: torch.device, shared: list[Tensor]):
+    def __init__(self, device: torch.device, shared: list[Tensor], was_finite: bool = True):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._event: torch.cuda.Event | None = None
+        self._squared_norm = torch.tensor(0.0 if was_finite else torch.inf, pin_memory=self._stream is not None)
         self._pinned: list[Tensor] = []
         if self._stream is not None:
             for tensor in shared:
@@ -41,16 +45,38 @@ class Copier:
                     break
                 self._pinned.append(tensor)
 
-    def start(self, target: Tensor, source: Tensor) -> None:
-        """Begins target <- source. Neither may be written before `finished`."""
+    def start(self, target: Tensor, source: Tensor, check: bool = False) -> None:
+        """Begins target <- source, both float32 [d]. Neither may be written before `finished`.
+
+        Args:
+            check: whether `is_finite` is to be about this copy.
+        """
         if self._stream is None:
-            target.copy_(source)
+            if check:
+                self._copy_and_check(target, source)
+            else:
+                target.copy_(source)
             return
         # Whatever the training stream still does with either tensor comes first.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
+            if check:
+                self._squared_norm.copy_(torch.linalg.vector_norm(source).square(), non_blocking=True)
             self._event = self._stream.record_event()
+
+    def _copy_and_check(self, target: Tensor, source: Tensor) -> None:
+        """In blocks that the cache holds: a sweep of its own costs half as much again."""
+        self._squared_norm.zero_()
+        for written, read in blocks([target], [source]):
+            for into, part in zip(written, read, strict=True):
+                self._squared_norm += torch.dot(part, part)
+                into.copy_(part)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether what the last checked copy carried was, as in `coupling.is_finite`; once it has `finished`."""
+        return bool(self._squared_norm.isfinite())
 
     def finished(self) -> bool:
         """Whether the last copy has ended; does not wait."""

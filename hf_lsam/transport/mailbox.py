@@ -37,116 +37,26 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
-import secrets
 import shutil
 import socket
-import sys
-import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .messages import WORKER_MESSAGES, Message
+from .channel import Channel, signs_of_life
 
 with suppress(ImportError):  # on Windows, where one worker trains without any of this; see `missing_here`
     import fcntl
 
-logger = logging.getLogger(__name__)
-
 FLOAT_BYTES = 4
 MAX_WORKERS = 4096  # external ones at a time
-LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
-# What tells others that this process lives. A child that is forked, such as a worker of a DataLoader, would hold it
-# open, and the process would not be known to have left, or died, before all its children have.
-_signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(_signs_of_life)])
-
-
-class Channel:
-    """A stream socket that carries `WORKER_MESSAGES`.
-
-    Process: any; two threads may `send`, of which the one that does all else may `close`.
-    Blocking: `wait` until a frame or `timeout`; all else never.
-    """
-
-    def __init__(self, connection: socket.socket):
-        self._socket = connection
-        self._sending = threading.Lock()  # so that the descriptor is not another file's by then
-        self._unread = b""
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def send(self, message: Message) -> None:
-        """Sends one frame, whole or not at all: the kernel takes so small a message in one piece.
-
-        Raises:
-            ConnectionError: if the peer is gone.
-            BlockingIOError: if it has left some hundred frames unread.
-        """
-        with self._sending:
-            self._socket.settimeout(0.0)
-            self._socket.sendall(WORKER_MESSAGES.pack(message))
-
-    def receive(self) -> Message | None:
-        """The next frame if one is there, else None.
-
-        Raises:
-            ConnectionError: if the peer closed the connection.
-            ValueError: if the bytes are no frame.
-        """
-        return self._read(0.0)
-
-    def wait(self, timeout: float | None = None) -> Message | None:
-        """The next frame, or None after `timeout` seconds (None: wait for ever). Raises as `receive` does."""
-        return self._read(timeout)
-
-    def _read(self, timeout: float | None) -> Message | None:
-        while len(self._unread) < WORKER_MESSAGES.size:
-            self._socket.settimeout(timeout)
-            try:
-                chunk = self._socket.recv(4096)
-            except (BlockingIOError, TimeoutError):
-                return None
-            if not chunk:
-                raise ConnectionError("the other side closed the connection")
-            self._unread += chunk
-        size = WORKER_MESSAGES.size
-        frame, self._unread = self._unread[:size], self._unread[size:]
-        return WORKER_MESSAGES.unpack(frame)
-
-    def shut(self) -> None:
-        """Makes both sides read an end of file."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.shut()  # a copy of the descriptor may be open in a child that is no Python's
-        with self._sending:
-            self._socket.close()
-
-
-def missing_here() -> str | None:
-    """Why no workers can exchange anything on this operating system, and what to do; None where they can."""
-    if sys.platform == "linux":
-        return None
-    what, instead = {
-        "win32": ("Windows has neither file locks nor sockets of that kind", "in WSL (Windows Subsystem for Linux)"),
-        "darwin": ("macOS has no such files in memory, and it was never tried there", "on Linux, a container too"),
-    }.get(sys.platform, (f"it was never tried on {sys.platform}", "on Linux"))
-    return (
-        f"Several workers, and workers of a server, exchange vectors through Linux's shared memory: {what}. Train with "
-        f"one worker (plain `python script.py`, without server_address), or run several {instead}."
-    )
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -455,7 +365,7 @@ class RunFolder:
         except OSError:
             connection.close()
             raise
-        _signs_of_life.add(connection)
+        signs_of_life.add(connection)
         return Channel(connection)
 
     def clear(self) -> None:
@@ -468,96 +378,3 @@ class RunFolder:
     def remove(self) -> None:
         """Deletes the folder; mappings that are still open stay valid until they are dropped."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-@contextmanager
-def served_by_this_process(path: Path) -> Iterator[None]:
-    """Inside, this process is the server of `path`, and no other can be; the lock goes with the process.
-
-    Raises:
-        RuntimeError: if another process serves it. Names its run and its pid.
-    """
-    with (path / "lock").open("a") as lock:
-        deadline = time.monotonic() + 1.0
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:  # not a worker that is only looking whether there is a server
-                    raise RuntimeError(_taken(path)) from None
-                time.sleep(0.02)
-        record = path / "server.json"
-        run_id = json.loads(record.read_text())["run"] if record.exists() else secrets.token_hex(4)
-        (path / "server.json.new").write_text(json.dumps({"run": run_id, "pid": os.getpid()}))
-        os.rename(path / "server.json.new", record)
-        yield
-
-
-def is_served(path: Path) -> bool:
-    """Whether a living process serves the folder."""
-    return _is_locked(path / "lock")
-
-
-def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, TextIO]:
-    """A new folder in `parent` for the run of a launch, and the lock that tells that its first worker lives.
-
-    Folders of launches that were killed with all their processes, so that none could remove them, are removed.
-
-    Args:
-        name: what follows `LAUNCH_PREFIX`; a folder of that name whose owner has died is taken over as it is. None
-            makes one up.
-
-    Returns:
-        the folder, and an open file to be closed when the run is left.
-    """
-    path = None if name is None else parent / (LAUNCH_PREFIX + name)
-    for stale in dead_launches(parent):
-        if stale != path:
-            logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
-            shutil.rmtree(stale, ignore_errors=True)
-    if path is None:
-        path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
-    else:
-        path.mkdir(mode=0o700, exist_ok=True)
-    beside = path / "launch.new"
-    held = beside.open("w")
-    _signs_of_life.add(held)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    beside.rename(path / "launch")  # whoever finds it finds it locked
-    return path, held
-
-
-def dead_launches(parent: Path) -> list[Path]:
-    """The folders in `parent` of this user's launches of which nothing lives."""
-    return [folder for folder in parent.glob(f"{LAUNCH_PREFIX}*") if _is_of_dead_launch(folder)]
-
-
-def _is_of_dead_launch(folder: Path) -> bool:
-    try:
-        ours = (folder / "launch").stat().st_uid == os.getuid()
-    except FileNotFoundError:  # never a launch's, or its launch has just removed it
-        return False
-    return ours and not _is_locked(folder / "launch") and not is_served(folder)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with path.open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _taken(path: Path) -> str:
-    try:
-        owner = json.loads((path / "server.json").read_text())
-    except FileNotFoundError:  # it has not written it yet, or has just ended
-        owner = {"run": "unknown", "pid": "unknown"}
-    return (
-        f"{path} is served already, by run {owner['run']}, pid {owner['pid']}. Two runs in one folder would write over "
-        "each other's anchor. Give this run a folder of its own, or end the other."
-    )

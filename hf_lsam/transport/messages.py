@@ -69,6 +69,7 @@ class Push(Message):
     number: int  # which push of this process it is, from 1
     steps: int  # local steps in it
     loss: float  # their mean
+    finite: bool  # what the worker has found, as it wrote the mailbox
 
 
 @dataclass(frozen=True)

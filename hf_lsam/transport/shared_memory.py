@@ -17,8 +17,9 @@ from torch import Tensor
 from ..checkpoint import load_tensors, save_tensors
 from ..parameters import ParameterLayout, first_difference
 from .base import NOTHING_UNCOUNTED, FinalAnchor, Link, LinkStatus, RefusedError, ServerGone
+from .channel import Channel
 from .copier import Copier
-from .mailbox import Channel, RunFolder
+from .mailbox import RunFolder
 from .messages import (
     ANY_NUMBER,
     ELSEWHERE,
@@ -145,7 +146,7 @@ class SharedMemoryLink(Link):
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         assert self._mailbox is not None, "a push before the server has welcomed this worker"
-        self._outgoing.start(self._mailbox, total)
+        self._outgoing.start(self._mailbox, total, check=True)
         self._announce(steps, version, loss, total.nbytes)
 
     def poll(self, held: int, incoming: Tensor) -> int | None:
@@ -224,6 +225,7 @@ class SharedMemoryLink(Link):
         if not self._status.connected:
             self._try_to_return()
         elif self._push_frame is not None and not self._push_sent and self._outgoing.finished():
+            self._push_frame = replace(self._push_frame, finite=self._outgoing.is_finite)
             self._push_sent = self._send(self._push_frame)
         if self._channel is None:
             if timeout:
@@ -237,7 +239,7 @@ class SharedMemoryLink(Link):
     def _announce(self, steps: int, version: int, loss: float = 0.0, size: int = 0) -> None:
         """The mailbox holds, or will, a push that the next polls hand in."""
         self._pushes += 1
-        self._push_frame = Push(self._pushes, steps, loss)
+        self._push_frame = Push(self._pushes, steps, loss, True)
         self._push_sent = False
         self._pushed_version = version
         self._status = self._status.after_push(size)
@@ -410,7 +412,7 @@ class SharedMemoryLink(Link):
         self._worker = message.worker
         self._outgoing.close()  # waits for a copy into the old mailbox, if there is one
         before, self._mailbox = self._mailbox, mailbox
-        self._outgoing = Copier(self._device, [self._mailbox])
+        self._outgoing = Copier(self._device, [mailbox], self._outgoing.is_finite)
         self._status = replace(self._status, connected=True)
         if self._push_frame is None:
             return

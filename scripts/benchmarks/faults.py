@@ -34,7 +34,7 @@ from hf_lsam.coupling import pull_and_accumulate
 from hf_lsam.identity import Identity
 from hf_lsam.run import Run
 from hf_lsam.server.lifetime import run_server
-from hf_lsam.transport.mailbox import is_served
+from hf_lsam.transport.ownership import is_served
 from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark

@@ -18,13 +18,12 @@ one completes a period, so with one sender each moves the anchor and publishes i
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -40,6 +39,9 @@ from scripts.common.benchmark import write_benchmark
 
 NAME = "server"  # of benchmarks/server.json
 SYNC_STEPS = 16
+VECTOR = "vector"  # file in the run folder: what all senders push
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["scripts.benchmarks.server"])  # so that senders share its imports, and their memory
 MODES = ("end to end", "absorb", "sum")
 MARGIN = 0.2  # share of a window that is not counted, at its begin
 
@@ -53,20 +55,20 @@ def schedule(rounds: int) -> list[str]:
     return ["copy", *MODES] * rounds
 
 
-def send(run_dir: Path, worker: int, rounds: int, seconds: float) -> list[float]:
-    """What one sender process does: joins, says so on stdout, reads from stdin when the first window begins.
+def send(run_dir: Path, worker: int, rounds: int, seconds: float, pipe: Connection) -> None:
+    """What one sender process does: joins, says so, is told when the first window begins, and answers in the end.
 
-    Returns:
-        when each push was acknowledged, on the monotonic clock, which the processes of a machine share.
+    The answer is when each push was acknowledged, on the monotonic clock, which the processes of a machine share.
     """
     torch.set_num_threads(1)
     folder = RunFolder(run_dir)
-    vector = torch.full((folder.numel,), 1e-3 * (worker + 1))
+    # One file for all: as many vectors again as there are mailboxes would not fit a small machine.
+    vector = torch.from_file(str(run_dir / VECTOR), shared=True, size=folder.numel)
     link = SharedMemoryLink(folder, worker, layout_of(folder.numel), torch.device("cpu"))
     link._mailbox.copy_(vector)
     accepted = []
-    print("ready", flush=True)
-    end = float(sys.stdin.readline())
+    pipe.send("ready")
+    end = pipe.recv()
     for mode in schedule(rounds):
         begin, end = end, end + seconds
         time.sleep(max(0.0, begin - time.monotonic()))
@@ -80,9 +82,9 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float) -> list[float]
             accepted.append(time.monotonic())
     if link.status.refused:
         raise RuntimeError(f"the server refused {link.status.refused} pushes of sender {worker}")
-    link.finish(False, -1, torch.empty_like(vector))
+    link.finish(False, -1, link._mailbox)  # which nobody needs any longer
     link.close()
-    return accepted
+    pipe.send(accepted)
 
 
 def serve(senders: int, megabytes: float, rounds: int, seconds: float, shared_memory_dir: str) -> dict[str, list]:
@@ -95,39 +97,44 @@ def serve(senders: int, megabytes: float, rounds: int, seconds: float, shared_me
     path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=shared_memory_dir))
     run = {"fingerprint": layout_of(numel).fingerprint.hex(), "settings": ServerSettings(SYNC_STEPS).as_dict()}
     folder = RunFolder.create(path, torch.zeros(numel), senders, layout_of(numel).manifest, run)
-    command = [sys.executable, __file__, "--send", str(path), "--rounds", str(rounds), "--seconds", str(seconds)]
-    processes: list[subprocess.Popen] = []
+    torch.from_file(str(path / VECTOR), shared=True, size=numel).fill_(1e-3)
+    server, sending, pipes = None, [], []
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
         try:
-            processes.append(start_server(path, log))
+            server = start_server(path, log)
             for worker in range(senders):
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-                processes.append(subprocess.Popen([*command, "--worker", str(worker)], **pipes))
-            server, *sending = processes
-            if any(process.stdout.readline() != "ready\n" for process in sending):
-                raise RuntimeError(f"a sender did not start (see above); the server's log:\n{log.read_text()}")
-            start = time.monotonic() + 0.5
-            for process in sending:
-                process.stdin.write(f"{start}\n")
-                process.stdin.flush()
+                pipe, theirs = CONTEXT.Pipe()
+                pipes.append(pipe)
+                sending.append(CONTEXT.Process(target=send, args=(path, worker, rounds, seconds, theirs)))
+                sending[-1].start()
+                theirs.close()
             copies = {}
-            for window, mode in enumerate(schedule(rounds)):
-                if mode == "copy":
-                    begin = start + window * seconds
-                    time.sleep(max(0.0, begin + MARGIN * seconds - time.monotonic()))
-                    copies[window] = copy_speed(numel, begin + seconds)
-            outputs = [process.communicate(timeout=120)[0] for process in sending]
-            if any(process.returncode for process in sending):
-                raise RuntimeError(f"a sender failed (see above); the server's log:\n{log.read_text()}")
+            try:
+                for pipe in pipes:
+                    pipe.recv()
+                start = time.monotonic() + 0.5
+                for pipe in pipes:
+                    pipe.send(start)
+                for window, mode in enumerate(schedule(rounds)):
+                    if mode == "copy":
+                        begin = start + window * seconds
+                        time.sleep(max(0.0, begin + MARGIN * seconds - time.monotonic()))
+                        copies[window] = copy_speed(numel, begin + seconds)
+                accepted = sorted(moment for pipe in pipes for moment in pipe.recv())
+            except EOFError:
+                raise RuntimeError(f"a sender failed (see above); the server's log:\n{log.read_text()}") from None
+            for process in sending:
+                process.join()
             server.wait(timeout=30)
         finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.communicate()
+            for process in sending:
+                process.kill()
+                process.join()
+            if server is not None:
+                server.kill()
+                server.wait()
             folder.remove()
-    accepted = sorted(moment for output in outputs for moment in json.loads(output))
     results: dict[str, list] = {mode: [] for mode in ("copy", *MODES)}
     for window, mode in enumerate(schedule(rounds)):
         if mode == "copy":
@@ -159,13 +166,13 @@ def copy_speed(numel: int, end: float) -> float:
 
 def require_room(shared_memory_dir: str, senders: int, megabytes: float) -> None:
     """Raises OSError if the vectors of the largest run do not fit."""
-    needed = (senders + 2) * megabytes * 1e6
+    needed = (senders + 3) * megabytes * 1e6
     free = shutil.disk_usage(shared_memory_dir).free
     if free < needed:
         raise OSError(
-            f"{shared_memory_dir} has {free / 1e6:.0f} MB free; {senders} senders of {megabytes:g} MB and two copies "
-            f"of the anchor need {needed / 1e6:.0f} MB. Enlarge it (`mount -o remount,size=...`), pass "
-            "--shared_memory_dir, or fewer --senders."
+            f"{shared_memory_dir} has {free / 1e6:.0f} MB free; {senders} senders of {megabytes:g} MB, what they "
+            f"push and two copies of the anchor need {needed / 1e6:.0f} MB. Enlarge it (`mount -o remount,size=...`), "
+            "pass --shared_memory_dir, or fewer --senders."
         )
 
 
@@ -207,19 +214,14 @@ def table(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--senders", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--senders", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[90.0, 1.0])
     parser.add_argument("--rounds", type=int, default=3, help="windows of each kind, in turns")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a window")
     parser.add_argument("--shared_memory_dir", default="/dev/shm")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     add_quiet(parser)
-    parser.add_argument("--send", type=Path, help=argparse.SUPPRESS)  # what a sender process is started with
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.send is not None:
-        print(json.dumps(send(arguments.send, arguments.worker, arguments.rounds, arguments.seconds)))
-        return
     require_room(arguments.shared_memory_dir, max(arguments.senders), max(arguments.megabytes))
     rows = measure(arguments)
     print(table(rows))

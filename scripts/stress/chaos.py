@@ -46,7 +46,7 @@ from hf_lsam.joining import Timeouts
 from hf_lsam.run import Run
 from hf_lsam.server.lifetime import SIGTERM_CODE, run_server
 from hf_lsam.server.service import ServiceSettings
-from hf_lsam.transport.mailbox import is_served
+from hf_lsam.transport.ownership import is_served
 from recipes.common.progress import Progress, add_quiet
 
 FAULTS = ("kill", "stop", "nan", "join", "kill server")

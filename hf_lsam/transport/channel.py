@@ -1,0 +1,81 @@
+"""What carries control messages between processes of one machine: a Unix stream socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import weakref
+from contextlib import suppress
+from typing import TextIO
+
+from .messages import WORKER_MESSAGES, Message
+
+# What tells others that this process lives. A child that is forked, such as a worker of a DataLoader, would hold it
+# open, and the process would not be known to have left, or died, before all its children have.
+signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(signs_of_life)])
+
+
+class Channel:
+    """A stream socket that carries `WORKER_MESSAGES`.
+
+    Process: any; two threads may `send`, of which the one that does all else may `close`.
+    Blocking: `wait` until a frame or `timeout`; all else never.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self._socket = connection
+        self._sending = threading.Lock()  # so that the descriptor is not another file's by then
+        self._unread = b""
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message) -> None:
+        """Sends one frame, whole or not at all: the kernel takes so small a message in one piece.
+
+        Raises:
+            ConnectionError: if the peer is gone.
+            BlockingIOError: if it has left some hundred frames unread.
+        """
+        with self._sending:
+            self._socket.settimeout(0.0)
+            self._socket.sendall(WORKER_MESSAGES.pack(message))
+
+    def receive(self) -> Message | None:
+        """The next frame if one is there, else None.
+
+        Raises:
+            ConnectionError: if the peer closed the connection.
+            ValueError: if the bytes are no frame.
+        """
+        return self._read(0.0)
+
+    def wait(self, timeout: float | None = None) -> Message | None:
+        """The next frame, or None after `timeout` seconds (None: wait for ever). Raises as `receive` does."""
+        return self._read(timeout)
+
+    def _read(self, timeout: float | None) -> Message | None:
+        while len(self._unread) < WORKER_MESSAGES.size:
+            self._socket.settimeout(timeout)
+            try:
+                chunk = self._socket.recv(4096)
+            except (BlockingIOError, TimeoutError):
+                return None
+            if not chunk:
+                raise ConnectionError("the other side closed the connection")
+            self._unread += chunk
+        size = WORKER_MESSAGES.size
+        frame, self._unread = self._unread[:size], self._unread[size:]
+        return WORKER_MESSAGES.unpack(frame)
+
+    def shut(self) -> None:
+        """Makes both sides read an end of file."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.shut()  # a copy of the descriptor may be open in a child that is no Python's
+        with self._sending:
+            self._socket.close()
