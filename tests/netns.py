@@ -32,6 +32,11 @@ class Machine:
         """What goes before a command line that is to run on this machine."""
         return ["ip", "netns", "exec", self.name]
 
+    def throttle(self, megabits: int) -> None:
+        """Lets this machine send so many Mbit/s at most."""
+        rate = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "1mb", "latency", "50ms")
+        subprocess.run([*self.prefix, "tc", "qdisc", "add", "dev", "eth0", *rate], check=True)
+
     def cut(self) -> None:
         """Lets nothing through to or from this machine, without a word to either side."""
         _ip("-n", self.switch, "link", "set", self.port, "down")

@@ -173,8 +173,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             measured = cross(numel, bits, arguments.rounds, "127.0.0.1", [], [])
         else:
             with machines(2) as (here, there):
-                rate = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", f"{megabits}mbit"]
-                subprocess.run([*here.prefix, *rate, "burst", "1mb", "latency", "50ms"], check=True)
+                here.throttle(megabits)
                 measured = cross(numel, bits, arguments.rounds, there.address, here.prefix, there.prefix)
         rows += [{"megabits": megabits or None, **row} for row in measured]
     return rows
