@@ -9,11 +9,14 @@ import subprocess
 import sys
 import termios
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from launch import run_script
 from netns import why_not
+
+from recipes.common.image_data import write_example_images
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts/benchmarks"
@@ -116,6 +119,34 @@ def test_bench_links(tmp_path):
         assert row["median_s"] > 0
         if row["mode"] == "tcp":
             assert row["ratio"] == 1.0
+
+
+def test_bench_peers(tmp_path):
+    images = write_example_images(tmp_path / "images", 16)
+    size = ("--parts", "race", "straggler", "killed", "--megabits", "--dataset", "folder", "--data_dir", str(images))
+    size += ("--batch", "4", "--steps", "8", "--points", "2")
+    results = report_of("peers.py", tmp_path / "peers.json", *size)["results"]
+    diloco = ["diloco of torchft"] * (find_spec("torchft") is not None)
+    plain = ["ddp", "local sgd of accelerate", *diloco, "hf_lsam"]
+    race = [(row["gradient"], row["contestant"], row["steps"]) for row in results["race"]]
+    assert race == [
+        ("SAM", "ddp, SAM of pytorch_optimizer", [8, 8]),
+        ("SAM", "hf_lsam", [8, 8]),
+        *(("plain", name, [8, 8]) for name in plain),
+    ]
+    for row in results["race"]:
+        assert [point["step"] for point in row["points"]] == [4, 8]
+        assert row["ratio"] > 0
+        assert 0 <= row["points"][-1]["accuracy"] <= 1
+    *own, shared = results["straggler"]
+    assert [row["steps"] for row in own] == [[8, 8]] * len(race)
+    assert 16 <= sum(shared["steps"]) <= 18  # each may have begun one more
+    for row in own:
+        if row["contestant"] != "hf_lsam":  # in step, a pause changes nothing but the time
+            loss, without = (each["points"][-1]["loss"] for each in (row, row["without"]))
+            assert loss == pytest.approx(without, rel=1e-3)
+    outcomes = {row["contestant"]: row["outcome"] for row in results["killed"]}
+    assert outcomes == {name: "error" if name in plain[:2] else "finished" for name in plain}
 
 
 def test_bench_server_says_how_much_room_it_needs():
