@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypedDict
 
 # Of the model classes of transformers how their names end, the task on the Hub, and peft's name of the task.
 TASKS = (
@@ -17,7 +18,15 @@ TASKS = (
 AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForCausalLM"}
 
 
-def saved_model(run_dir: Path, labels: list[str] | None = None) -> dict[str, str | None]:
+class SavedModel(TypedDict):
+    """What a card tells of how to load a model: fields of `CardFacts`."""
+
+    task: str | None
+    library: str | None
+    loading: str | None
+
+
+def saved_model(run_dir: Path, labels: list[str] | None = None) -> SavedModel:
     """Task, library and loading code of the model that lies in a folder.
 
     Args:
@@ -45,7 +54,7 @@ def saved_model(run_dir: Path, labels: list[str] | None = None) -> dict[str, str
 
 def _loading(library: str, ending: str | None, task: str | None, labels: list[str] | None) -> str:
     auto = "Auto" if library == "transformers" else "AutoPeft"
-    kind = f"{auto}Model{AUTO_CLASSES.get(ending, ending or '')}"
+    kind = f"{auto}Model{AUTO_CLASSES.get(ending or '', ending or '')}"
     reader = "AutoImageProcessor" if task == "image-classification" else "AutoTokenizer"
     own = [kind, reader] if library == "transformers" else [reader]
     lines = [f"from transformers import {', '.join(sorted(own))}"]
