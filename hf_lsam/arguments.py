@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -30,6 +30,10 @@ from .server.service import ServiceSettings
 from .transport.ownership import missing_here
 from .transport.peer import HEARTBEAT
 
+if TYPE_CHECKING:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
 SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out
 
 _SHARDING_VARIABLES = {
@@ -39,6 +43,29 @@ _SHARDING_VARIABLES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 _SHARDING_FIELDS = ("fsdp", "deepspeed", "parallelism_config")  # of TrainingArguments
+
+if TYPE_CHECKING:
+
+    class _MixedIn:
+        """What is used of TrainingArguments."""
+
+        accelerator_config: dict[str, Any] | str | None
+        auto_find_batch_size: bool
+        learning_rate: float
+        eval_on_start: bool
+        lr_scheduler_type: SchedulerType | str
+        optim: OptimizerNames | str
+        output_dir: str | None
+        use_cpu: bool
+
+        def __post_init__(self) -> None: ...
+        @property
+        def device(self) -> torch.device: ...
+        @property
+        def should_save(self) -> bool: ...
+
+else:
+    _MixedIn = object
 
 SHARED_MEMORY = "/dev/shm"
 SERVER_ADDRESS = Rule(
@@ -69,7 +96,7 @@ def refuse_former_names(names: Iterable[str]) -> None:
 
 @dataclass
 @help_from_docstring
-class LSAMArguments:
+class LSAMArguments(_MixedIn):
     """LSAM's own fields, to be mixed in before a subclass of `TrainingArguments`.
 
     ```python
@@ -222,16 +249,19 @@ class LSAMArguments:
     landscape_points: Annotated[int, LANDSCAPE_POINTS, TRAINER_ONLY] = 0
     landscape_batches: Annotated[int, whole(1, "landscape_points=0 measures nothing."), TRAINER_ONLY] = 4
 
-    def __new__(cls, *_: Any, **fields: Any):
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
         refuse_former_names(fields)
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._saving_own_state = False
         self.validate()
         super().__post_init__()
         for conflict in self._conflicts_with_trainer():
             raise ValueError(conflict)
+        from transformers.trainer_pt_utils import AcceleratorConfig
+
+        assert isinstance(self.accelerator_config, AcceleratorConfig)  # whatever form it was given in
         # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
         self.accelerator_config.dispatch_batches = False
 
@@ -336,7 +366,7 @@ class LSAMArguments:
 
     # --- validation ---
 
-    def validate(self):
+    def validate(self) -> None:
         """Checks LSAM's own fields, alone and together; what the environment says of the server is taken up first."""
         if self.server_address is None:
             self.server_address = os.environ.get(SERVER_ADDRESS_VARIABLE)
@@ -344,7 +374,7 @@ class LSAMArguments:
         for conflict in self._conflicts():
             raise ValueError(conflict)
 
-    def refuse_optimizer(self, optimizer: torch.optim.Optimizer):
+    def refuse_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ValueError where the optimizer does not go with `coupling` or `sam_direction`."""
         sgd = "nesterov" in optimizer.param_groups[0]
         if self.sam_rho and self.sam_direction == "momentum" and sgd and not optimizer.param_groups[0]["momentum"]:
@@ -420,6 +450,12 @@ class LSAMArguments:
 
     def _conflicts_with_trainer(self) -> Iterator[str]:
         """What fields of TrainingArguments cannot be together with LSAM."""
+        from transformers.trainer_pt_utils import AcceleratorConfig
+        from transformers.trainer_utils import SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        optim, schedule = OptimizerNames(self.optim).value, SchedulerType(self.lr_scheduler_type).value
+        assert isinstance(self.accelerator_config, AcceleratorConfig)  # whatever form it was given in
         several = self.identity.num_workers > 1
         if self.landscape_points and self.identity.comes_and_goes:
             yield (
@@ -427,15 +463,15 @@ class LSAMArguments:
                 f"{self.landscape_points}: worker 0 would have to wait for what each of them has found. Measure the "
                 "landscape in a launch."
             )
-        if "layerwise" in self.optim.value or "lomo" in self.optim.value:
+        if "layerwise" in optim or "lomo" in optim:
             yield (
-                f"optim={self.optim.value!r} steps inside the backward pass, where SAM's first gradient is not yet "
+                f"optim={optim!r} steps inside the backward pass, where SAM's first gradient is not yet "
                 "known: pass 1 would already change the weights. Use an optimizer that steps after the backward pass, "
                 "for example optim='adamw_torch'."
             )
-        if self.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
             yield (
-                f"lr_scheduler_type={self.lr_scheduler_type.value!r} follows evaluation results, which only worker 0 "
+                f"lr_scheduler_type={schedule!r} follows evaluation results, which only worker 0 "
                 "has: the workers' learning rates would drift apart. Use a schedule of the step, for example 'linear' "
                 "or 'cosine'."
             )

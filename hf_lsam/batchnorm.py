@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], object]) -> int:
+def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[object], object]) -> int:
     """Replaces the running statistics by the average over `batches` at the current weights; frozen ones stay.
 
     Everything but the BatchNorm layers is in evaluation mode meanwhile, so dropout does not blur the statistics.
@@ -121,4 +122,5 @@ def reestimate(model: nn.Module, batches: Iterable, forward: Callable[[object], 
 def keep_variances_positive(layers: Iterable[_BatchNorm]) -> None:
     """The server's momentum correction may carry an averaged variance past zero, where its root would be NaN."""
     for layer in layers:
+        assert layer.running_var is not None  # `tracking_layers` has chosen them by it
         layer.running_var.clamp_(min=0.0)

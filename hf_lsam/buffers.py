@@ -38,7 +38,7 @@ def movable_buffers(model: nn.Module) -> list[Slot]:
 @contextmanager
 def kept_buffers(slots: Sequence[Slot]) -> Iterator[None]:
     """Buffers may change inside, in place or by another tensor in theirs; after, they are what they were before."""
-    kept = [(module, name, module._buffers[name]) for module, name, _ in slots]
+    kept = [(module, name, module.get_buffer(name)) for module, name, _ in slots]
     values = [buffer.clone() for _, _, buffer in kept]
     try:
         yield
@@ -50,7 +50,7 @@ def kept_buffers(slots: Sequence[Slot]) -> Iterator[None]:
 
 def values_of(slots: Sequence[Slot]) -> list[Tensor]:
     """Copies of the buffers as they are now."""
-    return [module._buffers[name].clone() for module, name, _ in slots]
+    return [module.get_buffer(name).clone() for module, name, _ in slots]
 
 
 def moved_since(slots: Sequence[Slot], before: Sequence[Tensor]) -> list[str]:
@@ -58,5 +58,5 @@ def moved_since(slots: Sequence[Slot], before: Sequence[Tensor]) -> list[str]:
     return [
         full_name
         for (module, name, full_name), value in zip(slots, before, strict=True)
-        if not torch.equal(module._buffers[name], value)
+        if not torch.equal(module.get_buffer(name), value)
     ]

@@ -81,7 +81,7 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
         metadata: further fields of the card's YAML header, such as `license` and `language`; `tags` come beside LSAM's.
     """
     tags = ["lsam", "sharpness-aware-minimization"] if facts.method == "lsam" else [facts.method]
-    data = {
+    data: dict[str, Any] = {
         "base_model": facts.base if facts.base and is_hub_name(facts.base) else None,
         "datasets": [facts.data] if facts.on_hub else None,
         "library_name": facts.library,
@@ -91,7 +91,7 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
         "eval_results": [
             EvalResult(
                 task_type=facts.task or "other",
-                dataset_type=facts.data if facts.on_hub else "other",
+                dataset_type=(facts.data if facts.on_hub else None) or "other",
                 dataset_name=facts.data or "held-out data",
                 metric_type=name,
                 metric_value=value,
@@ -157,7 +157,7 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
         for name, value in (evaluated[-1] if evaluated else {}).items()
         if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(timing)
     ]
-    last = {
+    last: dict[int, dict[str, Any]] = {
         rank: next((entry for entry in reversed(entries) if "lsam/drift" in entry), {})
         for rank, entries in workers.items()
     }
@@ -230,7 +230,9 @@ def provenance_line(origin: dict[str, Any]) -> str:
 
 def is_hub_name(name: str | None) -> bool:
     """Whether a name may be that of a repository on the Hub, and is no path here."""
-    return bool(name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
+    if not name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return False
+    return not Path(name).exists()
 
 
 def told(value: Any) -> Any:

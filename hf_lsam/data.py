@@ -11,12 +11,15 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader
+
+_States = tuple[Any, Any, torch.Tensor]  # of Python's, NumPy's and torch's generators; the first two as these give them
 
 
 class Generators:
@@ -43,7 +46,7 @@ class Generators:
             self._states = self._exchange(own)
 
     @staticmethod
-    def _exchange(states: tuple) -> tuple:
+    def _exchange(states: _States) -> _States:
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -66,7 +69,7 @@ class AgreedBatches:
         self.batch_size = getattr(batches, "batch_size", None)
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.batch_sampler)  # type: ignore[arg-type]  # one without a length raises TypeError, as it should
 
     def __iter__(self) -> Iterator[list[int]]:
         generators = Generators(self._seed + self._epoch)
@@ -83,7 +86,7 @@ class AgreedBatches:
         """Which epoch is next: called by Trainer, and after each one that was gone through."""
         self._epoch = epoch
         for part in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
-            if hasattr(part, "set_epoch"):
+            if part is not None and hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
 
@@ -98,12 +101,12 @@ class BatchesInTurn:
 
     batch_size = None  # none that holds for all
 
-    def __init__(self, sampler: Sampler, sizes: Sequence[int], drop_last: bool):
+    def __init__(self, sampler: Iterable[int], sizes: Sequence[int], drop_last: bool):
         self.sampler, self.drop_last = sampler, drop_last
         self._sizes = sizes
 
     def __len__(self) -> int:
-        rows, in_all = len(self.sampler), sum(self._sizes)
+        rows, in_all = len(self.sampler), sum(self._sizes)  # type: ignore[arg-type]  # as above
         return len(self._sizes) * (rows // in_all if self.drop_last else -(-rows // in_all))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -119,7 +122,7 @@ class BatchesInTurn:
                 taken = taken[size:]
 
 
-def share_unevenly(loader: DataLoader, sizes: Sequence[int]) -> None:
+def share_unevenly(loader: DataLoader[Any], sizes: Sequence[int]) -> None:
     """Makes the shards of a loader that Accelerate has prepared shards of batches of different sizes.
 
     Args:
@@ -139,7 +142,7 @@ def share_unevenly(loader: DataLoader, sizes: Sequence[int]) -> None:
     shard.batch_size, shard.even_batches = None, False  # all of a turn are whole
 
 
-def agree_on_order(loader: DataLoader, seed: int) -> DataLoader:
+def agree_on_order(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
     """Makes the shards of a loader that Accelerate has prepared shards of one order; returns the loader.
 
     Args:
@@ -152,14 +155,14 @@ def agree_on_order(loader: DataLoader, seed: int) -> DataLoader:
     return loader
 
 
-def from_the_start(loader: DataLoader) -> Iterable:
+def from_the_start(loader: DataLoader[Any]) -> Iterable[Any]:
     """The batches of all of `loader` from its first epoch on, also where it is one worker's shard; `loader` stays where
     it is.
 
     What its samplers draw, they draw from the process's generators: inside `Generators.in_place` it is the same in
     every worker. A stream comes as it is.
     """
-    batches = loader.batch_sampler
+    batches: Any = loader.batch_sampler  # torch's, Accelerate's or the user's own
     if batches is None:
         return loader
     while isinstance(batches, (BatchSamplerShard, AgreedBatches)):
@@ -168,14 +171,14 @@ def from_the_start(loader: DataLoader) -> Iterable:
     if hasattr(batches, "sampler"):
         batches.sampler = copy.copy(batches.sampler)
     for part in (batches, getattr(batches, "sampler", None)):
-        if hasattr(part, "generator"):
+        if part is not None and hasattr(part, "generator"):
             part.generator = None
-        if hasattr(part, "set_epoch"):
+        if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(0)
     return in_batches(loader, batches)
 
 
-def in_batches(loader: DataLoader, batches: Iterable[list[int]]) -> Iterable:
+def in_batches(loader: DataLoader[Any], batches: Iterable[list[int]]) -> Iterable[Any]:
     """The rows of a map-style data set as `loader` would load, collate and place them, in other batches.
 
     Args:

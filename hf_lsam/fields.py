@@ -13,7 +13,12 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def marked(kind: type, mark: Any) -> tuple[str, ...]:
     return tuple(name for name, (_, about) in _annotations(kind).items() if mark in about)
 
 
-def by_name(kind: type, source: Any, **others: Any) -> Any:
+def by_name(kind: type[Kind], source: Any, **others: Any) -> Kind:
     """An instance of the dataclass `kind`, whose fields are those of the same names in `source`, or in `others`."""
     names = [each.name for each in fields(kind) if each.name not in others]
     return kind(**{name: getattr(source, name) for name in names}, **others)
@@ -93,7 +98,7 @@ def help_from_docstring(cls: type) -> type:
 
 
 @functools.cache
-def _annotations(kind: type) -> dict[str, tuple[bool, tuple]]:
+def _annotations(kind: type) -> dict[str, tuple[bool, tuple[Any, ...]]]:
     """Of each field whether its type allows None, and what stands beside the type."""
     hints = get_type_hints(kind, include_extras=True)
     found = {}

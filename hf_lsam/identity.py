@@ -264,15 +264,15 @@ class LaunchStore:
     def put(self, key: str, data: bytes) -> None:
         """Sets `key` to bytes, of any length; none at all tell those who `take` it that there will be none."""
         for start in range(0, len(data), _PIECE):
-            self._store.set(f"{key}/{start}", data[start : start + _PIECE])
+            self._store.set(f"{key}/{start}", data[start : start + _PIECE])  # type: ignore[arg-type]  # its stub knows no bytes
         self._store.set(key, str(len(data)))  # last: who finds it finds the pieces
 
     def take_back(self, key: str) -> None:
         """Frees what was put: who takes it from now on gets no bytes, and does not wait for any."""
         length = int(self._store.get(key))
         self._store.set(key, "0")
-        for start in range(0, length, _PIECE):
-            self._store.set(f"{key}/{start}", b"")  # not deleted: somebody may be about to get it
+        for start in range(0, length, _PIECE):  # not deleted: somebody may be about to get it
+            self._store.set(f"{key}/{start}", b"")  # type: ignore[arg-type]  # as above
 
     def take(self, key: str, seconds: float) -> bytes | None:
         """What was put; no bytes if that was none, or was taken back; None if nothing was in `seconds`."""

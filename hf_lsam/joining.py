@@ -105,20 +105,21 @@ class Launch(Transport):
         self._restarts_left = SERVER_RESTARTS
         self.folder: RunFolder | None = None
         self._made: tuple[Path, TextIO] | None = None  # the folder, if this worker has made it, and its lock
-        self._server: subprocess.Popen | None = None
+        self._server: subprocess.Popen[bytes] | None = None
         self._server_options: list[str] = []
 
     def join(self, request: JoinRequest) -> SharedMemoryLink:
         number = next(_runs_joined)
         key = f"run_dir/{number}/{self._identity.machine}"
         if self._identity.local_rank == 0:
-            self._open_folder(request, number)
+            folder = self._open_folder(request, number)
             if self._identity.local_workers > 1:
-                self._store.set(key, str(self.folder.path))
+                self._store.set(key, str(folder.path))
         else:
-            self.folder = RunFolder(Path(self._store.get(key)))
+            folder = RunFolder(Path(self._store.get(key)))
+        self.folder = folder
         return SharedMemoryLink(
-            self.folder,
+            folder,
             self._identity.local_rank,
             request.layout,
             request.device,
@@ -144,7 +145,7 @@ class Launch(Transport):
             self._made = None
         self.folder = None
 
-    def _open_folder(self, request: JoinRequest, number: int) -> None:
+    def _open_folder(self, request: JoinRequest, number: int) -> RunFolder:
         """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
         here, key = self._identity, f"machines/{number}"
         contents = _contents(request, self._timeouts)
@@ -161,7 +162,7 @@ class Launch(Transport):
             contents = {**contents, "machines": across.as_dict()}
         path, _ = self._made = make_launch_folder(self._shared_memory_dir)
         first = request.first_anchor(CPU)
-        self.folder = RunFolder.create(path, first, here.local_workers, request.layout.manifest, contents)
+        folder = RunFolder.create(path, first, here.local_workers, request.layout.manifest, contents)
         self._restarts_left = SERVER_RESTARTS
         self._server_options = []
         if here.num_machines > 1:
@@ -173,6 +174,7 @@ class Launch(Transport):
             self._server_options[1] = f"{host}:{port}"  # one that is started again listens where it is looked for
             secret = (path / SECRET).read_text()
             self._store.set(key, {"address": [host, port], "run_id": run_id, "secret": secret})
+        return folder
 
     def _options_across(self, path: Path, meeting: dict[str, Any] | None) -> list[str]:
         """What tells the server of this machine its place among them. The secret goes into a file only."""
@@ -202,11 +204,13 @@ class Launch(Transport):
 
     def _revive_server(self) -> None:
         """Worker 0 starts the server anew if it has died; one that was told to end stays away."""
-        if self._server is None or self._server.poll() in (None, 0, SIGTERM_CODE) or not self._restarts_left:
+        if self._made is None or self._server is None or not self._restarts_left:
+            return
+        if self._server.poll() in (None, 0, SIGTERM_CODE):
             return
         self._restarts_left -= 1
         logger.warning("the server process ended with code %d: it is started again", self._server.returncode)
-        self._server = start_server(self.folder.path, self._server_log, True, self._server_options)
+        self._server = start_server(self._made[0], self._server_log, True, self._server_options)
 
 
 class ServedFolder(Transport):

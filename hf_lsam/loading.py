@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypedDict
 
 # Of the model classes of transformers how their names end, the task on the Hub, and peft's name of the task.
 TASKS = (
@@ -18,7 +19,15 @@ READERS = {"tokenizer_config.json": "AutoTokenizer", "preprocessor_config.json":
 AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForCausalLM"}
 
 
-def saved_model(run_dir: Path, labels: list[str] | None = None) -> dict[str, str | None]:
+class SavedModel(TypedDict):
+    """What a card tells of how to load a model: fields of `CardFacts`."""
+
+    task: str | None
+    library: str | None
+    loading: str | None
+
+
+def saved_model(run_dir: Path, labels: list[str] | None = None) -> SavedModel:
     """Task, library and loading code of the model that lies in a folder.
 
     Args:
@@ -47,7 +56,7 @@ def saved_model(run_dir: Path, labels: list[str] | None = None) -> dict[str, str
 
 def _loading(library: str, ending: str | None, task: str | None, labels: list[str] | None, reader: str | None) -> str:
     auto = "Auto" if library == "transformers" else "AutoPeft"
-    kind = f"{auto}Model{AUTO_CLASSES.get(ending, ending or '')}"
+    kind = f"{auto}Model{AUTO_CLASSES.get(ending or '', ending or '')}"
     own = [name for name in (kind if library == "transformers" else None, reader) if name]
     lines = [f"from transformers import {', '.join(sorted(own))}"] if own else []
     lines += [] if library == "transformers" else [f"from peft import {kind}"]

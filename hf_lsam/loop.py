@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 class LoopArguments(LSAMArguments):
     """LSAM's fields and their validation, without TrainingArguments."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.validate()
 
 
@@ -143,17 +146,18 @@ class LSAM:
         self._accelerator = accelerator
         self._accumulation = gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
-        self._whole: WeakKeyDictionary[DataLoader, DataLoader] = WeakKeyDictionary()  # of the shares handed out
+        # Of the shares that were handed out, the loaders of all batches.
+        self._whole: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
         self._micro_step = 0
         self._signal_was_shown = False
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        inner = model.module if wrapped else model
+        wrapper = model if isinstance(model, DistributedDataParallel) else None
+        inner: nn.Module = model if wrapper is None else wrapper.module
         self.session = Session(self.arguments, None if output_dir is None else Path(output_dir))
         self.session.cast_to_float32(inner, optimizer)
         self.session.prepare(inner, optimizer)
         detach(self.arguments.identity, self.session.device)
-        if wrapped:
-            model.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest
+        if wrapper is not None:
+            wrapper.require_forward_param_sync = False  # no broadcast of buffers; `no_sync` does the rest
 
     @property
     def worker(self) -> Worker | None:
@@ -178,9 +182,10 @@ class LSAM:
     def __enter__(self) -> LSAM:
         self._signal_was_shown = False
         rank, folder = self.arguments.identity.rank, self._resume_from
-        saved = (None, None) if folder is None else (folder / SERVER_STATE, folder / str(rank) / WORKER_STATE)
+        server_state = None if folder is None else folder / SERVER_STATE
+        worker_state = None if folder is None else folder / str(rank) / WORKER_STATE
         try:
-            state = self.session.join(*saved, self._max_steps)
+            state = self.session.join(server_state, worker_state, self._max_steps)
             if state is not None:
                 self._restore_random_states(state)
             else:
@@ -193,22 +198,25 @@ class LSAM:
                 "optim": type(self.optimizer).__name__,
                 "gradient_accumulation_steps": self._accumulation,
             }
-            self.session.begin(self.worker.local_steps, folder is not None, configuration)
+            self.session.begin(self.session.joined_worker.local_steps, folder is not None, configuration)
         except BaseException as error:
             self.session.leave(0, error)
             raise
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        worker = self.session.joined_worker
         try:
             if error is None:
                 self.session.finish()
-                self.worker.adopt_anchor()
+                worker.adopt_anchor()
         except BaseException as raised:
             error = raised
             raise
         finally:
-            self.session.leave(self.worker.local_steps, error)
+            self.session.leave(worker.local_steps, error)
 
     def save(self, folder: str | Path) -> None:
         """Saves what LSAM has to know to go on: this worker's x, y, sum and torch's random state, with which it goes on
@@ -219,6 +227,7 @@ class LSAM:
 
         Raises:
             OSError: if there is no room, or no server.
+            RuntimeError: before `with lsam` was entered.
         """
         folder = Path(folder)
         own = folder / str(self.arguments.identity.rank)
@@ -228,16 +237,16 @@ class LSAM:
         self.session.save_worker(own, self._random_states())
 
     def _random_states(self) -> dict[str, Tensor]:
-        device = self.worker.anchor.device
+        device = self.session.device
         of_device = {"device_generator": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
         return {"generator": torch.get_rng_state(), **of_device}
 
     def _restore_random_states(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["generator"])
-        if "device_generator" in state and self.worker.anchor.device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_generator"], self.worker.anchor.device)
+        if "device_generator" in state and self.session.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_generator"], self.session.device)
 
-    def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple]) -> Tensor:
+    def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple[Any, ...]]) -> Tensor:
         """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
 
         Args:
@@ -255,7 +264,8 @@ class LSAM:
         if self._signal_was_shown:
             signals.obey()
         self._signal_was_shown = signals.received is not None
-        if self.worker is None or self.session.finished:
+        worker = self.worker
+        if worker is None or self.session.finished:
             raise RuntimeError("`LSAM.step` works inside `with lsam:`, where the worker takes part in a run.")
 
         def one_pass() -> Tensor:
@@ -264,10 +274,9 @@ class LSAM:
             return loss.detach()
 
         scaler = None if self._accelerator is None else self._accelerator.scaler
-        with self._model.no_sync() if hasattr(self._model, "no_sync") else nullcontext():
-            loss = self.session.add_gradient(
-                self.worker.local_steps, one_pass, scaler=scaler, share=1 / self._accumulation
-            )
+        no_sync = getattr(self._model, "no_sync", nullcontext)
+        with no_sync():
+            loss = self.session.add_gradient(worker.local_steps, one_pass, scaler=scaler, share=1 / self._accumulation)
         self._micro_step += 1
         if self._micro_step % self._accumulation == 0:
             self._optimizer_step()
@@ -281,7 +290,7 @@ class LSAM:
 
     # --- the steps of the run, where its workers share them ---
 
-    def batches(self, loader: Iterable) -> Iterator:
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of `loader`, epoch after epoch, as long as there are steps of the run left (`share_steps`).
 
         ```python
@@ -313,7 +322,7 @@ class LSAM:
 
     # --- data, evaluation, logging ---
 
-    def shard(self, loader: DataLoader, seed: int | None = None) -> DataLoader:
+    def shard(self, loader: DataLoader[Any], seed: int | None = None) -> DataLoader[Any]:
         """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
 
         A loader that an Accelerator under the same launch has prepared before is sharded already. Where the workers'
@@ -349,7 +358,9 @@ class LSAM:
         return agree_on_order(share, seed)
 
     @contextmanager
-    def anchor(self, batches: Iterable | None = None, forward: Callable[[Any], Any] | None = None) -> Iterator[None]:
+    def anchor(
+        self, batches: Iterable[Any] | None = None, forward: Callable[[Any], Any] | None = None
+    ) -> Iterator[None]:
         """The model holds the anchor inside, and what it held before after. After `with lsam` it holds it already.
 
         Args:
@@ -359,7 +370,7 @@ class LSAM:
             forward: runs the model on one of them; `model(batch)` if None.
         """
 
-        def first_batches() -> Iterable:
+        def first_batches(batches: Iterable[Any]) -> Iterable[Any]:
             if not isinstance(batches, DataLoader):
                 return batches
             whole = from_the_start(self._whole.get(batches, batches))
@@ -368,7 +379,8 @@ class LSAM:
         with ExitStack() as stack:
             if self.worker is not None and not self.session.finished:
                 stack.enter_context(self.session.showing_anchor())
-            self.session.settle_batchnorm(None if batches is None else first_batches, forward or self._model)
+            some = None if batches is None else partial(first_batches, batches)
+            self.session.settle_batchnorm(some, forward or self._model)
             yield
 
     def log(self, **measured: float) -> dict[str, float]:
@@ -381,10 +393,11 @@ class LSAM:
             LSAM's metrics and `measured`.
 
         Raises:
-            ValueError: if parameters were frozen or unfrozen since `with lsam` was entered.
+            RuntimeError: before `with lsam` was entered.
+            ValueError: if parameters were frozen or unfrozen since then.
         """
-        logs = {**measured, "learning_rate": self._learning_rate}
-        return self.session.log(self.worker.local_steps, logs) | measured
+        step = self.session.joined_worker.local_steps
+        return self.session.log(step, {**measured, "learning_rate": self._learning_rate}) | measured
 
     def worker_summary(self) -> dict[str, float]:
         """This worker's totals of the run so far: steps, pushes, bytes, staleness, anchor version, and the drift now or
@@ -398,7 +411,7 @@ class LSAM:
             step: local step of worker 0 at which the anchor was taken; now if None.
             **measured: under names that begin with eval_, such as eval_accuracy=0.9.
         """
-        now = self.worker.local_steps if self.worker else 0
+        now = 0 if self.worker is None else self.worker.local_steps
         self.session.record.log(now if step is None else step, measured)
 
     # --- inside a step ---
@@ -413,7 +426,7 @@ class LSAM:
         if self._accelerator is not None:
             self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
         if self._max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.worker.parameters, self._max_grad_norm)
+            nn.utils.clip_grad_norm_(self.session.joined_worker.parameters, self._max_grad_norm)
         self.session.hooks.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()

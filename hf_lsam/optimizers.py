@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .worker import Worker
@@ -87,7 +87,7 @@ def switch(optimizer: Optimizer | None, mode: Literal["train", "eval"]) -> None:
 MOMENTUM_STATES = ("momentum_buffer", "exp_avg")  # of SGD; of Adam and those that follow it
 
 
-def momentum_buffers(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+def momentum_buffers(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor] | None:
     """The running mean or sum of gradients of each parameter; None before the first step.
 
     Raises:

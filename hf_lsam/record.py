@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -78,7 +78,7 @@ class RecordWriter:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if run is not None:
-                self._write_run(run, resumed)
+                self._write_run(self._folder / "run.json", run, resumed)
             if not resumed:
                 self._path.write_bytes(b"")
         except OSError as error:
@@ -104,10 +104,10 @@ class RecordWriter:
 
     @property
     def _path(self) -> Path:
+        assert self._folder is not None  # or nothing has begun
         return worker_file(self._folder.parent, self._rank)
 
-    def _write_run(self, run: dict[str, Any], resumed: bool) -> None:
-        path = self._folder / "run.json"
+    def _write_run(self, path: Path, run: dict[str, Any], resumed: bool) -> None:
         if resumed and path.exists():
             try:
                 before = json.loads(path.read_bytes())
@@ -349,7 +349,7 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _ends_a_line(file) -> bool:
+def _ends_a_line(file: BinaryIO) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
 

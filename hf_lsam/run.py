@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from .algorithms import ServerSettings, WorkerSettings
 from .identity import Identity, LaunchStore
@@ -72,7 +72,7 @@ class Run:
 
     def join(
         self,
-        named: Sequence[tuple[str, nn.Parameter]],
+        named: Sequence[tuple[str, Tensor]],
         worker_settings: WorkerSettings,
         server_settings: ServerSettings,
         server_state: Path | None = None,

@@ -33,7 +33,7 @@ ASAM_OFFSET = 0.01  # eta in the ASAM paper: keeps weights near zero from having
 
 
 def gradient(
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     first_pass: Callable[[], Tensor],
     second_pass: Callable[[], Tensor],
     rho: float,
@@ -79,7 +79,7 @@ def gradient(
 
 
 def gradient_along(
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
     single_pass: Callable[[], Tensor],
     rho: float,
@@ -114,12 +114,12 @@ def gradient_along(
 
 @torch.no_grad()
 def perturb(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[Tensor],
     rho: float,
     eps: float = 1e-12,
     adaptive: bool = False,
     loss_scale: Tensor | float = 1.0,
-) -> list[tuple[nn.Parameter, Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """Moves every parameter that has a gradient to x + eps and takes the gradient away.
 
     Nothing is read back to the host: on an accelerator the norm stays on the device. After an overflow in pass 1 (fp16)
@@ -157,8 +157,8 @@ def perturb(
 
 @torch.no_grad()
 def _move_along(
-    parameters: Sequence[nn.Parameter], directions: list[Tensor], rho: float, eps: Tensor | float, adaptive: bool
-) -> list[tuple[nn.Parameter, Tensor]]:
+    parameters: Sequence[Tensor], directions: list[Tensor], rho: float, eps: Tensor | float, adaptive: bool
+) -> list[tuple[Tensor, Tensor]]:
     """Points the parameters at x + eps; `directions` are written over where `adaptive`."""
     originals = [parameter.data for parameter in parameters]
     if adaptive:
@@ -175,7 +175,7 @@ def _move_along(
     return list(zip(parameters, originals, strict=True))
 
 
-def restore(saved: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+def restore(saved: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Points the parameters back at the storage they had before `perturb`; their bits never changed."""
     for parameter, original in saved:
         parameter.data = original

@@ -116,7 +116,7 @@ class Session:
         arguments.refuse_optimizer(optimizer)
         self._model, self.optimizer = model, optimizer
         self._sam_rho = arguments.sam_rho
-        self._named = trainable_parameters(model)
+        self._named: list[tuple[str, Tensor]] = list(trainable_parameters(model))
         if arguments.batchnorm_statistics == "average":
             self._named += running_statistics(model)
         self.batchnorm = tracking_layers(model)
@@ -168,6 +168,17 @@ class Session:
         """Of what is trained, once prepared."""
         return self._named[0][1].device
 
+    @property
+    def joined_worker(self) -> Worker:
+        """`worker`, for what only works once it has taken part in a run.
+
+        Raises:
+            RuntimeError: if no run was joined.
+        """
+        if self.worker is None:
+            raise RuntimeError("Not before the worker takes part in a run: train first, or enter `with lsam`.")
+        return self.worker
+
     def join(
         self, server_state: Path | None = None, worker_state: Path | None = None, max_steps: int | None = None
     ) -> dict[str, Tensor] | None:
@@ -187,24 +198,25 @@ class Session:
         """
         arguments = self.arguments
         self.finished = False
-        self.worker = self.run.join(
+        self.worker = worker = self.run.join(
             self._named,
             arguments.worker_settings(self.sync_steps),
             arguments.server_settings(self.sync_steps),
             server_state,
         )
-        self.worker.weigh(self._weight)
-        self.metrics = WorkerMetrics(self.worker)
-        self.hooks = StepHooks(self.optimizer, self.worker, self._factor)
+        worker.weigh(self._weight)
+        self.metrics = WorkerMetrics(worker)
+        self.hooks = StepHooks(self.optimizer, worker, self._factor)
         self.budget = None
         if arguments.share_steps:
-            self.budget = StepBudget(self.worker.link, max_steps, arguments.identity.num_workers)
+            assert max_steps is not None  # Trainer knows it, and `LSAM` asks for it
+            self.budget = StepBudget(worker.link, max_steps, arguments.identity.num_workers)
         switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
         if worker_state is None or not worker_state.exists():
-            self.worker.adopt_anchor()
+            worker.adopt_anchor()
             return None
         state = load_tensors(worker_state)
-        self.worker.load_state_tensors(state)
+        worker.load_state_tensors(state)
         self.metrics.entry_was_made()  # the steps made before are in the record
         return state
 
@@ -222,12 +234,13 @@ class Session:
             self.budget.begin_step()
         run = None
         if self.arguments.identity.rank == 0:
-            base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+            unwrapped = getattr(self._model, "get_base_model", None)  # of peft
+            base = self._model if unwrapped is None else unwrapped()
             about = {
                 "name": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
                 "class": type(base).__name__,
                 "adapter": base is not self._model,
-                "trainable_parameters": self.worker.layout.numel,
+                "trainable_parameters": self.joined_worker.layout.numel,
             }
             settings = {**self.arguments.lsam_fields(), "sync_steps": self.sync_steps, **configuration}
             run = describe(self.arguments.identity.num_workers, settings, about)
@@ -241,10 +254,11 @@ class Session:
             ValueError: if parameters were frozen or unfrozen since the run began.
             ServerGone: if there is no server.
         """
-        refuse_changes(self._model, self.worker.parameters)
-        self._final_drift = self.worker.drift()
+        worker = self.joined_worker
+        refuse_changes(self._model, worker.parameters)
+        self._final_drift = worker.drift()
         with self.signals.at_once():
-            best_step = self.worker.finish(stop_all, best_step)
+            best_step = worker.finish(stop_all, best_step)
         self.signals.restore()
         switch(self.optimizer, "eval")
         self.finished = True
@@ -272,7 +286,7 @@ class Session:
         Raises:
             OSError: if there is no room.
         """
-        return self.arguments.identity.rank != 0 or self.worker.link.snapshot(folder / SERVER_STATE)
+        return self.arguments.identity.rank != 0 or self.joined_worker.link.snapshot(folder / SERVER_STATE)
 
     def save_worker(self, folder: Path, beside: dict[str, Tensor] | None = None) -> None:
         """Saves x, y and what is to be pushed.
@@ -280,7 +294,7 @@ class Session:
         Args:
             beside: further tensors, which `join` gives back.
         """
-        save_tensors(folder / WORKER_STATE, {**self.worker.state_tensors(), **(beside or {})})
+        save_tensors(folder / WORKER_STATE, {**self.joined_worker.state_tensors(), **(beside or {})})
 
     # --- a step ---
 
@@ -347,12 +361,13 @@ class Session:
         if self._at_step_begin and self.metrics.steps_since_last_entry and time.monotonic() >= self._record_at:
             self._add_entry(step, {})
         self._at_step_begin = False
-        arguments, parameters = self.arguments, self.worker.parameters
+        arguments, worker = self.arguments, self.joined_worker
+        parameters = worker.parameters
         rho, eps, adaptive = self._sam_rho, arguments.sam_eps, arguments.sam_adaptive
         if not rho or step % arguments.sam_interval:
             loss = one_pass()
         elif arguments.sam_direction != "gradient":
-            directions, sign = known_direction(arguments.sam_direction, self.worker, self.optimizer)
+            directions, sign = known_direction(arguments.sam_direction, worker, self.optimizer)
             if directions is None:
                 loss = one_pass()
             else:
@@ -370,7 +385,7 @@ class Session:
             losses = sam.gradient(parameters, first, second_pass, rho, eps, adaptive, self.batchnorm, scaler)
             self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
             loss = losses[ascent_on_part]
-        self.worker.note_loss(loss)
+        worker.note_loss(loss)
         self.metrics.add_loss(loss, share)
         return loss
 
@@ -379,11 +394,11 @@ class Session:
     @contextmanager
     def showing_anchor(self) -> Iterator[None]:
         """The model holds y inside and x again after, with BatchNorm's running statistics of before; may be nested."""
-        with showing_anchor(self.worker, self.optimizer), kept_statistics(self.batchnorm):
+        with showing_anchor(self.joined_worker, self.optimizer), kept_statistics(self.batchnorm):
             yield
 
     def settle_batchnorm(
-        self, batches: Callable[[], Iterable] | None, forward: Callable[[Any], Any], seed: int = 0
+        self, batches: Callable[[], Iterable[Any]] | None, forward: Callable[[Any], Any], seed: int = 0
     ) -> None:
         """Gives BatchNorm running statistics that belong to the anchor, which the model holds.
 
@@ -418,13 +433,14 @@ class Session:
         Raises:
             ValueError: if parameters were frozen or unfrozen since the run began.
         """
-        refuse_changes(self._model, self.worker.parameters)
+        refuse_changes(self._model, self.joined_worker.parameters)
         metrics = self.metrics.since_last_log()
         if self.hooks.factor != 1.0:
             metrics["lsam/worker_learning_rate"] = logs["learning_rate"] * self.hooks.factor
         metrics |= self._steps_of_all()
-        seen = metrics["lsam/drift"], metrics["lsam/staleness"], metrics["lsam/anchor_version"], logs["learning_rate"]
-        for warning in self.signatures.observe(*seen):
+        version = int(metrics["lsam/anchor_version"])
+        drift, staleness, rate = metrics["lsam/drift"], metrics["lsam/staleness"], logs["learning_rate"]
+        for warning in self.signatures.observe(drift, staleness, version, rate):
             self._warn(warning)
         if self._buffers_before is not None:
             self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
@@ -451,9 +467,8 @@ class Session:
         Raises:
             RuntimeError: if no run was joined.
         """
-        if self.worker is None:
-            raise RuntimeError("There is nothing to sum up before the worker takes part in a run. Train first.")
-        return {**self.metrics.of_run(), "drift": self._final_drift if self.finished else self.worker.drift()}
+        worker = self.joined_worker
+        return {**self.metrics.of_run(), "drift": self._final_drift if self.finished else worker.drift()}
 
     def _warn(self, warning: str | None) -> None:
         if warning:

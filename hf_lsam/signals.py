@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -51,7 +52,7 @@ class EndSignals:
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
-    def _note(self, number: int, _) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self.obey()
         self.received = number
         if self._at_once:

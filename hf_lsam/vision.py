@@ -34,6 +34,7 @@ class ImageClassifier(nn.Module):
     ):
         super().__init__()
         self.features = features
+        self.global_pool = global_pool
         self.num_features = self.head_hidden_size = num_features
         self.drop_rate = drop_rate
         self.reset_classifier(num_classes, global_pool)
@@ -52,7 +53,8 @@ class ImageClassifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps, float [B, num_features, H', W'], before pooling."""
-        return self.features(x)
+        features: Tensor = self.features(x)
+        return features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, float [B, num_classes], of feature maps; with `pre_logits` the pooled features, [B, num_features]."""
@@ -123,7 +125,8 @@ class PreActivationBlock(nn.Module):
         active = F.relu(self.bn1(x))
         out = F.relu(self.bn2(self.conv1(active)))
         out = self.conv2(F.dropout(out, self.drop_rate, self.training))
-        return out + (x if self.shortcut is None else self.shortcut(active))
+        shortcut: Tensor = x if self.shortcut is None else self.shortcut(active)
+        return out + shortcut
 
 
 def _stages(block: type[nn.Module], channels: list[int], depth: int, **options: Any) -> nn.Sequential:

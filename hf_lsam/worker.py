@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .algorithms import ALGORITHMS, WorkerHalf, WorkerSettings
 from .coupling import add_langevin_noise
@@ -43,7 +43,7 @@ class Worker:
     Process: the training thread. Blocking: `finish` waits for the other workers, all else for nobody.
     """
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], link: Link, settings: WorkerSettings):
+    def __init__(self, named: Sequence[tuple[str, Tensor]], link: Link, settings: WorkerSettings):
         self.layout = ParameterLayout(named)
         self.parameters = [parameter for _, parameter in named]
         self.settings = settings
@@ -177,7 +177,7 @@ class Worker:
     def drift(self) -> float:
         """||x - y|| / ||y||, read back to the host."""
         x = self.own_parameters
-        return (torch.dist(x, self.anchor) / self.anchor.norm().clamp_min(1e-12)).item()
+        return float(torch.dist(x, self.anchor) / self.anchor.norm().clamp_min(1e-12))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold of this worker, as tensors by name."""

@@ -260,7 +260,7 @@ def test_a_schedule_free_optimizer_switches_its_mode_at_x_and_not_at_the_anchor(
         torch.testing.assert_close(ours, undisturbed, rtol=0, atol=1e-6)
 
 
-def test_metrics_are_logged_and_misuse_is_named():
+def test_metrics_are_logged_and_misuse_is_named(tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(TypeError, match="no field 'sam_roh'"):
@@ -272,6 +272,9 @@ def test_metrics_are_logged_and_misuse_is_named():
     lsam = LSAM(model, optimizer, **LSAM_FIELDS)
     with pytest.raises(RuntimeError, match="inside `with lsam:`"):
         lsam.step(lambda: None)
+    for too_early in (lsam.log, lsam.worker_summary, lambda: lsam.save(tmp_path)):
+        with pytest.raises(RuntimeError, match="enter `with lsam`"):
+            too_early()
     with lsam:
         for x, labels in batches(8):
             lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))

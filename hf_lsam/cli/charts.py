@@ -295,7 +295,7 @@ def _numbers(title: str, x_label: str, y_label: str, series: Sequence[Series]) -
     rows = []
     for each in series:
         every = math.ceil(len(each.points) / ROWS)
-        spreads = each.spread or [None] * len(each.points)
+        spreads: Sequence[float | None] = each.spread or [None] * len(each.points)
         for (x, y), spread in list(zip(each.points, spreads, strict=True))[::every]:
             value = number(y) if spread is None else f"{number(y)}\u00a0±\u00a0{number(spread)}"
             rows.append([each.label, number(x), value])

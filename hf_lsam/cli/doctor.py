@@ -184,7 +184,7 @@ def start(launch: Launch, wait: float) -> tuple[list[dict[str, Any]], int | None
     return sorted(reports, key=lambda report: report["rank"]), code, said
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a launcher that still runs, and all that it started: they are in sessions of their own."""
     if process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)

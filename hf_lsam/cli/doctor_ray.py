@@ -87,8 +87,8 @@ def _nodes(nodes: Sequence[Any], run_dir: Path | None, shared_memory_dir: Path) 
             )
             continue
         if (found["hf_lsam"], found["python"]) != (__version__, platform.python_version()):
-            there = f"hf_lsam {found['hf_lsam']} and Python {found['python']}"
-            yield Finding("wrong", f"node {node.address} has {there}, and this machine another.", "Install the same.")
+            has = f"hf_lsam {found['hf_lsam']} and Python {found['python']}"
+            yield Finding("wrong", f"node {node.address} has {has}, and this machine another.", "Install the same.")
         if probe is not None and not found["sees"]:
             yield Finding(
                 "wrong",

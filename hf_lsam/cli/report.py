@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -24,8 +24,16 @@ from ..record import BYTES, FOLDER, Record, read_record, worker_state
 from .charts import Series, absent, line_chart, map_chart, number, table
 
 # What may differ between two runs of the same experiment.
-_NOT_COMPARED = ("seed", "data_seed", "shared_memory_dir", "server_address", "server_port", "num_workers")
-_NOT_COMPARED += ("landscape_points", "landscape_batches")
+_NOT_COMPARED = {
+    "seed",
+    "data_seed",
+    "shared_memory_dir",
+    "server_address",
+    "server_port",
+    "num_workers",
+    "landscape_points",
+    "landscape_batches",
+}
 _NOT_MEASURED = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of an evaluation's other entries
 _OF_A_LANDSCAPE = {"batches", "batchnorm", "distances", "fractions", "lines", "plane", "strength"}
 _MIB = 2**20
@@ -257,7 +265,7 @@ def _contents(runs: Sequence[RunFacts]) -> str:
 def _comparison(groups: Sequence[Group]) -> str:
     metrics = list(dict.fromkeys(metric for group in groups for run in group.runs for metric in run.metrics()))
     measured: list[tuple[str, Callable[[RunFacts], Points]]] = [("loss of the workers", loss_of_workers)]
-    measured += [(metric, lambda run, metric=metric: _metric_curve(run, metric)) for metric in metrics]
+    measured += [(metric, partial(_metric_curve, metric=metric)) for metric in metrics]
     figures = []
     for index, (what, curve) in enumerate(measured):
         series = []
@@ -396,7 +404,7 @@ def _plane(name: str, measured: dict[str, Any]) -> str:
     if plane is None:
         reason = "There is none: it takes two workers that do not lie on one line with the anchor."
         return absent("Loss on the plane of two workers", reason)
-    marks = [("anchor", 0.0, 0.0, None)]
+    marks: list[tuple[str, float, float, int | None]] = [("anchor", 0.0, 0.0, None)]
     marks += [
         (f"worker {rank}", a, b, style)
         for style, (rank, (a, b)) in enumerate(zip(plane["workers"], plane["positions"], strict=True))

@@ -8,7 +8,7 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 try:
     import ray  # noqa: F401
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["launch"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "launch":  # not before it is used: whoever hosts a worker need not load torch
         return import_module(".supervisor", __name__).launch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,11 +52,12 @@ class Host:
 
     def signal(self, number: int) -> None:
         """Sends a signal to the process, if it runs."""
-        if self._is_running:
-            self._process.send_signal(number)
+        if (process := self._running) is not None:
+            process.send_signal(number)
 
     def code(self) -> int | None:
         """The exit code of the process, None as long as it runs; negative if a signal has ended it."""
+        assert self._process is not None  # asked of a worker's host, once it has started its process
         return self._process.poll()
 
     def last_lines(self) -> str:
@@ -64,13 +65,12 @@ class Host:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     @property
-    def _is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+    def _running(self) -> subprocess.Popen[bytes] | None:
+        """The process, if it runs."""
+        return self._process if self._process is not None and self._process.poll() is None else None
 
-    def _start(
-        self, words: Sequence[str], dies_with_host: bool, folder: Path | None = None, **environment: str
-    ) -> None:
-        """Starts Python with `words`, in `folder`."""
+    def _start(self, words: Sequence[str], dies_with_host: bool, folder: Path | None = None, **environment: str) -> int:
+        """Starts Python with `words`, in `folder`; returns its pid."""
         paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -83,6 +83,7 @@ class Host:
                 start_new_session=True,
                 preexec_fn=_dying_with(os.getpid()) if dies_with_host else None,
             )
+        return self._process.pid
 
 
 class WorkerHost(Host):
@@ -113,7 +114,7 @@ class WorkerHost(Host):
                 f"{folder}, in which the script is to start, is not on node {self.where()[1]}. Start from a folder "
                 "that all nodes share, or send it along: ray job submit --working-dir."
             )
-        self._start(
+        return self._start(
             words,
             dies_with_host=False,
             folder=folder,
@@ -121,7 +122,6 @@ class WorkerHost(Host):
             HF_LSAM_WORKER=str(number),
             HF_LSAM_NUM_WORKERS=str(num_workers),
         )
-        return self._process.pid
 
 
 def _end_with(raylet: int) -> None:

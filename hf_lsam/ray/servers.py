@@ -54,7 +54,7 @@ class ServerHost(Host):
         Raises:
             RuntimeError: if too many have ended with an error of their own.
         """
-        if self._process is None or self._is_running:
+        if self._process is None or self._running is not None:
             return self._process is None
         self._errors += self._process.returncode > 0
         if self._errors == MOST_ERRORS:
@@ -83,6 +83,8 @@ class ServerHost(Host):
 class RelayHost(ServerHost):
     """Keeps the relay of its node."""
 
+    _root = ""  # which the relay was started to connect to
+
     def tend(self, root: str) -> tuple[bool, int]:
         """To be called again and again.
 
@@ -93,11 +95,12 @@ class RelayHost(ServerHost):
         Returns:
             whether there is a run in the folder, which its first worker creates, and the newest version there.
         """
-        if self._is_running and root not in self._process.args:
-            self._process.kill()
-            self._process.wait()
+        if root != self._root and (process := self._running) is not None:
+            process.kill()
+            process.wait()
         if self._ended():
             self._serve("--connect", root)
+            self._root = root
         with suppress(FileNotFoundError):  # the relay is about to end or to begin
             return True, RunFolder(self.folder).version
         return False, 0

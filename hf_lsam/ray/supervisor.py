@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -172,12 +173,13 @@ class Remote:
     def __init__(self, kind: type, arguments: Sequence[Any], node: str | None = None, needs: Needs | None = None):
         needs = needs or Needs(0, 0)
         placement = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-        actor = ray.remote(kind).options(
+        actor: ActorClass[Any] = ray.remote(kind).options(
             num_cpus=needs.cpus, num_gpus=needs.gpus, runtime_env={"env_vars": HOST_ENVIRONMENT}, **placement
         )
-        self._actor = actor.remote(*arguments)
+        # Ray's types allow for a class here.
+        self._actor: ActorHandle[Any] = actor.remote(*arguments)  # type: ignore[assignment]
         self._question: tuple[Any, ...] = ()
-        self._asked: ray.ObjectRef | None = None
+        self._asked: ray.ObjectRef[Any] | None = None
         self.node = self.address = ""
         self.ask("where")
 
@@ -190,7 +192,7 @@ class Remote:
         self._question = (method, *arguments)
         self._asked = self.tell(method, *arguments)
 
-    def tell(self, method: str, *arguments: Any) -> ray.ObjectRef:
+    def tell(self, method: str, *arguments: Any) -> ray.ObjectRef[Any]:
         """Asks for something whose answer is nobody's."""
         return getattr(self._actor, method).remote(*arguments)
 
@@ -369,6 +371,7 @@ class Supervisor:
         return self._started and node in self._relays and self._relays[node].is_there
 
     def _let_go(self, worker: Worker, phase: Phase) -> None:
+        assert worker.host is not None
         worker.host.kill()
         worker.host, worker.phase = None, phase
 
@@ -386,6 +389,7 @@ class Supervisor:
 
     def _lose(self, worker: Worker, reason: str) -> None:
         """Its host has died, and with it or without it the process."""
+        assert worker.host is not None
         node, address = worker.host.node, worker.host.address
         trained = worker.phase is Phase.TRAINING
         worker.host, worker.phase = None, Phase.LEFT
@@ -484,9 +488,10 @@ class Supervisor:
                     except RuntimeError as error:
                         logger.error("%s", error)
                         self._let_go(worker, Phase.LEFT)
-                    if worker.phase is Phase.TRAINING and worker.host not in told:
-                        worker.host.tell("signal", signal.SIGTERM)
-                        told.append(worker.host)
+                    host = worker.host
+                    if worker.phase is Phase.TRAINING and host is not None and host not in told:
+                        host.tell("signal", signal.SIGTERM)
+                        told.append(host)
                 time.sleep(TURN_SECONDS)
         except (KeyboardInterrupt, SystemExit):  # a second signal
             for host in told:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..record import Tail, worker_file
@@ -44,7 +44,13 @@ class OtherWorkers:
             except OSError as error:
                 logger.warning("worker %d is not reported to the trackers: %s", rank, error)
 
-    def report(self, trackers: Sequence[TrainerCallback], args, state, control) -> None:
+    def report(
+        self,
+        trackers: Sequence[TrainerCallback],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+    ) -> None:
         """Gives each tracker what is new, as `worker_<rank>/loss` and so on, at the steps of that worker."""
         for rank, entry in self._new_entries():
             if "loss" not in entry or entry.get("between_logs"):
@@ -77,16 +83,24 @@ class LSAMCallback(TrainerCallback):
         self.others: OtherWorkers | None = None
         self._trainer, self._session = trainer, session
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.server_gone = None
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.steps_before_epoch = state.global_step
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._session.hooks.before_step()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         try:
             self._session.after_optimizer_step(self._trainer.accelerator.optimizer_step_was_skipped)
         except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
@@ -94,23 +108,25 @@ class LSAMCallback(TrainerCallback):
         if not self._session.steps_are_left:
             state.max_steps = state.global_step + 1  # counted in a moment: Trainer ends as it does after its last step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._leave_evaluation_to_worker_0(control)
-        link = self._session.worker.link.status
+        link = self._session.joined_worker.link.status
         if link.save_requested or self.server_gone is not None or self._session.signals.received is not None:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
         elif link.stop_requested:
             control.should_training_stop = True
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer's summary is logged once all workers have finished: by then all that they have written is reported.
         if self.others is not None:
             self.others.report(trackers_among(self._trainer.callback_handler.callbacks), args, state, control)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._leave_evaluation_to_worker_0(control)
 
-    def _leave_evaluation_to_worker_0(self, control):
+    def _leave_evaluation_to_worker_0(self, control: TrainerControl) -> None:
         if self._session.arguments.identity.rank != 0:
             control.should_evaluate = False

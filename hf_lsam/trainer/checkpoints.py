@@ -7,16 +7,19 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..checkpoint import WORKER_STATE, is_sealed, numbered, seal
+from .base import TrainerPart
 
 logger = logging.getLogger(__name__)
 
 
-class Checkpoints:
+class Checkpoints(TrainerPart):
     """The part of `LSAMTrainerMixin` that saves checkpoints and goes on from them.
 
     `_common_checkpoint`, from which a run is resumed, is worker 0's: it holds the weights and the server's state.
@@ -24,9 +27,9 @@ class Checkpoints:
 
     _common_checkpoint: Path | None
 
-    def _refuse_unwritable(self):
+    def _refuse_unwritable(self) -> None:
         """Raises OSError before training instead of at the first save."""
-        folder = Path(self.args.output_dir).absolute()
+        folder = self._output_folder.absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())  # it may have yet to be made
         if self.args.save_strategy != "no" and not os.access(existing, os.W_OK):
             raise OSError(
@@ -35,12 +38,12 @@ class Checkpoints:
                 'would end the training. Set output_dir to a folder that can be written to, or save_strategy="no".',
             )
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         rank = self.args.identity.rank
         return folder if rank == 0 else str(Path(folder) / "workers" / str(rank))
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
         self.args.save_total_limit = None  # the old ones stand until the new one is on the disk
         try:
@@ -54,7 +57,7 @@ class Checkpoints:
         elif limit:
             self._rotate_own(folder, limit)
 
-    def _rotate_own(self, folder: Path, limit: int):
+    def _rotate_own(self, folder: Path, limit: int) -> None:
         """Deletes all but the newest `limit` and those that a run which resumes at one of worker 0's would go on from.
 
         Workers are not equally fast: when this one has saved anew, worker 0 may still be before what it saved last.
@@ -67,7 +70,7 @@ class Checkpoints:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         missing = None
         try:
@@ -94,9 +97,8 @@ class Checkpoints:
         reached = [(at, path) for at, path in candidates if at <= int(number)]
         return max(reached)[1] if reached else common
 
-    def _say_who_resumes(self):
+    def _say_who_resumes(self, common: Path) -> None:
         """A run may go on with another number of workers; it says what becomes of those that were there."""
-        common = self._common_checkpoint
         before = 1 + sum(any(folder.glob("checkpoint-*")) for folder in (common.parent / "workers").glob("*"))
         now = self.args.identity.num_workers
         if self.args.identity.rank == 0 and before != now:
@@ -106,19 +108,19 @@ class Checkpoints:
                 "not there any more is left alone."
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The weights lie with worker 0's checkpoint; x comes after, from the worker's own state.
         super()._load_from_checkpoint(str(self._common_checkpoint or resume_from_checkpoint), model)
 
-    def _load_rng_state(self, checkpoint):
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.args.identity.rank == 0 or checkpoint is None or Path(checkpoint) != self._common_checkpoint:
             super()._load_rng_state(checkpoint)
 
-    def _join(self, server_state: Path | None, checkpoint: Path | None, max_steps: int):
+    def _join(self, server_state: Path | None, checkpoint: Path | None, max_steps: int) -> None:
         """Takes part, with x from the worker's own checkpoint, or else from the anchor."""
         rank = self.args.identity.rank
-        own = checkpoint is not None and (rank == 0 or checkpoint != self._common_checkpoint)
-        if self.session.join(server_state, checkpoint / WORKER_STATE if own else None, max_steps) is not None:
+        own = checkpoint if rank == 0 or checkpoint != self._common_checkpoint else None
+        if self.session.join(server_state, None if own is None else own / WORKER_STATE, max_steps) is not None:
             return
         if checkpoint is not None:
             logger.warning(
@@ -128,7 +130,7 @@ class Checkpoints:
                 self._common_checkpoint,
             )
         identity = self.args.identity  # one that is alone in its launch has the number that the server has given it
-        if number := identity.rank if identity.num_workers > 1 else self.worker.link.worker:
+        if number := identity.rank if identity.num_workers > 1 else self.session.joined_worker.link.worker:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each
             # worker draws its own dropout masks and noise.
             set_seed(self.args.seed + number)

@@ -56,7 +56,7 @@ class Exchange:
                 self._taken.add(number)
                 yield number
 
-    def put(self, number: int, result: list) -> None:
+    def put(self, number: int, result: list[Any]) -> None:
         """Hands over a result; if it cannot be written without pickling, the others make it themselves."""
         try:
             data = _packed(result)
@@ -65,7 +65,7 @@ class Exchange:
         self._ask(self._store.put, f"{self._key}/{number}", data)
         self._there.add(number)
 
-    def get(self, number: int) -> list | None:
+    def get(self, number: int) -> list[Any] | None:
         """A result of another worker; None if it is to be made here."""
         data = self._ask(self._store.take, f"{self._key}/{number}", self._seconds)
         if data is None:
@@ -90,7 +90,7 @@ class Exchange:
             self._ask(self._store.put, f"{self._key}/{number}", b"")
         self._ask(self._store.count, f"{self._key}/ended")
 
-    def _ask(self, method: Callable, *arguments: Any) -> Any:
+    def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         if self._alone:
             return None
         try:
@@ -101,7 +101,7 @@ class Exchange:
             return None
 
 
-def _packed(result: list) -> bytes:
+def _packed(result: list[Any]) -> bytes:
     leaves, structure = pytree.tree_flatten(result)
     tensors = {
         str(at): leaf.clone(memory_format=torch.contiguous_format)
@@ -115,7 +115,7 @@ def _packed(result: list) -> bytes:
     return save({**tensors, "about": torch.frombuffer(bytearray(about), dtype=torch.uint8)})
 
 
-def _unpacked(data: bytes) -> list:
+def _unpacked(data: bytes) -> list[Any]:
     tensors = load(data)
     structure, others = json.loads(tensors["about"].numpy().tobytes())
     leaves = [tensors.get(str(at), other) for at, other in enumerate(others)]
@@ -129,7 +129,7 @@ def fingerprint(model: nn.Module) -> dict[str, int]:
         if not tensor.numel():
             return 0
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        return torch.hash_tensor(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).item()
+        return int(torch.hash_tensor(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).item())
 
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     return {name: hashed(tensor.detach()) for name, tensor in tensors}

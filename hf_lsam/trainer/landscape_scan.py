@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +15,23 @@ from ..batchnorm import frozen_statistics, normalising_by_the_batch
 from ..checkpoint import load_tensors, save_tensors
 from ..landscape import scan
 from ..record import FOLDER, read_record
+from .base import TrainerPart
 from .trl import kept_counters
 
 logger = logging.getLogger(__name__)
 
 
-class LandscapeScan:
+class LandscapeScan(TrainerPart):
     """The part of `LSAMTrainerMixin` that measures the landscape."""
 
-    def _scan_landscape(self):
+    def _scan_landscape(self) -> None:
         """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
 
         In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
         cannot be read or written is warned of; the run has its model already.
         """
-        args, folder = self.args, Path(self.args.output_dir) / FOLDER
+        assert self._own is not None  # training has ended
+        args, folder = self.args, self._output_folder / FOLDER
         files = [folder / f"landscape-{rank}.safetensors" for rank in range(args.identity.num_workers)]
         try:
             save_tensors(files[args.identity.rank], {"x": self._own})
@@ -46,7 +47,7 @@ class LandscapeScan:
             for file in files:
                 file.unlink(missing_ok=True)
             measured = {
-                "run_id": read_record(args.output_dir).run["run_id"],
+                "run_id": read_record(self._output_folder).run["run_id"],
                 "batches": args.landscape_batches,
                 "batchnorm": bool(self.session.batchnorm),
                 **self._scanned(workers, args.kernel_precision(self.session.sync_steps)),
@@ -58,7 +59,8 @@ class LandscapeScan:
             logger.warning(f"The landscape is not in the record: {error}")
 
     def _scanned(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
-        args, worker, shown = self.args, self.worker, self.worker.own_parameters
+        args, worker = self.args, self.session.joined_worker
+        shown = worker.own_parameters
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), kept_counters(self):
             batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
@@ -69,9 +71,11 @@ class LandscapeScan:
             def loss(x: Tensor) -> float:
                 worker.layout.write(x, worker.parameters)
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    losses = [self.compute_loss(self.model, self._prepare_inputs(batch)) for batch in batches]
+                    losses: list[Any] = [
+                        self.compute_loss(self.model, self._prepare_inputs(batch)) for batch in batches
+                    ]
                 bar.update()
-                return torch.stack(losses).mean().item()
+                return float(torch.stack(losses).mean())
 
             try:
                 with normalising_by_the_batch(self.model) as layers, frozen_statistics(layers):

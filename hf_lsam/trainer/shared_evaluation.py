@@ -21,44 +21,54 @@ import itertools
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import in_batches
+from .base import TrainerPart
 from .evaluation_exchange import Exchange, digest_of, fingerprint
-from .trl import add_eval_counts, eval_counts
+from .trl import EvalCounts, add_eval_counts, eval_counts
 
 logger = logging.getLogger(__name__)
+
+_Settings = tuple[str, bool | None, list[str] | None, str]  # of `evaluation_loop`, after the data loader
 
 _PROBES = 8  # rows that tell a data set from another one of the same length
 _times_evaluated: Counter[str] = Counter()  # by the digest
 
 
-class SharedEvaluation:
+class SharedEvaluation(TrainerPart):
     """The part of `LSAMTrainerMixin` that shares evaluations."""
 
     _exchanges: Sequence[Exchange] = ()  # which the launch's store holds results of
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         loop, settings = super().evaluation_loop, (description, prediction_loss_only, ignore_keys, metric_key_prefix)
         shared = self.args.identity.meets_others and self.session.finished and not self._showing_local
         if not shared or self.args.batch_eval_metrics:  # these are for predictions that are too many to be kept
             return loop(dataloader, *settings)
         with closing(self._recorded(dataloader, settings)) as recorded:
-            return loop(Recorded(dataloader, recorded), *settings)
+            passes_for_one: Any = Recorded(dataloader, recorded)
+            return loop(passes_for_one, *settings)
 
-    def _recorded(self, loader: DataLoader, settings: tuple) -> Iterator[RecordedBatch]:
+    def _recorded(self, loader: DataLoader[Any], settings: _Settings) -> Generator[RecordedBatch, None, None]:
         """Begins with Trainer's loop, once the model is in evaluation mode, and yields what that goes over."""
         evaluated, batches = self._evaluating(*settings[1:3]), Batches(loader)
         asked = *settings, vars(self).get("_gen_kwargs"), self.args.include_for_metrics
@@ -70,13 +80,14 @@ class SharedEvaluation:
                 with batches.at(number):
                     yield RecordedBatch(*results.pop(number))
 
-    def _evaluating(self, loss_only: bool | None, ignore_keys: list[str] | None) -> Callable[[Any], list]:
+    def _evaluating(self, loss_only: bool | None, ignore_keys: list[str] | None) -> Callable[[Any], list[Any]]:
         """What Trainer's loop does with a batch before it gathers; the results on the CPU."""
-        step, preprocess, args = self.prediction_step, self.preprocess_logits_for_metrics, self.args
+        step, args = self.prediction_step, self.args
+        preprocess: Callable[[Any, Any], Any] | None = self.preprocess_logits_for_metrics  # there may be no labels
         loss_only = args.prediction_loss_only if loss_only is None else loss_only
         shown = [getattr(self.model, "main_input_name", "input_ids")] if "inputs" in args.include_for_metrics else []
 
-        def evaluated(inputs: Any) -> list:
+        def evaluated(inputs: Any) -> list[Any]:
             rows = find_batch_size(inputs)
             with eval_counts(self) as counts:
                 loss, logits, labels = step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
@@ -87,9 +98,9 @@ class SharedEvaluation:
 
         return evaluated
 
-    def _results(self, batches: Batches, evaluated: Callable[[Any], list], key: str) -> dict[int, list]:
+    def _results(self, batches: Batches, evaluated: Callable[[Any], list[Any]], key: str) -> dict[int, list[Any]]:
         """Of all batches by their numbers, made here or by other workers."""
-        args, results = self.args, {}
+        args, results = self.args, dict[int, list[Any]]()
         silent = args.disable_tqdm or args.identity.rank != 0
         bar = tqdm(desc="This worker's part", unit="batch", disable=silent, leave=False, delay=2)  # seconds
         with bar, Exchange(self.session.run.store, key, args.worker_timeout) as exchange:
@@ -117,7 +128,9 @@ class SharedEvaluation:
     def _steps_recorded(self) -> Iterator[None]:
         """Inside, the steps of Trainer's loop give back what was recorded."""
 
-        def recorded(model, inputs, prediction_loss_only, ignore_keys=None):
+        def recorded(
+            model: nn.Module, inputs: RecordedBatch, prediction_loss_only: bool, ignore_keys: Any = None
+        ) -> tuple[Any, Any, Any]:
             add_eval_counts(self, inputs.counts)
             return inputs.loss, inputs.logits, inputs.labels
 
@@ -132,10 +145,12 @@ class SharedEvaluation:
             vars(self).update(before)
 
 
-class RecordedBatch(dict):
+class RecordedBatch(dict[str, Any]):
     """Stands for the inputs of a batch that was evaluated: as many rows, and those inputs that metrics are shown."""
 
-    def __init__(self, rows: int | None, shown: dict[str, Any], loss: Any, logits: Any, labels: Any, counts: dict):
+    def __init__(
+        self, rows: int | None, shown: dict[str, Any], loss: Any, logits: Any, labels: Any, counts: EvalCounts
+    ):
         super().__init__({} if rows is None else {"rows": torch.empty(rows, 0)}, **shown)
         self.loss, self.logits, self.labels, self.counts = loss, logits, labels, counts
 
@@ -143,7 +158,7 @@ class RecordedBatch(dict):
 class Recorded:
     """A data loader in all but its batches."""
 
-    def __init__(self, loader: DataLoader, batches: Iterator[RecordedBatch]):
+    def __init__(self, loader: DataLoader[Any], batches: Iterator[RecordedBatch]):
         self._loader, self._batches = loader, batches
 
     def __iter__(self) -> Iterator[RecordedBatch]:
@@ -165,16 +180,17 @@ class Batches:
         end: the number at which they end; infinite for a stream.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader[Any]):
         self._loader = loader
         stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
-        self.is_stream = stream or getattr(loader, "batch_sampler", None) is None
-        self._indices = [] if self.is_stream else list(loader.batch_sampler)
+        sampler: Any = getattr(loader, "batch_sampler", None)
+        self.is_stream = stream or sampler is None
+        self._indices: list[list[int]] = [] if self.is_stream else list(sampler)
         self.count, self.end = len(self._indices), math.inf if self.is_stream else len(self._indices)
-        self._coming = iter(loader) if self.is_stream else iter(())
+        self._coming: Iterable[Any] = iter(loader) if self.is_stream else iter(())
         self._first = list(itertools.islice(self._coming, 1))
 
-    def probe(self) -> list:
+    def probe(self) -> list[Any]:
         """What tells these batches from others."""
         if self.is_stream:
             return self._first
@@ -189,7 +205,7 @@ class Batches:
         if not self.is_stream:
             loading: deque[int] = deque()
 
-            def indices() -> Iterator[list]:
+            def indices() -> Iterator[list[Any]]:
                 for number in numbers:
                     loading.append(number)
                     yield self._indices[number]
@@ -210,12 +226,12 @@ class Batches:
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
         """Inside, Accelerate knows which batch it is: of the last one it leaves out what is no row."""
-        prepared = isinstance(self._loader, DataLoaderStateMixin)
-        if prepared:
-            self._loader.begin()
-            self._loader.end_of_dataloader = number == self.count - 1
+        prepared = self._loader if isinstance(self._loader, DataLoaderStateMixin) else None
+        if prepared is not None:
+            prepared.begin()
+            prepared.end_of_dataloader = number == self.count - 1
         try:
             yield
         finally:
-            if prepared:
-                self._loader.end()
+            if prepared is not None:
+                prepared.end()

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
+
+from ..arguments import LSAMArguments
+
+EvalCounts = dict[str, dict[str, list[Any]]]  # by the name of trl's counter and of what is counted
 
 _COUNTERS = ("_metrics", "_total_train_tokens")
 _COUNTERS_BY_MODE = ("_metrics", "_stored_metrics")  # {"train" or "eval": {name: a value for each batch}}
@@ -26,12 +30,12 @@ def kept_counters(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def eval_counts(trainer: Trainer) -> Iterator[dict[str, dict[str, list]]]:
+def eval_counts(trainer: Trainer) -> Iterator[EvalCounts]:
     """Yields what, after, holds what trl has counted inside in evaluation mode; its counters are what they were before.
 
     `add_eval_counts` adds it, there or in another process.
     """
-    found: dict[str, dict[str, list]] = {}
+    found: EvalCounts = {}
     of_trl = _trainers_of_trl(type(trainer))
     counters = {name: vars(trainer)[name]["eval"] for name in _COUNTERS_BY_MODE if of_trl and name in vars(trainer)}
     before = {name: dict(counter) for name, counter in counters.items()}
@@ -46,12 +50,12 @@ def eval_counts(trainer: Trainer) -> Iterator[dict[str, dict[str, list]]]:
             counter.update(before[name])
 
 
-def add_eval_counts(trainer: Trainer, found: dict[str, dict[str, list]]) -> None:
+def add_eval_counts(trainer: Trainer, found: EvalCounts) -> None:
     """Adds what `eval_counts` has yielded for a batch."""
     for name, counter in found.items():
         for key, values in counter.items():
             if key == "num_tokens":  # not a value for each batch, but what this worker has trained on
-                vars(trainer)[name]["eval"][key] = [trainer._total_train_tokens]
+                vars(trainer)[name]["eval"][key] = [vars(trainer)["_total_train_tokens"]]
             else:
                 vars(trainer)[name]["eval"][key].extend(values)
 
@@ -81,7 +85,7 @@ def makes_its_batches(kind: type) -> str | None:
     return None
 
 
-def load_on_one_device(kind: type, model: Any, args: TrainingArguments) -> None:
+def load_on_one_device(kind: type, model: Any, args: LSAMArguments) -> None:
     """Tells a trainer of trl to load what it loads by name on the worker's device.
 
     trl spreads a model over all GPUs that it sees (`device_map="auto"`) unless it believes in a distributed job, which
@@ -95,6 +99,6 @@ def load_on_one_device(kind: type, model: Any, args: TrainingArguments) -> None:
     trainers = _trainers_of_trl(kind)
     if not trainers or args.device.type in ("cpu", "mps") or not hasattr(args, "model_init_kwargs"):
         return
-    by_name = isinstance(model, str) or "ref_model" in inspect.signature(trainers[0].__init__).parameters
+    by_name = isinstance(model, str) or "ref_model" in inspect.signature(trainers[0]).parameters
     if by_name:
         args.model_init_kwargs = {"device_map": {"": str(args.device)}, **(args.model_init_kwargs or {})}

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import BestRun, PredictionOutput, TrainOutput, get_last_checkpoint
 
 from ..arguments import LSAMArguments
 from ..batchnorm import kept_statistics
@@ -100,7 +102,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         ValueError: for a Trainer or model that LSAM cannot train (see each message for the reason and the remedy).
     """
 
-    def __init__(self, *positional, **keywords):
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
         args = keywords.get("args", positional[1] if len(positional) > 1 else None)
         if not isinstance(args, LSAMArguments):
             raise TypeError(
@@ -128,7 +130,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         load_on_one_device(type(self), keywords.get("model", positional[0] if positional else None), args)
         if args.identity.rank != 0:
             args.eval_on_start = False
-        self.session = Session(args, Path(args.output_dir))
+        self.session = Session(args, None if args.output_dir is None else Path(args.output_dir))
         self._callback = LSAMCallback(self, self.session)
         self._batch_sizes: list[int] = []  # of each worker, while and after it trains
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
@@ -165,10 +167,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
     def sam_rho(self, radius: float) -> None:
         self.session.sam_rho = radius
 
-    def _cast_to_float32(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
+    def _cast_to_float32(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.session.cast_to_float32(model, optimizer, "It is saved in the types that it was loaded in.")
 
-    def call_model_init(self, trial=None):
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         self._cast_to_float32(model)
         return model
@@ -195,7 +197,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         (schedule-free), they are those of that mode."""
         if self._own is None:
             raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
-        worker = self.worker
+        worker = self.session.joined_worker
         shown = worker.own_parameters
         self._showing_local = True
         try:
@@ -225,24 +227,27 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
 
     # --- the SAM step ---
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         step = super().training_step
         part, share = _first_part(inputs, self.args.sam_ascent_fraction)
         items = num_items_in_batch if num_items_in_batch is None or share == 1 else num_items_in_batch * share
 
-        def one_pass():
+        def one_pass() -> Tensor:
             return step(model, inputs, num_items_in_batch)
 
-        def other_pass():
+        def other_pass() -> Tensor:
             with kept_counters(self):
-                return step(model, part, items)
+                # A part of a number of items need not be whole.
+                return step(model, part, items)  # type: ignore[arg-type]
 
         scaler = self.accelerator.scaler
         return self.session.add_gradient(self.state.global_step, one_pass, other_pass, share < 1, scaler)
 
     # --- each worker its data ---
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader[Any]:
         identity = self.args.identity
         if identity.num_workers == 1:
             return super().get_train_dataloader()
@@ -256,7 +261,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         """The same in every worker, whatever the state of its generators."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _train_dataloader(self, num_shards: int, seed: int):
+    def _train_dataloader(self, num_shards: int, seed: int) -> DataLoader[Any]:
         config = self.accelerator.dataloader_config
         before, config.data_seed = config.data_seed, seed
         try:
@@ -270,24 +275,24 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
 
     # --- what is evaluated and saved is the anchor ---
 
-    def evaluate(self, *positional, **keywords):
+    def evaluate(self, *positional: Any, **keywords: Any) -> dict[str, float]:
         """Trainer's, of the anchor. After training the workers that call it share the batches; each has the metrics."""
         with self.anchor():
             return super().evaluate(*positional, **keywords)
 
-    def predict(self, *positional, **keywords):
+    def predict(self, *positional: Any, **keywords: Any) -> PredictionOutput:
         """Trainer's, of the anchor. After training the workers that call it share the batches; each has the results."""
         with self.anchor():
             return super().predict(*positional, **keywords)
 
-    def push_to_hub(self, *positional, **keywords):
+    def push_to_hub(self, *positional: Any, **keywords: Any) -> CommitInfo:
         with self.anchor():
             return super().push_to_hub(*positional, **keywords)
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and self.args.identity.rank != 0:
             # The checkpoint of a worker beside worker 0 holds its own state only.
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            Path(output_dir or self._output_folder).mkdir(parents=True, exist_ok=True)
             return
         with self.anchor(), in_stored_types(self.session.cast):
             super().save_model(output_dir, _internal_call)
@@ -311,7 +316,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         """
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
+        folder = self._output_folder
         facts = facts_of_record(folder, read_record(folder))
         names = _listed(dataset_tags)
         facts = replace(
@@ -325,10 +330,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         card = model_card(facts, language=language, license=license, tags=kinds, datasets=names or None)
         (folder / "README.md").write_text(str(card))
 
-    def _settle_batchnorm(self):
+    def _settle_batchnorm(self) -> None:
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
 
-        def batches():
+        def batches() -> Iterator[Any]:
             own, self._train_batch_size = self._train_batch_size, min(self._batch_sizes or [self._train_batch_size])
             try:
                 loader = self._train_dataloader(1, self._data_seed)
@@ -336,7 +341,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
                 self._train_batch_size = own
             return itertools.islice(loader, self.args.batchnorm_batches)
 
-        def forward(batch):
+        def forward(batch: dict[str, Any]) -> Any:
             return self.compute_loss(self.model, self._prepare_inputs(batch))
 
         statistics = self.args.batchnorm_statistics
@@ -344,7 +349,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
 
     # --- logging ---
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Trainer alone hands over the start time, with what it measured between two log points.
         if start_time is not None and self.is_in_train and "loss" in logs:
             logs.update(self.session.log(self.state.global_step, logs))
@@ -356,21 +361,23 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
 
     # --- the steps of the run, where its workers share them ---
 
-    def set_initial_training_values(self, args, dataloader):
-        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        if args.share_steps:  # one worker alone may make all of them
-            epochs *= args.identity.num_workers
-        return epochs, *others, max_steps
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        values = super().set_initial_training_values(args, dataloader)
+        if self.args.share_steps:  # one worker alone may make all of the epochs, which come first
+            values = (values[0] * self.args.identity.num_workers, *values[1:])
+        return values
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         if self.args.share_steps and not isinstance(scheduler, RunSchedule):
             self.lr_scheduler = scheduler = RunSchedule(scheduler, self.session.position)
         return scheduler
 
     # --- a run: join, train, finish ---
 
-    def train(self, resume_from_checkpoint=None, *positional, **keywords):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
         self._refuse_unwritable()
         self._common_checkpoint = None
         identity = self.args.identity
@@ -379,18 +386,18 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         self._batch_sizes, rows_of_steps = self.session.agree_on_batch_sizes(rows, rows_per_step)
         self.session.weigh(rows_of_steps)
         if identity.rank == 0 and identity.num_workers > 1:
-            self._callback.others = OtherWorkers(Path(self.args.output_dir), identity.num_workers)
+            self._callback.others = OtherWorkers(self._output_folder, identity.num_workers)
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                newest = newest_sealed(Path(self.args.output_dir)) or get_last_checkpoint(self.args.output_dir)
-                resume_from_checkpoint = newest or True
-            if resume_from_checkpoint is not True:
+                newest = newest_sealed(self._output_folder) or get_last_checkpoint(str(self._output_folder))
+                resume_from_checkpoint = True if newest is None else str(newest)
+            if not isinstance(resume_from_checkpoint, bool):
                 self._common_checkpoint = Path(resume_from_checkpoint)
                 resume_from_checkpoint = str(self._own_checkpoint(self._common_checkpoint))
-                self._say_who_resumes()
+                self._say_who_resumes(self._common_checkpoint)
         return super().train(resume_from_checkpoint, *positional, **keywords)
 
-    def hyperparameter_search(self, *positional, **keywords):
+    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> BestRun | list[BestRun]:
         if self.args.identity.num_workers > 1:
             raise ValueError(
                 "hyperparameter_search chooses each trial at worker 0 and tells the others through a process group, "
@@ -400,7 +407,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
             )
         return super().hyperparameter_search(*positional, **keywords)
 
-    def _inner_training_loop(self, *positional, **keywords):
+    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> TrainOutput:
         error = None
         try:
             return super()._inner_training_loop(*positional, **keywords)
@@ -410,7 +417,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         finally:
             self.session.leave(self.state.global_step, error)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader[Any]]:
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._own = None
         self.session.prepare(self.model, self.optimizer)
@@ -431,10 +440,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
             self._max_steps, self.state.max_steps = max_steps, self.session.budget.total
             self.lr_scheduler.catch_up()
             if not self.session.steps_are_left:
-                return model, DataLoader([])
+                return model, DataLoader[Any]([])  # type: ignore[arg-type]  # a list is as good as a Dataset
         return model, train_dataloader
 
-    def _finalize_training(self, trial, num_train_samples, start_time):
+    def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
         session, state = self.session, self.state
         session.signals.obey()
         if self._callback.server_gone is not None:
@@ -448,15 +457,15 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         except (ServerGone, KeyboardInterrupt, SystemExit):
             self._save_checkpoint(self.model, trial)
             raise
-        self._own = session.worker.own_parameters
+        self._own = session.joined_worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]
-        session.worker.adopt_anchor()
+        session.joined_worker.adopt_anchor()
         self._settle_batchnorm()
         if self.args.landscape_points:
             self._scan_landscape()
         if best >= 0 and self.args.identity.rank != 0:
             # Worker 0 has evaluated and saved; all load the same best checkpoint.
-            folder = Path(self.args.output_dir) / f"checkpoint-{best}"
+            folder = self._output_folder / f"checkpoint-{best}"
             state.best_global_step, state.best_model_checkpoint = best, str(folder) if folder.is_dir() else None
         if session.budget is not None:
             num_train_samples *= state.global_step / self._max_steps  # as many as it has made
@@ -475,7 +484,8 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     """
 
 
-def _devices_of(model: nn.Module) -> str:
+def _devices_of(model: Any) -> str:
+    """Of a model that Accelerate has dispatched."""
     places = sorted({str(place) for place in model.hf_device_map.values()})
     return f"several devices ({', '.join(places)})" if len(places) > 1 else f"device {places[0]}"
 

@@ -1,0 +1,48 @@
+"""What the parts of `LSAMTrainerMixin` stand on: to a type checker the Trainer that they are mixed into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+    from transformers import Trainer
+
+    from ..session import Session
+    from ..worker import Worker
+    from .config import LSAMConfig
+
+    class _Trainer(Trainer):
+        """A Trainer, and what the parts share."""
+
+        args: LSAMConfig
+        lr_scheduler: Any  # a RunSchedule where steps are shared, which passes for a scheduler and is none
+        model: nn.Module
+        optimizer: Optimizer
+        session: Session
+        _own: Tensor | None
+        _showing_local: bool
+
+        @property
+        def worker(self) -> Worker | None: ...
+        @property
+        def _data_seed(self) -> int: ...
+        def _train_dataloader(self, num_shards: int, seed: int) -> DataLoader[Any]: ...
+        def gather_from_workers(self, key: str, value: Any) -> list[Any] | None: ...
+
+else:
+    _Trainer = object
+
+
+class TrainerPart(_Trainer):
+    """A part of `LSAMTrainerMixin`."""
+
+    @property
+    def _output_folder(self) -> Path:
+        assert self.args.output_dir is not None  # TrainingArguments has put its default there
+        return Path(self.args.output_dir)
