@@ -193,11 +193,11 @@ def test_a_push_that_is_replayed_or_comes_out_of_order_is_not_counted(server, se
 
 def test_a_stranger_that_says_nothing_holds_up_nobody_and_is_turned_away(server, monkeypatch):
     silent = [connect(server) for _ in range(70)]
-    assert len(server._selector.get_map()) == 1 + 64
+    assert len(server._connections._selector.get_map()) == 1 + 64
     monkeypatch.setattr("hf_lsam.server.service.JOIN_SECONDS", -1.0)
     server._sweep_at = 0.0
     server.turn(0.0)
-    assert len(server._selector.get_map()) == 1
+    assert len(server._connections._selector.get_map()) == 1
     monkeypatch.undo()
     join(server, 1).close()
     for channel in silent:

@@ -18,19 +18,15 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import selectors
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import save_tensors
-from ..transport.channel import Channel
 from ..transport.mailbox import MAX_WORKERS, RunFolder
 from ..transport.messages import (
     Answer,
@@ -51,13 +47,13 @@ from ..transport.messages import (
     Welcome,
     WorkerFailed,
 )
+from .connections import Connection, Connections, HasFileno
 from .core import UNKNOWN_PUSHES, CountedPushes
 from .role import Role
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 64  # connections at a time that have not joined yet
-JOIN_SECONDS = 10.0  # how long they may take
+JOIN_SECONDS = 10.0  # that a connection may take
 GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
 
 
@@ -74,23 +70,6 @@ class ServiceSettings:
     snapshot_seconds: float = 30.0
 
     as_dict = asdict
-
-
-@dataclass(eq=False)
-class _Connection:
-    """One connected process; a worker once it has joined."""
-
-    channel: Channel
-    last_heard: float
-    worker: int = -1
-    process: int = 0
-    mailbox_number: int = 0
-    mailbox: Tensor | None = None
-    finished: bool = False
-
-
-class HasFileno(Protocol):
-    def fileno(self) -> int: ...
 
 
 class Service:
@@ -136,8 +115,8 @@ class Service:
         self._sweep_at = now
         self._leave_by = float("inf")
         self._parent = parent
-        self._selector = selectors.DefaultSelector()
-        self._workers: dict[int, _Connection] = {}
+        self._connections = Connections(self._heard, self._hang_up)
+        self._workers: dict[int, Connection] = {}
         self._mailbox_numbers = itertools.count()
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
         self.resumed = resume is True
@@ -176,58 +155,23 @@ class Service:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, workers can connect."""
-        self._listener = self.folder.listen()
-        self._listener.settimeout(0.0)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._connections.listen(self.folder)
         try:
             yield
         finally:
             self._role.close()
-            for connection in self._connections():
-                connection.channel.close()
-            self._listener.close()
-            self._selector.close()
+            self._connections.close()
 
     def turn(self, timeout: float | None = None) -> bool:
         """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
-        for key, _ in self._selector.select(self._longest_wait if timeout is None else timeout):
-            if not isinstance(key.data, _Connection):
-                key.data()
-            elif key.data.channel.fileno() >= 0:  # not hung up on a moment ago
-                self._read(key.data)
+        self._connections.hear(self._longest_wait if timeout is None else timeout)
         return self._look_after(time.monotonic())
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:  # gone again, or no descriptor left
-            logger.error("a connection was not accepted: %s", error)
-            return
-        pending = sum(other.worker < 0 for other in self._connections())
-        if pending >= MAX_PENDING:
-            logger.error("%d connections have not joined yet: one more is refused", pending)
-            connection.close()
-            return
-        channel = Channel(connection)
-        self._selector.register(channel, selectors.EVENT_READ, _Connection(channel, time.monotonic()))
-
-    def _read(self, connection: _Connection) -> None:
-        """Handles every whole frame of one connection."""
-        try:
-            while (message := connection.channel.receive()) is not None:
-                connection.last_heard = time.monotonic()
-                if connection.worker < 0:
-                    self._join(message, connection)
-                else:
-                    self._handle(connection, message)
-        except (OSError, ValueError) as reason:
-            self._hang_up(connection, reason)
 
     def _look_after(self, now: float) -> bool:
         """What is due without a message: evictions, snapshots, the end."""
         self._role.tick(now)
         self.folder.set_bytes_between_machines(self._bytes_before + self._role.bytes_moved)
-        for connection in self._connections() if now >= self._sweep_at else ():
+        for connection in self._connections if now >= self._sweep_at else ():
             self._sweep_at = now + self._longest_wait
             silent = now - connection.last_heard
             if connection.worker < 0 and silent > JOIN_SECONDS:
@@ -236,7 +180,7 @@ class Service:
                 if 0 <= connection.worker < self.expected:  # the end waits as long again for it to wake
                     self._absent.add(connection.worker)
                     self._absent_until = now + self._settings.worker_timeout
-                self._tell(connection, Evicted())
+                connection.tell(Evicted())
                 self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
         if self.started and now >= self._snapshot_at:
             self._snapshot_at = now + self._settings.snapshot_seconds
@@ -264,7 +208,7 @@ class Service:
         if not self.started and now > self.join_by:
             logger.error("only %d of %d workers joined in time", len(self._workers), self.expected)
             for connection in self._workers.values():
-                self._tell(connection, Refused(Refusal.TIMEOUT))
+                connection.tell(Refused(Refusal.TIMEOUT))
             return True
         if self._workers or self._role.is_needed:
             return False
@@ -274,12 +218,9 @@ class Service:
             return self._parent not in (None, os.getppid()) or now > self.join_by
         return not self._absent
 
-    def _connections(self) -> list[_Connection]:
-        return [key.data for key in self._selector.get_map().values() if isinstance(key.data, _Connection)]
-
     # --- who takes part ---
 
-    def _join(self, message: Message, connection: _Connection) -> None:
+    def _join(self, message: Message, connection: Connection) -> None:
         if not isinstance(message, Join):
             raise ValueError(f"the first message was {message}")
         number, refusal = message.worker, None
@@ -330,16 +271,15 @@ class Service:
             self._welcome(joined)
         self._role.exchange()
 
-    def _welcome(self, connection: _Connection) -> None:
+    def _welcome(self, connection: Connection) -> None:
         last = self.counted.last(connection.process)
-        self._tell(connection, Welcome(connection.worker, last, connection.mailbox_number))
+        connection.tell(Welcome(connection.worker, last, connection.mailbox_number))
         if self.terminating:
             self._tell_to_leave(connection)
 
-    def _hang_up(self, connection: _Connection, reason: object) -> None:
+    def _hang_up(self, connection: Connection, reason: object) -> None:
         """Ends a connection, whoever was at its other end; a worker's mailbox goes with it."""
-        self._selector.unregister(connection.channel)
-        connection.channel.close()
+        self._connections.drop(connection)
         worker = connection.worker
         if worker < 0:
             logger.warning("a connection that had not joined was closed: %s", reason)
@@ -356,7 +296,13 @@ class Service:
 
     # --- what workers say ---
 
-    def _handle(self, connection: _Connection, message: Message) -> None:
+    def _heard(self, connection: Connection, message: Message) -> None:
+        if connection.worker < 0:
+            self._join(message, connection)
+        else:
+            self._handle(connection, message)
+
+    def _handle(self, connection: Connection, message: Message) -> None:
         if not self.started:
             raise ValueError(f"{message} before the start")
         match message:
@@ -365,7 +311,7 @@ class Service:
             case Finish():
                 self._finish(connection, message)
             case Snapshot():
-                self._tell(connection, SnapshotDone(self.save()))
+                connection.tell(SnapshotDone(self.save()))
             case Heartbeat():
                 pass
             case Failed():
@@ -373,7 +319,7 @@ class Service:
             case _:
                 raise ValueError(f"unexpected {message}")
 
-    def _push(self, connection: _Connection, message: Push) -> None:
+    def _push(self, connection: Connection, message: Push) -> None:
         if connection.finished:
             raise ValueError("a push after the last")
         worker = connection.worker
@@ -383,11 +329,11 @@ class Service:
         accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss, message.finite)
         self.publish_if_newer()
         # The reply comes last: a worker that has read it finds the anchor its push completed.
-        self._tell(connection, Answer(accepted, version))
+        connection.tell(Answer(accepted, version))
         if not accepted:
             logger.warning("refused a push of worker %d: NaN or infinity", worker)
 
-    def _finish(self, connection: _Connection, message: Finish) -> None:
+    def _finish(self, connection: Connection, message: Finish) -> None:
         if connection.finished:
             raise ValueError("finished twice")
         worker = connection.worker
@@ -418,12 +364,12 @@ class Service:
             return False
         return True
 
-    def _tell_to_leave(self, connection: _Connection) -> None:
+    def _tell_to_leave(self, connection: Connection) -> None:
         """A worker is to save and leave: one of the launch with an error, if another had one."""
         if self.failed is not None and connection.worker < self.expected:
-            self._tell(connection, WorkerFailed(self.failed))
+            connection.tell(WorkerFailed(self.failed))
         else:
-            self._tell(connection, Stop(save=True))
+            connection.tell(Stop(save=True))
 
     def _end(self) -> None:
         """All that train here have finished, and the anchor is final once what is pending has been taken."""
@@ -436,16 +382,8 @@ class Service:
             if connection.worker < self.expected:
                 self._tell_final(connection)
 
-    def _tell_final(self, connection: _Connection) -> None:
-        self._tell(connection, Finished(self.best_step))
-
-    def _tell(self, connection: _Connection, message: Message) -> None:
-        """Sends to a worker; one that has died, or reads nothing, is dropped when its connection is next read."""
-        try:
-            connection.channel.send(message)
-        except OSError:
-            logger.debug("worker %d did not take %s", connection.worker, message)
-            connection.channel.shut()
+    def _tell_final(self, connection: Connection) -> None:
+        connection.tell(Finished(self.best_step))
 
     # --- what a role may ask for, beside `folder`, `counted`, `start_if_ready` and what is said of the run above ---
 
@@ -456,10 +394,10 @@ class Service:
 
     def watch(self, source: int | HasFileno, heard: Callable[[], None]) -> None:
         """Calls `heard` whenever `source` is readable."""
-        self._selector.register(source, selectors.EVENT_READ, heard)
+        self._connections.watch(source, heard)
 
     def unwatch(self, source: int | HasFileno) -> None:
-        self._selector.unregister(source)
+        self._connections.unwatch(source)
 
     def publish_if_newer(self) -> None:
         """To be called whenever the core may have changed: workers see its anchor, then other machines hear of it."""
@@ -475,7 +413,7 @@ class Service:
         """Asks the workers of this machine to end at their next step, with a checkpoint or without."""
         for connection in self._workers.values():
             if not connection.finished:
-                self._tell(connection, Stop(save))
+                connection.tell(Stop(save))
 
     def stop_all(self) -> None:
         """A worker has asked that all stop."""
@@ -500,8 +438,8 @@ class Service:
         """This machine can take part no longer: its workers, and whoever waits to join, end with an error."""
         logger.error("%s: this machine ends", reason)
         self._given_up = True
-        for connection in self._connections():
-            self._tell(connection, RootLost())
+        for connection in self._connections:
+            connection.tell(RootLost())
 
     def end_if_all_finished(self) -> None:
         """The launch is over when all its workers have finished or died; external

@@ -70,7 +70,7 @@ class Copier:
         self._squared_norm.zero_()
         for written, read in blocks([target], [source]):
             for into, part in zip(written, read, strict=True):
-                self._squared_norm += torch.dot(part, part)
+                self._squared_norm += torch.dot(part, part).to("cpu")
                 into.copy_(part)
 
     @property

@@ -18,6 +18,7 @@ one completes a period, so with one sender each moves the anchor and publishes i
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import shutil
 import statistics
@@ -207,6 +208,9 @@ def table(rows: list[dict]) -> str:
     for megabytes, senders in dict.fromkeys((row["megabytes"], row["senders"]) for row in rows):
         modes = [cells[megabytes, senders, mode] for mode in MODES]
         speeds = [f"{row['median_bytes_per_s'] / 1e9:.2f} GB/s, {row['ratio']:.2f}" for row in modes]
+        for i, row in enumerate(modes):
+            if "ratio_before" in row:
+                speeds[i] += f" (before: {row['ratio_before']:.2f})"
         copy = f"{modes[0]['median_copy_bytes_per_s'] / 1e9:.2f} GB/s"
         lines.append([f"{megabytes:g} MB", str(senders), copy, *speeds])
     return markdown_table(["vector", "senders", "plain copy", *MODES], lines)
@@ -219,11 +223,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="windows of each kind, in turns")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a window")
     parser.add_argument("--shared_memory_dir", default="/dev/shm")
+    parser.add_argument("--before", type=Path, help="what this script wrote on an earlier commit, to stand beside")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     add_quiet(parser)
     arguments = parser.parse_args()
     require_room(arguments.shared_memory_dir, max(arguments.senders), max(arguments.megabytes))
     rows = measure(arguments)
+    before = {} if arguments.before is None else json.loads(arguments.before.read_text())
+    for row in rows:
+        for old in before.get("results", ()):
+            if all(row[key] == old[key] for key in ("megabytes", "senders", "mode")):
+                row["ratio_before"] = old["ratio"]
     print(table(rows))
     parameters = {
         "senders": arguments.senders,
@@ -231,6 +241,7 @@ def main():
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
         "server": ServerSettings(SYNC_STEPS).as_dict(),
+        **({"before": before["provenance"]["commit"]} if before else {}),
     }
     write_benchmark(arguments.output, NAME, parameters, rows)
 
