@@ -189,7 +189,7 @@ def in_batches(loader: DataLoader[Any], batches: Iterable[list[int]]) -> Iterabl
     return rows if device is None else (send_to_device(batch, device) for batch in rows)
 
 
-def batched_anew(loader: DataLoader, batches: Iterable[list[int]]) -> DataLoader:
+def batched_anew(loader: DataLoader[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
     """As `in_batches`, on the host."""
     same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
     return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})

@@ -829,10 +829,11 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             ],
         )
     if rows := results.get("killed", []) + results.get("cut", []):
+        # hf_lsam's worker 0 makes its steps and then waits for the other machine; the others wait within a step.
         said = {
-            "finished": "goes on to the end, {steps_after} steps; longest pause {longest_pause_s:.1f} s",
+            "finished": "goes on to the end; longest pause {longest_pause_s:.1f} s",
             "error": "ends with an error after {after_s:.1f} s: {error}",
-            "waits": "still waits after {after_s:.0f} s, when it was ended",
+            "waits": "makes {steps_after} more steps, and then waits: still after {after_s:.0f} s, when it was ended",
         }
         yield markdown_table(
             ["worker 1", "contestant", "worker 0"],
