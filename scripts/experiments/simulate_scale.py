@@ -47,7 +47,7 @@ from scripts.common.simulated import SimulatedRuns, make_run
 LSAM, DATA_PARALLEL = METHODS = ("LSAM", "data-parallel SGD")
 WORKERS = (1, 4, 16, 64, 256, 1024)
 STEPS, SAMPLES, BATCH, MOMENTUM = 64, 32_768, 8, 0.9
-RATES = (0.02, 0.04, 0.08, 0.16)
+RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 TRIAL_SEED = 100
 FEW_SEEDS = 1024  # workers from which on one seed has to do
 MANY = 64  # workers of the questions `knobs` and `server`

@@ -184,6 +184,21 @@ def summary() -> str:
             ("the same, 480 steps", images),
         )
     ]
+    for folder, what, digits, scale in (
+        ("causal_lm", "loss (a Llama from scratch on bytes, 200 steps", 3, 1),
+        ("token_classification", "F1, % (tags, MiniLM, 60 steps", 1, 100),
+    ):
+        measured = load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
+        lsam, without, with_sam, plain = (
+            mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale) for row in measured
+        )
+        rows.append(
+            (
+                f"{what}, 2 workers; processes)",
+                f"{lsam}; without SAM {without}",
+                f"{plain}; with SAM {with_sam}",
+            )
+        )
     rows.append(
         (
             "bytes sent and received in these runs, n = 2 and n = 4",
