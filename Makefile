@@ -19,8 +19,8 @@ quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers a
 	$(BIN)/accelerate launch --config_file recipes/accelerate.yaml recipes/text_classification/train.py \
 		--config recipes/text_classification/quickstart.yaml
 
-test: .venv/.test  ## Runs the tests, four at a time: half of their time they wait
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+test: .venv/.test  ## Runs the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Those that start no launcher and take no time: 19 seconds of one core in all.
 FAST := algorithms arguments arithmetic landscape project record simulation

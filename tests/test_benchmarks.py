@@ -74,7 +74,7 @@ def test_bench_step_measures_memory(tmp_path):
 
 
 def test_bench_async(tmp_path):
-    size = ("--batch", "1", "--length", "4", "--warmup", "3", "--rounds", "1", "--block_seconds", "3")
+    size = ("--batch", "1", "--length", "4", "--warmup", "3", "--rounds", "1", "--block_seconds", "6")
     report = report_of("asynchrony.py", tmp_path / "async.json", *size, "--block_steps", "2")
     assert [(row["method"], row["worker_1"]) for row in report["results"]] == [
         (method, kind) for method in ("lsam", "ddp") for kind in ("free", "sleep", "busy")

@@ -201,7 +201,7 @@ def summary() -> str:
         )
     rows.append(
         (
-            "bytes sent and received in these runs, n = 2 and n = 4",
+            "bytes sent and received in the simulated runs, n = 2 and n = 4",
             ", ".join(
                 (
                     share(of_sentences(questions, "LSAM", 0.0), of_sentences(questions, "data-parallel SAM", 0.0)),
@@ -214,7 +214,7 @@ def summary() -> str:
     for cluster in CLUSTERS:
         rows.append(
             (
-                f"time until the error of data-parallel SGD (the same, 4 workers, virtual clock): {cluster}",
+                f"time until the error of 480 steps of data-parallel SGD (images, 4 workers, virtual clock): {cluster}",
                 *(time_and_error(until_level(clocked, method, cluster)) for method in CLOCKED[:2]),
             )
         )
