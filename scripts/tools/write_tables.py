@@ -71,10 +71,7 @@ def write_experiments(folder: Path) -> None:
 
 def write_scaling(page: Path, results: Path) -> None:
     """What simulate_scale.py and estimate_scale.py found, and the figure beside the page."""
-    estimated = estimate_scale.tables(estimate_scale.Measured.load())
-    write_between(page, "estimate", estimated)
-    if not results.exists():
-        return
+    write_between(page, "estimate", estimate_scale.tables(estimate_scale.Measured.load()))
     runs = load_results(results)["runs"]
     simulate_scale.draw(runs, page.with_name("scale.svg"))
     figure = "![Error against the number of workers](scale.svg)"
