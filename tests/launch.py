@@ -82,8 +82,9 @@ def wait_until(condition: Callable[[], object], explain: Callable[[], object] = 
 def free_port() -> int:
     """A port of this machine that nobody listens on; the kernel gives it to nobody who asks for any."""
     first_given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    anew = random.SystemRandom()  # Trainer seeds the other one: two test processes would draw the same ports
     while True:
-        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(1024, first_given_away))) as probe:
+        with suppress(OSError), socket.create_server(("127.0.0.1", anew.randrange(1024, first_given_away))) as probe:
             return probe.getsockname()[1]
 
 
