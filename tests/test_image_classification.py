@@ -21,7 +21,7 @@ from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
 from scripts.experiments import simulate_images
-from scripts.tools import write_tables
+from scripts.tools.gains import Gains
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
@@ -256,7 +256,7 @@ def test_the_clusters_of_the_clock_are_machines():
 
 
 def test_the_figure_of_the_clock_says_what_the_readme_does(tmp_path):
-    write_tables.draw_clock(tmp_path / "clock.svg")
+    Gains().draw(tmp_path / "clock.svg")
     said = re.findall(r">([^<>]+)</text>", (tmp_path / "clock.svg").read_text())
     assert {*simulate_images.CLUSTERS, "LSAM", "data-parallel SGD"} <= set(said)
     seconds = [text for text in said if re.fullmatch(r"[\d,]+ s", text)]

@@ -523,21 +523,21 @@ def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(f
 
 
 def test_fine_tuning_is_simulated_with_labels_that_are_wrong(folder, tmp_path):
-    """All of it on a tiny model: trials on training sentences alone, every method, with and without wrong labels."""
+    """All of it on a tiny model: trials on training sentences alone, and every method with what they chose."""
     words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
     words += [f"--validation_file={folder / 'held_out.csv'}", "--steps=4", "--seeds=1", "--processes=1", "--quiet"]
-    words += [f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}"]
-    done = run_script(REPOSITORY / "scripts/experiments/simulate_text.py", "noise", *words)
+    words += [f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}", "--wrong_labels=0.4", "--name=noise"]
+    done = run_script(REPOSITORY / "scripts/experiments/simulate_text.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     assert done.stdout.endswith((tmp_path / "noise.md").read_text())
     report = json.loads((tmp_path / "noise.json").read_text())
     methods = [*simulate_text.METHODS]
-    tried, final = report["runs"][: 3 * len(methods)], report["runs"][3 * len(methods) :]
-    assert [run["run"]["method"] for run in tried] == [method for method in methods for _ in range(3)]
+    tried, final = report["runs"][: 4 * len(methods)], report["runs"][4 * len(methods) :]
+    assert [run["run"]["method"] for run in tried] == [method for method in methods for _ in range(4)]
     assert all(run["run"]["validation"] and run["run"]["wrong_labels"] == 0.4 for run in tried)
     assert all(run["train_examples"] <= 86 for run in tried)  # a tenth, and its like, is held out for them
-    assert [run["run"]["wrong_labels"] for run in final] == [*simulate_text.SHARES_WRONG] * len(methods)
+    assert [(run["run"]["method"], run["run"]["wrong_labels"]) for run in final] == [(each, 0.4) for each in methods]
     assert {run["train_examples"] for run in final} == {96}
     for result in final:
         own, method = result["run"], result["run"]["method"]

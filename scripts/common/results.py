@@ -1,4 +1,4 @@
-"""Published results, as the tables and the model cards read them."""
+"""Published results, as the tables and the model cards read them, and where they come from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,28 @@ FORMER = {"sam": "ddp_sam", "sgd": "ddp"}
 def load_results(path: Path) -> Any:
     """A file of results, its methods called by their names of today."""
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
+
+
+def machine_and_packages(origin: dict[str, Any]) -> str:
+    """Hardware and versions, in one line."""
+    hardware = origin["hardware"]
+    machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
+    return f"{machine}; {', '.join(f'{name} {number}' for name, number in origin['versions'].items())}"
+
+
+def origin(report: dict[str, Any]) -> str:
+    """One line: hardware, versions, commit and date."""
+    provenance = report["provenance"]
+    commit, _, dirty = provenance["commit"].partition("-")
+    state = f"{commit[:12]} with uncommitted changes" if dirty else commit[:12]
+    return f"{machine_and_packages(provenance)}; commit {state}, {provenance['date'][:10]}."
+
+
+def of_runs(runs: list[dict[str, Any]]) -> str:
+    """One line: hardware, versions, commits and date of runs that each say where they come from."""
+    commits = sorted({run["commit"][:12] for run in runs})
+    dates = max(run["date"][:10] for run in runs)
+    return f"On {machine_and_packages(runs[0])}; commit {', '.join(commits)}; {dates}."
 
 
 def _renamed(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,11 @@
 """Fine-tuning with LSAM and with data-parallel training, simulated on sentences: see `hf_lsam.simulation`.
 
-    python scripts/experiments/simulate_text.py EXPERIMENT --train_file train.csv --validation_file test.csv
+    python scripts/experiments/simulate_text.py --train_file train.csv --validation_file test.csv [--wrong_labels 0.4]
 
-    level     every method, the training labels as they are
-    noise     where SAM pays: none or 40 % of the training labels are wrong; the weights also in few bits
-
-MiniLM with AdamW, two workers. Each method has three trials: over the learning rate, and those with a perturbation over
-its radius as well; of `noise` where 40 % of the labels are wrong. They are judged on a tenth of the training sentences,
-held out for them with their right labels; the tables are of the validation file. Runs are kept in `--runs_dir`, and one
-that has finished is not made again. `--output_dir` receives NAME.json and NAME.md. The keys of
+MiniLM with AdamW, two workers. Each method has four trials: over the learning rate, and those with a perturbation over
+its radius as well. They are judged on a tenth of the training sentences, held out for them with their right labels; the
+table is of the validation file, and of the same models with their weights in few bits. Runs are kept in `--runs_dir`,
+and one that has finished is not made again. `--output_dir` receives NAME.json and NAME.md. The keys of
 recipes/text_classification/train.py that choose data and adapter are taken as well.
 """
 
@@ -19,7 +16,7 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -46,10 +43,10 @@ Collate = Callable[[list], dict[str, torch.Tensor]]
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"direction": "gradient"},
     "LSAM, one pass": {"direction": "momentum"},
+    "LSAM without SAM": {},
     "data-parallel SAM": {"direction": "gradient", "data_parallel": True},
     "data-parallel AdamW": {"data_parallel": True},
 }
-SHARES_WRONG = (0.0, 0.4)
 
 
 @dataclass(frozen=True)
@@ -192,19 +189,19 @@ def in_few_bits(model: torch.nn.Module, bits: int) -> torch.nn.Module:
 
 
 def trials(method: str, learning_rate: float, rho: float) -> list[dict[str, float]]:
-    """Three choices of what the method can choose: around `learning_rate` and, with a perturbation, `rho`."""
+    """Four choices of what the method can choose: around `learning_rate` and, with a perturbation, `rho`."""
     if "direction" in METHODS[method]:
-        pairs = ((0.5, 1.0), (1.0, 1.0), (1.0, 0.5))
+        pairs = ((0.25, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.5))
         return [{"learning_rate": learning_rate * rate, "sam_rho": rho * radius} for rate, radius in pairs]
-    return [{"learning_rate": learning_rate * rate} for rate in (0.5, 1.0, 2.0)]
+    return [{"learning_rate": learning_rate * rate} for rate in (0.25, 0.5, 1.0, 2.0)]
 
 
 def experiment(
-    runs: SimulatedRuns, shares_wrong: Sequence[float], steps: int, learning_rate: float, rho: float, seeds: int
+    runs: SimulatedRuns, wrong_labels: float, steps: int, learning_rate: float, rho: float, seeds: int
 ) -> tuple[list[dict[str, Any]], str]:
     """The trials, the runs of the best of each method, and a table of them: a line a method."""
     plans = [
-        Run(method, steps=steps, wrong_labels=max(shares_wrong), seed=100, validation=True, **own)
+        Run(method, steps=steps, wrong_labels=wrong_labels, seed=100, validation=True, **own)
         for method in METHODS
         for own in trials(method, learning_rate, rho)
     ]
@@ -214,32 +211,27 @@ def experiment(
     for plan, result in zip(plans, tried, strict=True):
         if result["accuracy"] > accuracies.get(plan.method, -1.0):
             chosen[plan.method], accuracies[plan.method] = plan, result["accuracy"]
+    # Seed by seed, so that what an interruption leaves is a smaller experiment.
     made = runs.results(
-        [
-            replace(best, wrong_labels=share, seed=seed, validation=False)
-            for best, share, seed in itertools.product(chosen.values(), shares_wrong, range(seeds))
-        ]
+        [replace(best, seed=seed, validation=False) for seed in range(seeds) for best in chosen.values()]
     )
     rows = []
     for method, best in chosen.items():
         own = [result for result in made if result["run"]["method"] == method]
         cells = [method, f"{best.learning_rate:.2g}", f"{best.sam_rho:.2g}" if best.sam_rho else "-"]
-        for share in shares_wrong:
-            of_share = [result["accuracy"] for result in own if result["run"]["wrong_labels"] == share]
-            cells.append(mean_and_spread(of_share, 1))
+        cells.append(mean_and_spread([result["accuracy"] for result in own], 1))
         for bits in ("8", "4"):
-            cells.append(mean_and_spread([r["accuracy_in_few_bits"][bits] for r in own[-seeds:]], 1))
+            cells.append(mean_and_spread([result["accuracy_in_few_bits"][bits] for result in own], 1))
         rows.append((*cells, f"{own[0]['bytes'] / 1e6:,.0f}"))
-    shares = [f"{100 * share:.0f} % wrong" if share else "accuracy, %" for share in shares_wrong]
-    header = ("", "learning rate", "rho", *shares, f"{shares[-1]}, 8-bit weights", "4-bit", "MB exchanged")
+    header = ("", "learning rate", "rho", "accuracy, %", "8-bit weights", "4-bit", "MB exchanged")
     return [*tried, *made], markdown_table(header, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("level", "noise"))
     add_quiet(parser)
-    parser.add_argument("--name", help="of the files in --output_dir; default: the experiment's")
+    parser.add_argument("--name", default="sentences", help="of the files in --output_dir")
+    parser.add_argument("--wrong_labels", type=float, default=0.0, help="share of the training labels to replace")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=160, help="of each worker")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="around which trials are made")
@@ -261,13 +253,11 @@ def main() -> None:
             "accuracy is to be measured on others"
         )
     runs = SimulatedRuns(simulate, accuracy_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
-    shares = SHARES_WRONG if arguments.experiment == "noise" else (0.0,)
     found, table = experiment(
-        runs, shares, arguments.steps, arguments.learning_rate, arguments.sam_rho, arguments.seeds
+        runs, arguments.wrong_labels, arguments.steps, arguments.learning_rate, arguments.sam_rho, arguments.seeds
     )
-    name = arguments.name or arguments.experiment
-    write_json(arguments.output_dir / f"{name}.json", {"experiment": name, "runs": found})
-    write_atomically(arguments.output_dir / f"{name}.md", table + "\n")
+    write_json(arguments.output_dir / f"{arguments.name}.json", {"experiment": arguments.name, "runs": found})
+    write_atomically(arguments.output_dir / f"{arguments.name}.md", table + "\n")
     print(table)
 
 

@@ -1,0 +1,186 @@
+"""What LSAM gains and costs beside data-parallel training: README.md's table, that of docs/results.md, and the figure.
+
+Of published results alone; `write_tables.py` puts them where they belong.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recipes.common.results import REPOSITORY
+from recipes.common.tables import markdown_table, mean_and_spread
+from scripts.common.results import load_results, of_runs, origin
+from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_error
+
+Runs = list[dict[str, Any]]
+HEADER = ("", "LSAM", "data-parallel training")
+IMAGES = {
+    "epochs": "CIFAR-10 at 16x16, a small ResNet-20, 30 epochs, 4 workers",
+    "long": "the same, 7,680 images, 1,440 steps",
+    "methods": "the same, 480 steps",
+}
+RECIPES = {  # folder: (what is measured, digits, scale)
+    "causal_lm": ("loss, a Llama from scratch on bytes, 2 workers", 3, 1),
+    "sft": ("loss, chats, 2 workers", 3, 1),
+    "seq2seq": ("loss, pairs of texts, 2 workers", 3, 1),
+    "token_classification": ("F1, %, tags, MiniLM, 2 workers", 1, 100),
+    "image_classification": ("accuracy, %, images through Trainer, 2 workers", 1, 100),
+}
+SENTENCES = "TREC, 1,000 questions, MiniLM with LoRA, 2 workers"
+STEPS = {
+    "lsam": "a step with SAM's two passes, in plain steps of Trainer",
+    "lsam quarter": "the same with `sam_ascent_fraction=0.25`",
+    "lsam momentum": 'with one pass, `sam_direction="momentum"`',
+}
+
+
+class Gains:
+    """The published results, as lines of a table."""
+
+    @cached_property
+    def _questions(self) -> dict[str, Runs]:
+        return {name: simulated("text_classification", name) for name in ("trec", "trec_wrong_labels")}
+
+    @cached_property
+    def _images(self) -> dict[str, Runs]:
+        return {name: simulated("cifar10_resnet20", name) for name in (*IMAGES, "clock")}
+
+    @cached_property
+    def _benchmarks(self) -> dict[str, Any]:
+        return {name: load_results(REPOSITORY / f"benchmarks/{name}.json") for name in ("async", "step")}
+
+    def bytes_exchanged(self) -> tuple[str, ...]:
+        sentences, images = self._questions["trec"], [run["points"][-1] | run for run in self._images["methods"]]
+        ratios = [
+            of_method(runs, "data-parallel SAM")[0]["bytes"] / of_method(runs, "LSAM")[0]["bytes"]
+            for runs in (sentences, images)
+        ]
+        return "bytes sent and received, 2 workers; 4 workers", "; ".join(f"1/{round(each)}" for each in ratios), "1"
+
+    def clocked(self) -> Iterable[tuple[str, ...]]:
+        """A line a cluster: the time until both are level, and where."""
+        for cluster in CLUSTERS:
+            yield cluster, *(time_and_error(self._until_level(method, cluster)) for method in CLOCKED[:2])
+
+    def sentences(self, name: str, what: str, figure: Callable[[dict[str, Any]], float]) -> tuple[str, ...]:
+        return self._compared(what, self._questions[name], figure, "AdamW")
+
+    def images(self, name: str) -> tuple[str, ...]:
+        return self._compared(f"error, %, {IMAGES[name]}", self._images[name], lambda run: run["points"][-1]["error"])
+
+    def recipe(self, folder: str) -> tuple[str, ...]:
+        """Of real processes."""
+        what, digits, scale = RECIPES[folder]
+        measured = load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
+        lsam, without, with_sam, plain = (
+            mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale) for row in measured
+        )
+        return what, f"{lsam}; without SAM {without}", f"{plain}; with SAM {with_sam}"
+
+    def straggler(self) -> tuple[str, ...]:
+        slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}
+        times = (f"{slowed[method, 'busy']['worker_0_ratio']:.2f}" for method in ("lsam", "ddp"))
+        return "a step while the other of two processes does 2.5 times the work, in steps while it does not", *times
+
+    def steps(self) -> Iterable[tuple[str, ...]]:
+        ratios = {row["variant"]: row["ratio"] for row in self._benchmarks["step"]["results"]}
+        for variant, what in STEPS.items():
+            yield what, f"{ratios[variant]:.2f}", "1; with SAM 2" if variant == "lsam" else ""
+
+    def short(self) -> str:
+        """README.md's: what a user gains, a line each."""
+        rows = [
+            self.bytes_exchanged(),
+            *((f"time until level, {what}", *times) for what, *times in self.clocked()),
+            self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
+            self.sentences("trec_wrong_labels", "the same, 40 % of the labels wrong", lambda run: run["accuracy"]),
+            self.images("epochs"),
+            self.recipe("causal_lm"),
+            *self.steps(),
+        ]
+        return markdown_table(HEADER, rows)
+
+    def whole(self) -> str:
+        """All of it, and where it comes from."""
+        rows = [
+            self.bytes_exchanged(),
+            self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
+            self.sentences("trec", "the same, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]),
+            self.sentences("trec_wrong_labels", "the same, 40 % of the labels wrong", lambda run: run["accuracy"]),
+            self.sentences(
+                "trec_wrong_labels", "these, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]
+            ),
+            *map(self.images, IMAGES),
+            *(self.recipe(name) for name in RECIPES if (REPOSITORY / f"recipes/{name}/results/methods.json").exists()),
+            *((f"time until level, {what}", *times) for what, *times in self.clocked()),
+            self.straggler(),
+            *self.steps(),
+        ]
+        seeds = {
+            "sentences": self._questions["trec_wrong_labels"],
+            "30 epochs": self._images["epochs"],
+            "other images": self._images["methods"],
+            "the clock": self._images["clock"],
+        }
+        counted = ", ".join(f"{len({run['run']['seed'] for run in runs})} of {what}" for what, runs in seeds.items())
+        runs = [run for each in (*self._questions.values(), *self._images.values()) for run in each]
+        return (
+            f"{markdown_table(HEADER, rows)}\n\nSeeds: {counted}, 3 of the recipes, whose READMEs say where they ran. "
+            f"Simulated (images, TREC, the clock): {of_runs(runs)} Steps: on {origin(self._benchmarks['step'])}"
+        )
+
+    def draw(self, path: Path) -> None:
+        """Bars of the seconds until level, as SVG that is the same whenever it is drawn."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        axis = figure.subplots()
+        for offset, method in zip((-0.2, 0.2), CLOCKED, strict=False):
+            seconds = [
+                statistics.fmean(run["points"][-1]["virtual_seconds"] for run in self._until_level(method, cluster))
+                for cluster in CLUSTERS
+            ]
+            places = [place + offset for place in range(len(CLUSTERS))]
+            bars = axis.barh(places, seconds, 0.36, label=method.removesuffix(" without SAM"))
+            axis.bar_label(bars, [f"{each:,.0f} s" for each in seconds], padding=3, fontsize="small")
+        axis.set(xscale="log", xlim=(20, 20_000), xlabel="seconds until the same error, virtual clock")
+        axis.set_yticks(range(len(CLUSTERS)), CLUSTERS)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="upper right")
+        with matplotlib.rc_context({"svg.hashsalt": "clock", "svg.fonttype": "none"}):
+            figure.savefig(path, metadata={"Date": None})
+
+    def _until_level(self, method: str, cluster: str) -> Runs:
+        """A method's longest runs on a cluster, one a seed: none that are longer were made once it was level."""
+        own = [run for run in of_method(self._images["clock"], method) if run["run"]["machines"] == CLUSTERS[cluster]]
+        longest = max(run["run"]["steps"] for run in own)
+        return [run for run in own if run["run"]["steps"] == longest]
+
+    @staticmethod
+    def _compared(
+        what: str, runs: Runs, figure: Callable[[dict[str, Any]], float], plain: str = "SGD"
+    ) -> tuple[str, ...]:
+        def of(method: str) -> str:
+            return mean_and_spread([figure(run) for run in of_method(runs, method)], 1)
+
+        return (
+            what,
+            f"{of('LSAM')}; without SAM {of('LSAM without SAM')}",
+            f"{of(f'data-parallel {plain}')}; with SAM {of('data-parallel SAM')}",
+        )
+
+
+def simulated(folder: str, name: str) -> Runs:
+    """The runs of an experiment of simulate_images.py or simulate_text.py that are not trials."""
+    report = load_results(REPOSITORY / f"recipes/{folder}/results/simulated/{name}.json")
+    return [run for run in report["runs"] if not run["run"]["validation"]]
+
+
+def of_method(runs: Runs, method: str) -> Runs:
+    return [run for run in runs if run["run"]["method"] == method]
