@@ -1,0 +1,173 @@
+"""The virtual exchange: a clock, the server behind it, and a worker's link to that."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..compression import encoded_bytes, round_
+from ..server.core import ServerCore
+from ..transport.base import FinalAnchor, Link, LinkStatus
+from .setting import Machine
+
+if TYPE_CHECKING:
+    from .cluster import SimulatedWorker
+
+LAST = 1 << 32  # a rank behind all workers
+
+
+class Clock:
+    """Events in the order of their time; at one time, in the order of `rank`, then as they came."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._events: list[tuple[float, int, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+
+    def at(self, time: float, rank: int, do: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, rank, next(self._order), do))
+
+    def run(self) -> Iterator[None]:
+        while self._events:
+            self.now, _, _, do = heapq.heappop(self._events)
+            do()
+            yield
+
+
+class SimulatedServer:
+    """The core, and the versions that are still on their way to somebody.
+
+    What crosses the links is the change of the anchor since the last version, rounded to `bits`; what that leaves
+    behind goes with the next.
+    """
+
+    def __init__(self, clock: Clock, core: ServerCore, longest_transfer: float, push_seconds: float):
+        self.core = core
+        self.push_seconds = push_seconds
+        self._busy_until = -math.inf
+        self.bits = core.settings.exchange_bits
+        self.waiting: list[SimulatedWorker] = []  # for a newer anchor
+        self.published: list[tuple[float, int, Tensor]] = [(-math.inf, 0, core.anchor.vector.clone())]
+        self._clock, self._longest = clock, longest_transfer
+
+    def publish_if_newer(self) -> None:
+        """To be called whenever the core may have moved the anchor."""
+        anchor, now = self.core.anchor, self._clock.now
+        if anchor.version == self.published[-1][1]:
+            return
+        held = self.published[-1][2]
+        newest = anchor.vector.clone() if self.bits == 32 else held + round_(anchor.vector - held, self.bits)
+        self.published.append((now, anchor.version, newest))
+        while len(self.published) > 1 and self.published[1][0] + self._longest <= now:
+            self.published.pop(0)  # whoever asks from now on has a newer one
+        waiting, self.waiting = self.waiting, []
+        for each in waiting:
+            self._clock.at(now + each.link.transfer, each.number, each.look_for_anchor)
+
+    def take(self, rank: int, do: Callable[[], None], seconds: float = 0.0) -> None:
+        """Does what has arrived, which takes `seconds`, after all that arrived before it."""
+        self._busy_until = max(self._clock.now, self._busy_until) + seconds
+        if self._busy_until > self._clock.now:
+            self._clock.at(self._busy_until, rank, do)
+        else:
+            do()
+
+    def leave(self, worker: int) -> None:
+        self.core.leave(worker)
+        self.publish_if_newer()
+
+
+class SimulatedLink(Link):
+    """A worker's end of the virtual exchange; no call waits, whatever has to is an event."""
+
+    def __init__(self, clock: Clock, server: SimulatedServer, machine: Machine, worker: int, numel: int):
+        self._worker = worker
+        self._status = LinkStatus()
+        self._size = encoded_bytes(numel, server.bits)
+        self._held_back = torch.zeros(numel) if server.bits < 32 else None
+        self.transfer = machine.transfer(self._size)
+        self._clock, self._server, self._latency = clock, server, machine.latency
+        self._answered_at = -math.inf
+        self._answer: int | None = None  # the version that the last push came to, on its way back
+        server.core.join(worker)
+
+    @property
+    def can_push(self) -> bool:
+        return self._clock.now >= self._answered_at
+
+    def _newest(self) -> tuple[float, int, Tensor]:
+        by = self._clock.now - self.transfer
+        return next(entry for entry in reversed(self._server.published) if entry[0] <= by)
+
+    @property
+    def steps_begun(self) -> int:
+        return self._server.core.steps_begun
+
+    def begin_step(self) -> None:
+        self._server.core.steps_begun += 1  # all know at once: a link would delay it as it delays anchors
+
+    def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
+        self._status, self._answered_at = self._status.after_push(self._size), math.inf
+        vector = self._rounded(total)
+        if not self.transfer and not self._server.push_seconds:
+            self._arrive(vector, steps, version, loss)
+            return
+        vector = vector.clone()
+
+        def take() -> None:
+            seconds = self._server.push_seconds
+            self._server.take(self._worker, lambda: self._arrive(vector, steps, version, loss), seconds)
+
+        self._clock.at(self._clock.now + self.transfer, self._worker, take)
+
+    def _rounded(self, total: Tensor) -> Tensor:
+        if self._held_back is None or not torch.isfinite(torch.dot(total, total)):  # the core refuses what is not
+            return total
+        return round_(self._held_back + total, self._server.bits, rest=self._held_back)
+
+    def _arrive(self, total: Tensor, steps: int, version: int, loss: float) -> None:
+        self._answer = self._server.core.anchor.version
+        accepted = self._server.core.push(total, steps, self._worker, loss)
+        self._status = self._status.after_answer(accepted, None, self._answer - version)
+        self._answered_at = self._clock.now + self._latency
+        self._server.publish_if_newer()
+
+    def poll(self, held: int, incoming: Tensor) -> int | None:
+        if self.can_push and self._answer is not None:
+            self._status, self._answer = replace(self._status, counted_at=self._answer), None
+        _, version, vector = self._newest()
+        if version == held:
+            return None
+        incoming.copy_(vector)
+        self._status = self._status.after_pull(self._size)
+        return version
+
+    def settle(self) -> None:
+        """Whoever finishes does not wait: what is under way arrives before the end."""
+
+    def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
+        # After the steps that others end at the same time: who finishes together is counted together.
+        rank = LAST + self._worker
+
+        def take() -> None:
+            self._server.take(rank, lambda: self._server.leave(self._worker))
+
+        self._clock.at(self._clock.now + self.transfer, rank, take)
+        _, version, vector = self._newest()
+        incoming.copy_(vector)
+        self._status = replace(self._status, finished=True)
+        return FinalAnchor(version, best_step)
+
+    def snapshot(self, path: Path) -> bool:
+        raise NotImplementedError("a simulated run cannot be saved")
+
+    def close(self, failed: bool = False) -> None:
+        pass
