@@ -19,8 +19,6 @@ from scripts.common.results import load_results
 from scripts.tools.summarize_results import method_label
 
 RECIPES = REPOSITORY / "recipes"
-SENTENCES = RECIPES / "text_classification/results"
-EXPERIMENTS = RECIPES / "cifar10_resnet20/results/cpu"
 SHARES = ("accuracy", "f1")  # told in percent
 Compared = tuple[Sequence[str], Sequence[Sequence[str]]]  # a header, and rows
 
@@ -110,18 +108,6 @@ def of_quickstart(path: Path) -> Iterator[CardFacts]:
         yield of_summary("quickstart", row, (header, compared), against, "text-classification")
 
 
-def of_comparison(path: Path) -> Iterator[CardFacts]:
-    """One card a method of a comparison by compare_text.py."""
-    summaries = load_results(path)["summaries"]
-    against = (
-        "All were trained for as many steps of as many sentences; three trials each, on held-out training sentences, "
-        "chose the radius of the perturbation, or the learning rate of `ddp`, which has none: plain data "
-        "parallelism with the same AdamW."
-    )
-    for row in summaries:
-        yield of_summary(path.stem, row, side_by_side(summaries), against, "text-classification")
-
-
 def of_recipe(path: Path) -> Iterator[CardFacts]:
     """One card a method of what measure_recipe.py has measured."""
     recipe, summaries = path.parents[1].name, load_results(path)
@@ -134,70 +120,15 @@ def of_recipe(path: Path) -> Iterator[CardFacts]:
             yield of_summary(recipe, row, side_by_side(summaries), against, load(recipe).PIPELINE_TAG)
 
 
-def of_experiment(path: Path) -> Iterator[CardFacts]:
-    """One card a method of the comparison of methods; of any other experiment, one of its best setting of LSAM."""
-    report = load_results(path)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in report["runs"]:
-        groups.setdefault(run["label"], []).append(run)
-
-    def accuracy(label: str) -> float:
-        return statistics.fmean(run["accuracy"] for run in groups[label])
-
-    compares_methods = report["experiment"] == "methods"
-    asynchronous = [label for label, runs in groups.items() if runs[0]["settings"]["method"] == "lsam"]
-    header = ("", "accuracy, %", "MB exchanged", "seconds", "seeds")
-    compared = [
-        (
-            label,
-            mean_and_spread([run["accuracy"] for run in runs], scale=100),
-            f"{runs[0]['bytes'] / 1e6:,.1f}",
-            f"{statistics.fmean(run['seconds'] for run in runs):,.0f}",
-            str(len(runs)),
-        )
-        for label, runs in groups.items()
-    ]
-    for label in groups if compares_methods else [max(asynchronous, key=accuracy)]:
-        runs = groups[label]
-        first = runs[0]
-        rows = [
-            ("Setting", label),
-            ("Workers", f"{first['workers']}, of {first['steps_per_worker']:,} steps each"),
-            ("Held-out images", f"{first['eval_images']:,} of the {first['evaluated_on']}"),
-            ("Accuracy, %", mean_and_spread([run["accuracy"] for run in runs], scale=100)),
-        ]
-        name = f"cifar10_resnet20-{report['experiment']}"
-        yield CardFacts(
-            f"{name}-{label}" if compares_methods else name,
-            first["settings"]["method"],
-            first["workers"],
-            [("accuracy", accuracy(label)), ("loss", statistics.fmean(run["eval_loss"] for run in runs))],
-            rows,
-            {**report["configuration"], **first["settings"]},
-            provenance_line(first),
-            compared=(header, compared),
-            against="All were trained on the same part of the data; what they mean is in the recipe's README.",
-            data="cifar10",
-            examples=first["train_images"],
-            task="image-classification",
-            seeds=[run["seed"] for run in runs],
-            method_name=METHOD_NAMES[first["settings"]["method"]],
-        )
-
-
 def main(folder: Path = REPOSITORY / "model_cards") -> None:
     """Writes all cards.
 
     Args:
         folder: where to.
     """
-    found = [*of_quickstart(SENTENCES / "quickstart.json")]
-    for path in sorted(SENTENCES.glob("comparisons/*.json")):
-        found += of_comparison(path)
+    found = [*of_quickstart(RECIPES / "text_classification/results/quickstart.json")]
     for path in sorted(RECIPES.glob("*/results/methods.json")):
         found += of_recipe(path)
-    for path in sorted(EXPERIMENTS.glob("*.json")):
-        found += of_experiment(path)
     for facts in found:
         write_atomically(folder / f"{facts.name}.md", str(model_card(facts)))
 

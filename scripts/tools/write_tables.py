@@ -13,35 +13,21 @@ from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table
 from scripts.common.results import load_results, of_runs, origin
 from scripts.experiments import estimate_scale, simulate_scale
-from scripts.experiments.compare_text import text
 from scripts.tools.gains import Gains
 from scripts.tools.summarize_results import table, write_between
 
-SENTENCES = REPOSITORY / "recipes/text_classification/results"
 BENCHMARKS = {
     import_module(f"scripts.benchmarks.{path.stem}").NAME: path
     for path in sorted((REPOSITORY / "scripts/benchmarks").glob("[!_]*.py"))
 }
 
 
-def write_experiments(folder: Path) -> None:
-    """The tables of reproduce.py and of the simulations between the markers of the recipe's README."""
-    for path in sorted(folder.glob("results/*/*.json")):
-        if path.stem == "scale":  # on a page of its own
-            continue
-        report = load_results(path)
-        if path.parent.name == "simulated":
-            measured = path.with_suffix(".md").read_text().strip()
-            write_between(folder / "README.md", f"simulated-{path.stem}", f"{measured}\n\n{of_runs(report['runs'])}")
-            continue
-        first = report["runs"][0]
-        described = (
-            f"{path.with_suffix('.md').read_text().strip()}\n\n![{report['experiment']}]"
-            f"(results/{report['budget']}/{path.stem}.png)\n\n{first['steps_per_worker']} steps a worker at most, "
-            f"{first['train_images']:,} training images, evaluated on {first['eval_images']:,} of the "
-            f"{first['evaluated_on']}. {of_runs(report['runs'])}"
-        )
-        write_between(folder / "README.md", f"{report['budget']}-{path.stem}", described)
+def write_simulations(folder: Path) -> None:
+    """The tables of the simulations between the markers of the recipe's README."""
+    for path in sorted(folder.glob("results/simulated/*.json")):
+        if path.stem != "scale":  # on a page of its own
+            described = f"{path.with_suffix('.md').read_text().strip()}\n\n{of_runs(load_results(path)['runs'])}"
+            write_between(folder / "README.md", f"simulated-{path.stem}", described)
 
 
 def write_scaling(page: Path, results: Path) -> None:
@@ -54,14 +40,9 @@ def write_scaling(page: Path, results: Path) -> None:
 
 
 def write_recipes(recipes: Path) -> None:
-    """The tables of summarize_results.py, compare_text.py and measure_recipe.py."""
-    sentences = recipes / "text_classification"
-    for name in ("short", "quickstart"):
-        write_between(sentences / "README.md", name, table(load_results(sentences / f"results/{name}.json")))
-    for path in sorted(sentences.glob("results/comparisons/*.json")):
-        write_between(sentences / "README.md", path.stem, text(load_results(path)))
-    for path in sorted(recipes.glob("*/results/methods.json")):
-        write_between(path.parents[1] / "README.md", "methods", table(load_results(path)))
+    """The tables of summarize_results.py and measure_recipe.py."""
+    for path in sorted(recipes.glob("*/results/*.json")):
+        write_between(path.parents[1] / "README.md", path.stem, table(load_results(path)))
 
 
 def write_benchmarks() -> None:
@@ -92,8 +73,8 @@ def write_lists() -> None:
 def main() -> None:
     write_lists()
     write_benchmarks()
-    write_experiments(REPOSITORY / "recipes/cifar10_resnet20")
-    write_experiments(REPOSITORY / "recipes/text_classification")
+    write_simulations(REPOSITORY / "recipes/cifar10_resnet20")
+    write_simulations(REPOSITORY / "recipes/text_classification")
     write_scaling(REPOSITORY / "docs/scaling.md", REPOSITORY / "recipes/cifar10_resnet20/results/simulated/scale.json")
     write_recipes(REPOSITORY / "recipes")
     gains = Gains()
