@@ -24,82 +24,24 @@ import secrets
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
-from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..record import RecordReader
 from ..signals import EndSignals
 from ..transport.ownership import LAUNCH_PREFIX
 from ..transport.secret import new_secret
-from .cluster import HOST_ENVIRONMENT, Needs, connect, nodes
+from .cluster import Needs, connect, nodes
 from .hosts import WorkerHost
-from .servers import MOST_ERRORS, SNAPSHOT, RelayHost, RootHost
+from .plan import FOLDER, Plan
+from .remote import HostDied, Remote
+from .servers import MOST_ERRORS, RelayHost, RootHost
 
 logger = logging.getLogger(__name__)
 
 TURN_SECONDS = 1.0
-FOLDER = "ray"  # in the run's folder: logs, the secret, what is kept of the root
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to run.
-
-    Args:
-        words: the user's script and its arguments, what follows `python`.
-        num_workers: as many as there are to be.
-        run_dir: folder that all nodes share, the `output_dir` of the script.
-        min_workers: none starts before there is room for as many; with fewer the run goes on and says so.
-        needs: what a worker takes of its node.
-        max_restarts: how often another worker may take a number whose worker has ended, its node being alive.
-        resume: go on from the anchor that `run_dir` keeps, if it does.
-        shared_memory_dir: where each node exchanges vectors.
-        report_seconds: between two lines about each worker.
-    """
-
-    words: Sequence[str]
-    num_workers: int
-    run_dir: Path
-    min_workers: int = 1
-    needs: Needs = field(default_factory=Needs)
-    max_restarts: int = 3
-    resume: bool = False
-    shared_memory_dir: Path = Path("/dev/shm")
-    report_seconds: float = 30.0
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: if it cannot be.
-        """
-        if not 1 <= self.min_workers <= self.num_workers:
-            raise ValueError(
-                f"min_workers must be from 1 to num_workers, got min_workers={self.min_workers} and "
-                f"num_workers={self.num_workers}."
-            )
-        if self.needs.cpus <= 0 or not 0 <= self.needs.gpus <= 1:
-            raise ValueError(
-                f"A worker takes some CPU and at most one GPU, on which it trains, got {self.needs}. Use "
-                "gpus_per_worker=0 to train on CPU, a fraction to share a GPU, and more workers for more GPUs."
-            )
-        if not self.words:
-            raise ValueError("There is no script to run: name it after `--`, with its arguments.")
-        if not self.words[0].startswith("-") and not Path(self.words[0]).exists():
-            raise ValueError(
-                f"There is no script {self.words[0]} here, in {Path.cwd()}, which is where the workers start. Start "
-                "from its folder, or send it along: ray job submit --working-dir."
-            )
-        if not self.resume and (self.run_dir / FOLDER / "root" / SNAPSHOT).exists():
-            raise ValueError(
-                f"{self.run_dir} keeps the anchor of a run, and a new run would write over it. Go on with it "
-                "(--resume), or choose another folder."
-            )
 
 
 def launch(
@@ -151,78 +93,6 @@ def launch(
     finally:
         if joined:
             ray.shutdown()
-
-
-class HostDied(Exception):
-    """The actor is gone; says why."""
-
-
-class Remote:
-    """A host, as the supervisor sees it: one question at a time is under way, and no answer is waited for.
-
-    Args:
-        kind: class of the host.
-        arguments: of its constructor.
-        node: where it must be; None leaves it to Ray.
-        needs: what it takes there.
-
-    Attributes:
-        node, address: where it is, once known.
-    """
-
-    def __init__(self, kind: type, arguments: Sequence[Any], node: str | None = None, needs: Needs | None = None):
-        needs = needs or Needs(0, 0)
-        placement = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-        actor: ActorClass[Any] = ray.remote(kind).options(
-            num_cpus=needs.cpus, num_gpus=needs.gpus, runtime_env={"env_vars": HOST_ENVIRONMENT}, **placement
-        )
-        # Ray's types allow for a class here.
-        self._actor: ActorHandle[Any] = actor.remote(*arguments)  # type: ignore[assignment]
-        self._question: tuple[Any, ...] = ()
-        self._asked: ray.ObjectRef[Any] | None = None
-        self.node = self.address = ""
-        self.ask("where")
-
-    @property
-    def is_asked(self) -> bool:
-        return self._asked is not None
-
-    def ask(self, method: str, *arguments: Any) -> None:
-        """Asks what `answer` will tell; what is asked twice must be done once."""
-        self._question = (method, *arguments)
-        self._asked = self.tell(method, *arguments)
-
-    def tell(self, method: str, *arguments: Any) -> ray.ObjectRef[Any]:
-        """Asks for something whose answer is nobody's."""
-        return getattr(self._actor, method).remote(*arguments)
-
-    def answer(self) -> Any:
-        """What has been answered; None if nothing has, or was.
-
-        Raises:
-            HostDied: instead of an answer.
-            RuntimeError: the host's own error.
-        """
-        if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
-            return None
-        asked, self._asked = self._asked, None
-        try:
-            value = ray.get(asked)
-        except ActorUnavailableError:  # it may be back in a moment
-            self.ask(*self._question)
-            return None
-        except (ActorDiedError, ActorUnschedulableError) as error:
-            raise HostDied(str(error).strip().splitlines()[-1]) from error
-        except RayTaskError as error:
-            raise RuntimeError(str(error.cause)) from error
-        if not self.node:
-            self.node, self.address = value
-            return None
-        return value
-
-    def kill(self) -> None:
-        """Ends the actor; a worker that it keeps goes on alone."""
-        ray.kill(self._actor)
 
 
 class Phase(enum.Enum):
