@@ -26,6 +26,7 @@ from .fields import Rule, by_name, check_fields, help_from_docstring, number, on
 from .identity import SERVER_ADDRESS as SERVER_ADDRESS_VARIABLE
 from .identity import WORKER, Identity, pin
 from .joining import Timeouts
+from .optimizers import momentum_coefficient, normalises_steps
 from .server.service import ServiceSettings
 from .transport.ownership import missing_here
 from .transport.peer import HEARTBEAT
@@ -139,11 +140,12 @@ class LSAMArguments(_MixedIn):
         compensate_coupling (`bool`, defaults to True): "decoupled" and "score" slow workers and anchor down (see
             `hf_lsam.coupling.drift_slowdown`); the optimizer steps with its learning rate multiplied by as much, and a
             learning rate means what it means without LSAM. Both rates are logged.
-        scale_learning_rate (`bool`, defaults to False): the optimizer steps with its learning rate multiplied by the
-            square root of the number of workers of the launch. For optimizers that normalise their steps, Adam and its
-            kind: the noise of its own batch shortens each worker's way, and it takes so much more for n of them to move
-            as data-parallel training does with the learning rate as it is (measured: docs/scaling.md). Leave it out
-            with SGD, and where the learning rate is near the largest that one worker bears.
+        scale_learning_rate (`bool`, *optional*): the optimizer steps with its learning rate multiplied by the square
+            root of the number of workers of the launch. Left out, it does so with optimizers that normalise their
+            steps, Adam and its kind, with LSAM's own algorithm: the noise of its own batch shortens each worker's way,
+            and it takes so much more for n of them to move as data-parallel training does with the learning rate as it
+            is (measured: docs/scaling.md). False where the learning rate was found with these workers, or is near the
+            largest that one of them bears. Both rates are logged.
         share_steps (`bool`, defaults to False): the workers share the steps of the run: max_steps, or the steps of
             num_train_epochs, count once for each worker of the launch, and whoever is faster makes more of them, going
             on through its share of the data. The run then does not wait for the slowest worker. Learning rates follow
@@ -222,7 +224,7 @@ class LSAMArguments(_MixedIn):
         float, number("[0, inf)", "The default is 1.0; the paper uses 0.1 and 0.9 with coupling='score'.")
     ] = 1.0
     compensate_coupling: bool = True
-    scale_learning_rate: bool = False
+    scale_learning_rate: bool | None = None
     share_steps: bool = False
     num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
     shared_memory_dir: str = SHARED_MEMORY
@@ -337,17 +339,21 @@ class LSAMArguments(_MixedIn):
         """Whether LSAM's workers are pulled at every step, as in the paper's Algorithm 2."""
         return self.algorithm == "lsam" and self.coupling != "merge"
 
-    def learning_rate_factor(self, sync_steps: int, momentum: float = 0.0, workers: int = 1) -> float:
+    def learning_rate_factor(self, sync_steps: int, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
         """What the optimizer's learning rate is multiplied with: `compensate_coupling` and `scale_learning_rate`.
 
         Args:
             sync_steps: tau of the run.
-            momentum: of SGD.
+            optimizer: whose learning rate it is.
             workers: n of the launch.
         """
-        factor = math.sqrt(workers) if self.scale_learning_rate else 1.0
+        scaled = self.scale_learning_rate
+        if scaled is None:
+            scaled = self.algorithm == "lsam" and normalises_steps(optimizer)
+        factor = math.sqrt(workers) if scaled else 1.0
         if self.has_stepwise_coupling and self.compensate_coupling:
             in_score = self.coupling == "score"
+            momentum = momentum_coefficient(optimizer)
             factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
         return factor
 

@@ -77,6 +77,11 @@ def momentum_coefficient(optimizer: Optimizer) -> float:
     return float(optimizer.param_groups[0].get("momentum", 0.0))
 
 
+def normalises_steps(optimizer: Optimizer) -> bool:
+    """Whether the length of a step does not follow that of the gradient: Adam and its kind, known by their betas."""
+    return not optimizer.param_groups[0].keys().isdisjoint(("betas", "beta1"))
+
+
 def switch(optimizer: Optimizer | None, mode: Literal["train", "eval"]) -> None:
     """Takes the parameters to where `optimizer` trains or is evaluated, if it knows the difference."""
     method = getattr(optimizer, mode, None)

@@ -33,7 +33,7 @@ from .data import Generators
 from .failure_signatures import FailureSignatures
 from .fields import check_field
 from .metrics import WorkerMetrics
-from .optimizers import StepHooks, known_direction, momentum_coefficient, showing_anchor, switch
+from .optimizers import StepHooks, known_direction, showing_anchor, switch
 from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
 from .record import RecordWriter, describe
 from .run import Run
@@ -124,7 +124,7 @@ class Session:
         self._buffers_before: list[Tensor] | None = values_of(self._buffers)
         workers = arguments.identity.num_workers
         self.sync_steps = arguments.steps_between_pushes(workers)
-        self._factor = arguments.learning_rate_factor(self.sync_steps, momentum_coefficient(optimizer), workers)
+        self._factor = arguments.learning_rate_factor(self.sync_steps, optimizer, workers)
         logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
 
     def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.optimization import Adafactor
 
 from hf_lsam import LSAM, LSAMArguments, LSAMConfig
 from hf_lsam.identity import Identity
@@ -167,17 +168,35 @@ def test_the_environment_says_which_server_a_worker_joins_and_which_of_how_many_
 
 
 def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp_path):
-    assert config(tmp_path).learning_rate_factor(16, 0.9) == 1.0
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    sgd, plain = torch.optim.SGD(parameters, 0.1, momentum=0.9), torch.optim.SGD(parameters, 0.1)
+    assert config(tmp_path).learning_rate_factor(16, sgd) == 1.0
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5, "sync_steps": 16}
-    assert config(tmp_path, **stepwise).learning_rate_factor(16, 0.9) == pytest.approx(1 + 2 / 1.5 / (1 - 2 / 16))
-    assert config(tmp_path, compensate_coupling=False, **stepwise).learning_rate_factor(16) == 1.0
-    assert config(tmp_path).learning_rate_factor(16, workers=4) == 1.0
-    scaled = config(tmp_path, scale_learning_rate=True)
-    assert scaled.learning_rate_factor(16, 0.9, workers=4) == 2.0
-    scaled = config(tmp_path, scale_learning_rate=True, **stepwise)
-    assert scaled.learning_rate_factor(16, 0.9, workers=9) == pytest.approx(3 * (1 + 2 / 1.5 / (1 - 2 / 16)))
+    assert config(tmp_path, **stepwise).learning_rate_factor(16, sgd) == pytest.approx(1 + 2 / 1.5 / (1 - 2 / 16))
+    assert config(tmp_path, compensate_coupling=False, **stepwise).learning_rate_factor(16, plain) == 1.0
+    both = config(tmp_path, scale_learning_rate=True, **stepwise).learning_rate_factor(16, sgd, workers=9)
+    assert both == pytest.approx(3 * (1 + 2 / 1.5 / (1 - 2 / 16)))
     score = config(tmp_path, coupling="score", coupling_strength=0.1)
-    assert score.learning_rate_factor(16, 0.9) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
+    assert score.learning_rate_factor(16, sgd) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
+
+
+def adafactor(parameters, rate):
+    return Adafactor(parameters, rate, relative_step=False)
+
+
+OF_ADAMS_KIND = [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adamax, adafactor]
+
+
+@pytest.mark.parametrize("kind", [*OF_ADAMS_KIND, torch.optim.SGD, torch.optim.Adagrad])
+def test_the_learning_rate_of_adam_and_its_kind_grows_with_the_root_of_n_unless_told_otherwise(tmp_path, kind):
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], 0.1)
+
+    def factor(workers, **fields):
+        return config(tmp_path, **fields).learning_rate_factor(16, optimizer, workers)
+
+    assert factor(4) == (2.0 if kind in OF_ADAMS_KIND else 1.0)
+    assert factor(1) == factor(4, scale_learning_rate=False) == factor(4, algorithm="lsgd", sam_rho=0.0) == 1.0
+    assert factor(4, scale_learning_rate=True) == 2.0
 
 
 @pytest.mark.parametrize(

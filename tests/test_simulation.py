@@ -315,8 +315,8 @@ def test_four_workers_with_a_scaled_learning_rate_step_with_twice_of_it():
             return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
         arguments, machines = LoopArguments(**lsam), [Machine()] * 4
-        made, _ = make_run(arguments, LockstepNet(), optimizer, loss, machines, Gradient(), scheduler, 0.0, seed=0)
+        made, _ = make_run(arguments, LockstepNet(), optimizer, loss, machines, Gradient(), scheduler, seed=0)
         return [moment.anchor for moment in made.run(3 * TAU)][-1]
 
-    assert torch.equal(anchor(0.001, scale_learning_rate=True), anchor(0.002))
-    assert not torch.equal(anchor(0.001), anchor(0.002))
+    assert torch.equal(anchor(0.001), anchor(0.002, scale_learning_rate=False))
+    assert not torch.equal(anchor(0.001), anchor(0.001, scale_learning_rate=False))

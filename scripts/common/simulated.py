@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_lsam.loop import LoopArguments
@@ -29,7 +30,6 @@ def make_run(
     machines: Sequence[Machine],
     gradient: Gradient,
     make_scheduler: Callable,
-    momentum: float,
     seed: int,
     barrier: bool = False,
     push_seconds: float = 0.0,
@@ -37,7 +37,6 @@ def make_run(
     """A run with these arguments of LSAM, or data-parallel if they are None; and its sync_steps.
 
     Args:
-        momentum: of the optimizer.
         barrier: workers wait for their anchor; else they share the steps of the run.
         model, make_optimizer, loss, machines, gradient, make_scheduler, push_seconds, seed: see `Cluster`.
     """
@@ -53,7 +52,7 @@ def make_run(
         arguments.server_settings(sync_steps),
         gradient,
         make_scheduler,
-        arguments.learning_rate_factor(sync_steps, momentum, len(machines)),
+        arguments.learning_rate_factor(sync_steps, make_optimizer([nn.Parameter(torch.zeros(1))]), len(machines)),
         barrier,
         share_steps=not barrier,
         push_seconds=push_seconds,

@@ -207,7 +207,6 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
         [Machine(**fields) for fields in run.machines],
         Gradient(run.sam_rho if method.get("sam") else 0.0),
         task.scheduler,
-        momentum=MOMENTUM,
         seed=run.seed,
         barrier=method.get("barrier", False),
     )

@@ -127,7 +127,9 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
     def share(step: int) -> float:
         return min(1.0, (step + 1) / (0.05 * run.steps)) * (1 + math.cos(math.pi * step / run.steps)) / 2
 
-    arguments = LoopArguments(**{"exchange_bits": 32, **run.lsam}) if run.method.startswith(LSAM) else None
+    arguments = None
+    if run.method.startswith(LSAM):  # the learning rate is the one that is tried
+        arguments = LoopArguments(**{"exchange_bits": 32, "scale_learning_rate": False, **run.lsam})
     begin = time.perf_counter()
     made, sync_steps = make_run(
         arguments,
@@ -137,7 +139,6 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         [Machine(jitter=0.2)] * run.workers,
         Gradient(),
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share),
-        momentum=MOMENTUM,
         seed=run.seed,
         push_seconds=run.load * arguments.steps_between_pushes(run.workers) / run.workers if arguments else 0.0,
     )

@@ -143,10 +143,9 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
     machines = [Machine()] * run.workers
     gradient = Gradient(run.sam_rho, sam_direction=method.get("direction", "gradient"), max_grad_norm=1.0)
-    arguments = None if method.get("data_parallel") else LoopArguments()
-    made, sync_steps = make_run(
-        arguments, model, optimizer, loss, machines, gradient, scheduler, momentum=0.9, seed=run.seed
-    )
+    # The learning rate is the one that is tried.
+    arguments = None if method.get("data_parallel") else LoopArguments(scale_learning_rate=False)
+    made, sync_steps = make_run(arguments, model, optimizer, loss, machines, gradient, scheduler, seed=run.seed)
     begin = time.perf_counter()
     (end,) = made.run(run.steps)
     made.layout.write(end.anchor, [parameter for parameter in model.parameters() if parameter.requires_grad])
