@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "data-parallel SAM": {"direction": "gradient", "data_parallel": True},
     "data-parallel AdamW": {"data_parallel": True},
 }
+PLAIN = "data-parallel AdamW"  # whose accuracy with the same seed is subtracted from the others'
 
 
 @dataclass(frozen=True)
@@ -215,14 +216,18 @@ def experiment(
         [replace(best, seed=seed, validation=False) for seed in range(seeds) for best in chosen.values()]
     )
     rows = []
+    plain = [result["accuracy"] for result in made if result["run"]["method"] == PLAIN]
     for method, best in chosen.items():
         own = [result for result in made if result["run"]["method"] == method]
+        of_seeds = [result["accuracy"] for result in own]
         cells = [method, f"{best.learning_rate:.2g}", f"{best.sam_rho:.2g}" if best.sam_rho else "-"]
-        cells.append(mean_and_spread([result["accuracy"] for result in own], 1))
+        cells.append(mean_and_spread(of_seeds, 1))
+        ahead = [a - b for a, b in zip(of_seeds, plain, strict=True)]
+        cells.append("-" if method == PLAIN else mean_and_spread(ahead, 1))
         for bits in ("8", "4"):
             cells.append(mean_and_spread([result["accuracy_in_few_bits"][bits] for result in own], 1))
         rows.append((*cells, f"{own[0]['bytes'] / 1e6:,.0f}"))
-    header = ("", "learning rate", "rho", "accuracy, %", "8-bit weights", "4-bit", "MB exchanged")
+    header = ("", "learning rate", "rho", "accuracy, %", "ahead, by seed", "8-bit weights", "4-bit", "MB exchanged")
     return [*tried, *made], markdown_table(header, rows)
 
 
