@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ def load_results(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
 
 
-def machine_and_packages(origin: dict[str, Any]) -> str:
-    """Hardware and versions, in one line."""
-    hardware = origin["hardware"]
-    machine = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
-    return f"{machine}; {', '.join(f'{name} {number}' for name, number in origin['versions'].items())}"
+def machines_and_packages(origins: Sequence[dict[str, Any]]) -> str:
+    """Hardware and versions, in one line; several where several were used."""
+    machines = {
+        ", ".join([f"{hardware['cores']} core{'s' * (hardware['cores'] > 1)} of {hardware['cpu']}", *hardware["gpus"]])
+        for hardware in (origin["hardware"] for origin in origins)
+    }
+    versions: dict[str, set[str]] = {}
+    for origin in origins:
+        for name, number in origin["versions"].items():
+            versions.setdefault(name, set()).add(number)
+    packages = (f"{name} {' and '.join(sorted(numbers))}" for name, numbers in versions.items())
+    return f"{' or '.join(sorted(machines))}; {', '.join(packages)}"
 
 
 def origin(report: dict[str, Any]) -> str:
@@ -27,14 +35,14 @@ def origin(report: dict[str, Any]) -> str:
     provenance = report["provenance"]
     commit, _, dirty = provenance["commit"].partition("-")
     state = f"{commit[:12]} with uncommitted changes" if dirty else commit[:12]
-    return f"{machine_and_packages(provenance)}; commit {state}, {provenance['date'][:10]}."
+    return f"{machines_and_packages([provenance])}; commit {state}, {provenance['date'][:10]}."
 
 
-def of_runs(runs: list[dict[str, Any]]) -> str:
+def of_runs(runs: Sequence[dict[str, Any]]) -> str:
     """One line: hardware, versions, commits and date of runs that each say where they come from."""
     commits = sorted({run["commit"][:12] for run in runs})
     dates = max(run["date"][:10] for run in runs)
-    return f"On {machine_and_packages(runs[0])}; commit {', '.join(commits)}; {dates}."
+    return f"On {machines_and_packages(runs)}; commit {', '.join(commits)}; {dates}."
 
 
 def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
