@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from launch import SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
 
 from hf_lsam.checkpoint import load_tensors
@@ -247,6 +248,12 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
     ]:
         with pytest.raises(ValueError, match=reason):
             launch(words, 2, tmp_path, **options)
+
+
+def test_a_second_driver_of_a_run_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "ray").mkdir()
+    with FileLock(tmp_path / "ray/driver.lock"), pytest.raises(RuntimeError, match=r"Another driver keeps the run"):
+        launch(["-m", "x"], 2, tmp_path)
 
 
 def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(cluster, tmp_path):

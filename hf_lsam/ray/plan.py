@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .cluster import Needs
 from .servers import SNAPSHOT
@@ -65,3 +68,22 @@ class Plan:
                 f"{self.run_dir} keeps the anchor of a run, and a new run would write over it. Go on with it "
                 "(--resume), or choose another folder."
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, this process is the only driver of `run_dir`, on this machine and where file locks cross the network.
+
+        Raises:
+            RuntimeError: if another one is.
+        """
+        folder = self.run_dir / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(folder / "driver.lock").acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"Another driver keeps the run of {self.run_dir}: two would place its workers twice. Wait for its end, "
+                "or choose another folder."
+            ) from None
+        with lock:
+            yield

@@ -69,8 +69,8 @@ def launch(
 
     Raises:
         ValueError: if the arguments cannot be.
-        RuntimeError: if there is no cluster, if fewer than `min_workers` workers are left that may be started again, or
-            if a server ends with an error again and again.
+        RuntimeError: if another driver keeps `run_dir`, if there is no cluster, if fewer than `min_workers` workers are
+            left that may be started again, or if a server ends with an error again and again.
         KeyboardInterrupt, SystemExit: on a signal, once all have saved.
 
     Blocking: until the end. Process: a driver's, its main thread for signals to be heard.
@@ -87,12 +87,13 @@ def launch(
         report_seconds,
     )
     plan.check()
-    joined = connect(address)
-    try:
-        Supervisor(plan).run()
-    finally:
-        if joined:
-            ray.shutdown()
+    with plan.held():
+        joined = connect(address)
+        try:
+            Supervisor(plan).run()
+        finally:
+            if joined:
+                ray.shutdown()
 
 
 class Phase(enum.Enum):
@@ -157,7 +158,6 @@ class Supervisor:
 
     def run(self) -> None:
         """See `launch`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         if not self._secret.exists():
             new_secret(self._secret)
         self._signals.catch()
