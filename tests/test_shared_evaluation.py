@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import tokenizers
 import torch
+from launch import free_port
 from models import Net, Rows, Stream, arguments, blobs, tiny_gpt2
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, Trainer
 from transformers import PreTrainedTokenizerFast, TrainerCallback, default_data_collator
@@ -303,8 +304,14 @@ def store_goes(*positional, **keywords):
 
 
 # A store that lies in worker 0 and not in the launcher can go.
-os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=sys.argv[2])
+if RANK == 0:
+    (OUT / "port").write_text(str(free_port()))
+    tell("port")
+else:
+    hear("port")
+os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=(OUT / "port").read_text())
 trainer.session.run.store = LaunchStore(args.identity)
+trainer.session.run.store.count("there")
 trainer.prediction_step = store_goes
 try:
     report["store_gone"] = [*loss_of(test), expected]
@@ -320,7 +327,7 @@ def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     script = write_script(folder / "script.py", SCRIPT)
     paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    accelerate_launch(script, str(folder), str(free_port()), fork=True, PYTHONPATH=paths)
+    accelerate_launch(script, str(folder), fork=True, PYTHONPATH=paths)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
