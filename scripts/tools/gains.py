@@ -25,8 +25,8 @@ IMAGES = {
 }
 RECIPES = {  # folder: (what is measured, digits, scale)
     "causal_lm": ("loss, a Llama from scratch on bytes, 2 workers", 3, 1),
-    "sft": ("loss, chats, 2 workers", 3, 1),
-    "seq2seq": ("loss, pairs of texts, 2 workers", 3, 1),
+    "sft": ("loss, chats, a small Llama from scratch, 2 workers", 4, 1),
+    "seq2seq": ("chrF, pairs of texts, a small T5 from scratch, 2 workers", 1, 1),
     "token_classification": ("F1, %, tags, MiniLM, 2 workers", 1, 100),
     "image_classification": ("accuracy, %, images through Trainer, 2 workers", 1, 100),
 }
