@@ -125,7 +125,15 @@ class Session:
         workers = arguments.identity.num_workers
         self.sync_steps = arguments.steps_between_pushes(workers)
         self._factor = arguments.learning_rate_factor(self.sync_steps, optimizer, workers)
-        logger.info("sync_steps=%d; the optimizer steps with %g times its learning rate", self.sync_steps, self._factor)
+        logger.info("sync_steps=%d", self.sync_steps)
+        if self._factor != 1 and arguments.identity.rank == 0:
+            logger.warning(
+                "The optimizer of each of %d workers steps with %.3g times its learning rate, for the anchor to move as "
+                "data-parallel training does with it; scale_learning_rate=False and compensate_coupling=False leave it "
+                "as it is.",
+                workers,
+                self._factor,
+            )
 
     def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> tuple[list[int], list[int]]:
         """Tells the launch how large this worker's batches are.
