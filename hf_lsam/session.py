@@ -128,9 +128,9 @@ class Session:
         logger.info("sync_steps=%d", self.sync_steps)
         if self._factor != 1 and arguments.identity.rank == 0:
             logger.warning(
-                "The optimizer of each of %d workers steps with %.3g times its learning rate, for the anchor to move as "
-                "data-parallel training does with it; scale_learning_rate=False and compensate_coupling=False leave it "
-                "as it is.",
+                "The optimizer of each of %d workers steps with %.3g times its learning rate, so that the anchor moves "
+                "as data-parallel training does with it; scale_learning_rate=False and compensate_coupling=False leave "
+                "it as it is.",
                 workers,
                 self._factor,
             )

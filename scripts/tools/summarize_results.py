@@ -94,10 +94,27 @@ def method_label(summary: dict[str, Any]) -> str:
     return "lsam without SAM" if without else summary["method"]
 
 
+def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """What a table calls each: its method, and what tells summaries of one method apart."""
+    names = [method_label(summary) for summary in summaries]
+    settings = [summary["configuration"] for summary in summaries]
+    differing = {
+        key
+        for name, own in zip(names, settings, strict=True)
+        for other_name, other in zip(names, settings, strict=True)
+        for key in own
+        if name == other_name and own[key] != other.get(key)
+    }
+    return [
+        ", ".join([name, *(f"{key}={own[key]}" for key in sorted(differing) if key in own)])
+        for name, own in zip(names, settings, strict=True)
+    ]
+
+
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """The summaries as Markdown, with the hardware and versions they were measured with."""
     rows = []
-    for summary in summaries:
+    for label, summary in zip(labels(summaries), summaries, strict=True):
         runs, metric = summary["runs"], summary["metric"]
         asynchronous = summary["method"] == "lsam"
         at_workers = [value for run in runs for value in run[f"eval_{metric}_workers"] or ()]
@@ -105,7 +122,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
         data_parallel = statistics.fmean(run["bytes_data_parallel"] for run in runs)
         rows.append(
             (
-                method_label(summary),
+                label,
                 str(summary["num_workers"]),
                 ", ".join(str(run["seed"]) for run in runs),
                 mean_and_spread([run[f"eval_{metric}"] for run in runs], 4),
