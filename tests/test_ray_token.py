@@ -54,12 +54,13 @@ def test_who_does_not_show_the_clusters_token_is_refused_and_told_which_it_needs
     address, folder = head
     processes = []
     for shown in (tokens(folder, "wrong"), {"RAY_AUTH_MODE": "disabled"}):  # at once: Ray tries for 20 s
+        out = tmp_path / f"out-{len(processes)}"
         command = [sys.executable, "-m", "hf_lsam.ray", "--address", address, "--num_workers", "1"]
-        command += ["--run_dir", str(tmp_path / "out"), "--", __file__]
+        command += ["--run_dir", str(out), "--", __file__]
         environment = {**os.environ, **shown}
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, said = process.communicate()
+    errors = [process.communicate()[1] for process in processes]
+    for process, said in zip(processes, errors, strict=True):
         assert process.returncode == 1, said
         assert f"No Ray cluster takes this process in at address={address}" in said
         assert "this process needs the same: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in said
