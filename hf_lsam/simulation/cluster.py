@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..server.core import ServerCore
 from ..worker import Worker
 from .exchange import Clock, SimulatedLink, SimulatedServer
 from .gradient import PLAIN, Gradient
-from .setting import Loss, Machine, Moment
+from .setting import Loss, Machine, MakeOptimizer, MakeScheduler, Moment
 
 
 class Cluster:
@@ -46,13 +46,13 @@ class Cluster:
     def __init__(
         self,
         model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        make_optimizer: MakeOptimizer,
         loss: Loss,
         machines: Sequence[Machine],
         worker: WorkerSettings,
         server: ServerSettings,
         gradient: Gradient = PLAIN,
-        make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        make_scheduler: MakeScheduler | None = None,
         learning_rate_factor: float = 1.0,
         barrier: bool = False,
         share_steps: bool = False,
@@ -132,7 +132,7 @@ class SimulatedWorker:
     """One worker of a `Cluster` from when it joins: takes a step when its time has come."""
 
     def __init__(self, cluster: Cluster, number: int, steps: int):
-        self._cluster, self.number, self._machine, self._steps = cluster, number, cluster.machines[number], steps
+        self._cluster, self._number, self._machine, self._steps = cluster, number, cluster.machines[number], steps
         self._jitter = torch.Generator().manual_seed(cluster.seed + 1_000_003 * (number + 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cluster.seed + number)
@@ -162,9 +162,9 @@ class SimulatedWorker:
         clock = self._cluster.clock
         end = self._machine.end_of_step(clock.now, torch.randn((), generator=self._jitter).item())
         if end > self._machine.dies_at:
-            clock.at(self._machine.dies_at, self.number, lambda: self._cluster.server.leave(self.number))
+            clock.at(self._machine.dies_at, self._number, lambda: self._cluster.server.leave(self._number))
         else:
-            clock.at(end, self.number, self._step)
+            clock.at(end, self._number, self._step)
 
     def _step(self) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -173,7 +173,7 @@ class SimulatedWorker:
             self._random_state = torch.get_rng_state()
         self.done += 1
         if self._has_steps_left and self._cluster.barrier and self.done % self._cluster.worker_settings.sync_steps == 0:
-            self.look_for_anchor()
+            self._look_for_anchor()
         else:
             self._go_on()
 
@@ -190,7 +190,7 @@ class SimulatedWorker:
     def _optimize(self) -> None:
         cluster, parameters = self._cluster, self._parameters
         along = known_direction(cluster.gradient.sam_direction, self.worker, self._optimizer)
-        cluster.gradient.add_to(parameters, cluster.loss(self._model, self.number), self._batchnorm, *along)
+        cluster.gradient.add_to(parameters, cluster.loss(self._model, self._number), self._batchnorm, *along)
         cluster.gradient.clip(parameters)
         self._hooks.before_step()
         self._optimizer.step()
@@ -201,11 +201,11 @@ class SimulatedWorker:
         if self._scheduler is not None:
             self._scheduler.step()
 
-    def look_for_anchor(self) -> None:
+    def _look_for_anchor(self) -> None:
         """Behind a barrier: goes on once the anchor that counts its last push has come."""
         self.worker.pull_newest()
         counted_at = self.link.status.counted_at
         if counted_at is not None and counted_at < self.worker.version:
             self._schedule()
         else:
-            self._cluster.server.waiting.append(self)
+            self._cluster.server.await_anchor(self.link.transfer, self._number, self._look_for_anchor)

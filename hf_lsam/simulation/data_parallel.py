@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from ..batchnorm import tracking_layers
 from ..optimizers import momentum_buffers
 from ..parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 from .gradient import PLAIN, Gradient
-from .setting import Loss, Machine, Moment
+from .setting import Loss, Machine, MakeOptimizer, MakeScheduler, Moment
 
 
 class DataParallel:
@@ -25,11 +25,11 @@ class DataParallel:
     def __init__(
         self,
         model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        make_optimizer: MakeOptimizer,
         loss: Loss,
         machines: Sequence[Machine],
         gradient: Gradient = PLAIN,
-        make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        make_scheduler: MakeScheduler | None = None,
         seed: int = 0,
     ):
         self._model = copy.deepcopy(model)

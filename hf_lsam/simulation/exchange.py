@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +16,6 @@ from ..compression import encoded_bytes, round_
 from ..server.core import ServerCore
 from ..transport.base import FinalAnchor, Link, LinkStatus
 from .setting import Machine
-
-if TYPE_CHECKING:
-    from .cluster import SimulatedWorker
 
 LAST = 1 << 32  # a rank behind all workers
 
@@ -54,7 +50,7 @@ class SimulatedServer:
         self.push_seconds = push_seconds
         self._busy_until = -math.inf
         self.bits = core.settings.exchange_bits
-        self.waiting: list[SimulatedWorker] = []  # for a newer anchor
+        self._waiting: list[tuple[float, int, Callable[[], None]]] = []  # for a newer anchor
         self.published: list[tuple[float, int, Tensor]] = [(-math.inf, 0, core.anchor.vector.clone())]
         self._clock, self._longest = clock, longest_transfer
 
@@ -68,9 +64,13 @@ class SimulatedServer:
         self.published.append((now, anchor.version, newest))
         while len(self.published) > 1 and self.published[1][0] + self._longest <= now:
             self.published.pop(0)  # whoever asks from now on has a newer one
-        waiting, self.waiting = self.waiting, []
-        for each in waiting:
-            self._clock.at(now + each.link.transfer, each.number, each.look_for_anchor)
+        waiting, self._waiting = self._waiting, []
+        for transfer, rank, do in waiting:
+            self._clock.at(now + transfer, rank, do)
+
+    def await_anchor(self, transfer: float, rank: int, do: Callable[[], None]) -> None:
+        """Does it once a newer anchor has come, which takes `transfer` seconds on the way."""
+        self._waiting.append((transfer, rank, do))
 
     def take(self, rank: int, do: Callable[[], None], seconds: float = 0.0) -> None:
         """Does what has arrived, which takes `seconds`, after all that arrived before it."""

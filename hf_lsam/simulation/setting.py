@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 # Given the model of a worker and its number, draws that worker's next batch and returns a closure that computes its
 # loss, 0-d; it is called twice where the gradient is SAM's in two passes.
 Loss = Callable[[nn.Module, int], Callable[[], Tensor]]
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
 @dataclass(frozen=True)
