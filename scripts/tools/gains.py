@@ -59,7 +59,7 @@ class Gains:
             of_method(runs, "data-parallel SAM")[0]["bytes"] / of_method(runs, "LSAM")[0]["bytes"]
             for runs in (sentences, images)
         ]
-        return "bytes sent and received, 2 workers; 4 workers", "; ".join(f"1/{round(each)}" for each in ratios), "1"
+        return "bytes between machines, 2 workers; 4 workers", "; ".join(f"1/{round(each)}" for each in ratios), "1"
 
     def clocked(self) -> Iterable[tuple[str, ...]]:
         """A line a cluster: the time until both are level, and where."""
@@ -89,7 +89,7 @@ class Gains:
     def steps(self) -> Iterable[tuple[str, ...]]:
         ratios = {row["variant"]: row["ratio"] for row in self._benchmarks["step"]["results"]}
         for variant, what in STEPS.items():
-            yield what, f"{ratios[variant]:.2f}", "1; with SAM 2" if variant == "lsam" else ""
+            yield what, f"{ratios[variant]:.2f}", "1" if variant == "lsam" else ""
 
     def short(self) -> str:
         """README.md's: what a user gains, a line each."""
