@@ -413,6 +413,15 @@ def test_seq2seq_generates_and_scores(tmp_path, pairs):
     assert score == pytest.approx(results["eval_chrf"])
 
 
+def test_what_is_tuned_on_was_not_held_out_and_is_not_trained_on(pairs):
+    columns = {"a": "source"}
+    train, held_out = load_records(RecordArguments(train_file=str(pairs), eval_size=4), columns)
+    rest, judged = load_records(RecordArguments(train_file=str(pairs), eval_size=4, tuning=True), columns)
+    assert (len(rest), len(judged), len(held_out)) == (28, 4, 4)
+    assert not {*judged["source"]} & ({*held_out["source"]} | {*rest["source"]})
+    assert {*judged["source"]} | {*rest["source"]} == {*train["source"]}
+
+
 def test_metrics_of_generated_texts():
     assert seq2seq.exact_match(["a b ", "c"], ["a b", "d"]) == 0.5
     for name in ("bleu", "chrf"):
@@ -635,18 +644,35 @@ def test_numbers_in_words(number, words):
 
 
 def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
-    """By the YAML files of the recipe itself, made short."""
+    """By the YAML files of the recipe itself, made short; each with the learning rate of the better of two trials."""
     (tmp_path / "causal_lm").mkdir()
     readme = tmp_path / "causal_lm/README.md"
-    readme.write_text("<!-- methods:begin -->\n<!-- methods:end -->\n")
-    words = ["causal_lm", "--seeds", "2", "--runs_dir", str(tmp_path / "runs"), "--recipes", str(tmp_path)]
+    readme.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("trials", "methods")))
+    words = [
+        "causal_lm",
+        "--seeds",
+        "2",
+        "--learning_rates",
+        "0.001",
+        "0.1",
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--recipes",
+        str(tmp_path),
+    ]
     words += ["--max_steps", "4", "--train_file", str(text), "--model_config", json.dumps(LLAMA)]
     words += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
     done = run_script(ROOT / "scripts/experiments/measure_recipe.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
+    trials = json.loads((tmp_path / "causal_lm/results/trials.json").read_text())
     assert [method_label(summary) for summary in summaries] == ["lsam", "lsam without SAM", "ddp_sam", "ddp"]
-    for summary in summaries:
+    assert [method_label(trial) for trial in trials[::2]] == [method_label(summary) for summary in summaries]
+    for summary, tried in zip(summaries, zip(trials[::2], trials[1::2], strict=True), strict=True):
+        best = min(tried, key=lambda trial: trial["eval_loss"]["mean"])
+        assert all(trial["configuration"]["tuning"] for trial in tried)
+        assert all(trial["eval_examples"] < summary["eval_examples"] for trial in tried)  # a tenth of the rest
+        assert summary["configuration"]["learning_rate"] == best["configuration"]["learning_rate"]
         assert [run["seed"] for run in summary["runs"]] == [0, 1]
         assert summary["eval_loss"]["mean"] == pytest.approx(np.mean([run["eval_loss"] for run in summary["runs"]]))
         assert f"{summary['eval_loss']['mean']:.4f} ± " in readme.read_text()

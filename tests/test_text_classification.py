@@ -357,6 +357,10 @@ def test_held_out_share_is_stratified_and_shares_no_sentence_with_the_training_p
     assert len(train) == 160 - 2 * len(seen)
     again = load_examples(DataArguments(train_file=str(path), eval_size=40))[1]
     assert again["text"] == held_out["text"]
+    rest, judged, _ = load_examples(DataArguments(train_file=str(path), eval_size=40, tuning=True))
+    assert len(judged) == 40
+    assert not {*rest["text"]} & {*judged["text"]}
+    assert {*rest["text"], *judged["text"]} <= {*train["text"]}
 
 
 def test_json_csv_and_folders_of_a_hub_data_set_give_the_same_examples(tmp_path):

@@ -74,12 +74,12 @@ def load_blocks(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tupl
     """Training and held-out blocks (see `to_blocks`)."""
     train, held_out = read_records(args, {"text_column": args.text_column}, may_be_empty=True)
     train = to_blocks(train, args.text_column, tokenizer, args.block_size)
-    if held_out is None:
+    if held_out is not None:
+        held_out = to_blocks(held_out, args.text_column, tokenizer, args.block_size)
+    for _ in range((held_out is None) + args.tuning):
         # Not at random: a block's neighbours in its own text would be trained on.
         begin = len(train) - held_out_size(args, len(train), "blocks")
         train, held_out = train.select(range(begin)), train.select(range(begin, len(train)))
-    else:
-        held_out = to_blocks(held_out, args.text_column, tokenizer, args.block_size)
     return first(train, args.max_train_samples), first(held_out, args.max_eval_samples)
 
 

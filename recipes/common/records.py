@@ -35,6 +35,10 @@ class RecordArguments:
         default=0.1, metadata={"help": "Held out where there is no validation data: a share, or a number from 1 up."}
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of that split; the run's own seed leaves it alone."})
+    tuning: bool = field(
+        default=False,
+        metadata={"help": "Hold out a part of what is trained on instead: to choose settings, unseen the rest."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many only."})
 
@@ -191,9 +195,10 @@ def held_out_size(args: RecordArguments, available: int, what: str) -> int:
 
 
 def load_records(args: RecordArguments, columns: Mapping[str, str]) -> tuple[Dataset, Dataset]:
-    """As `read_records`, with a random part of the training records held out where there are no others."""
+    """As `read_records`, with a random part of the training records held out where there are no others; `tuning` holds
+    out another part of the rest instead."""
     train, held_out = read_records(args, columns)
-    if held_out is None:
+    for _ in range((held_out is None) + args.tuning):
         parts = train.train_test_split(held_out_size(args, len(train), "records"), seed=args.split_seed)
         train, held_out = parts["train"], parts["test"]
     return first(train, args.max_train_samples), first(held_out, args.max_eval_samples)

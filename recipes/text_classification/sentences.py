@@ -53,9 +53,8 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
             f"{train.source} has one label only in column `{args.label_column}`, {names[0]!r}: there is nothing to "
             "learn. Give examples of at least two labels."
         )
-    if held_out is None:
-        training, evaluation = _split(_dataset(train, names), train.source, args)
-    else:
+    training, evaluation = _dataset(train, names), None
+    if held_out is not None:
         held_out = _keep(held_out, args)
         unseen = sorted(set(held_out.labels) - set(names), key=natural_order)
         if unseen:
@@ -64,7 +63,9 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
                 f"{', '.join(map(repr, unseen))} (there: {', '.join(map(repr, names))}). No model could predict them. "
                 "Take them out, add training examples, or name the labels to keep (keep_labels)."
             )
-        training, evaluation = _dataset(train, names), _dataset(held_out, names)
+        evaluation = _dataset(held_out, names)
+    for _ in range((evaluation is None) + args.tuning):
+        training, evaluation = _split(training, train.source, args)
     return first(training, args.max_train_samples), first(evaluation, args.max_eval_samples), names
 
 

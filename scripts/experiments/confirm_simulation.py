@@ -64,8 +64,8 @@ def train(run: Run, data: str, slow: bool, folder: Path) -> dict[str, Any]:
                 time.sleep(time.monotonic() - now)
             now = time.monotonic()
             steps += 1
-    error = task.error(model) if rank == 0 else None
-    return {"begin": begin, "end": now, "steps": steps, "step_seconds": (now - begin) / steps, "error": error}
+    errors = task.errors(model) if rank == 0 else {}
+    return {"begin": begin, "end": now, "steps": steps, "step_seconds": (now - begin) / steps, **errors}
 
 
 def in_processes(runs: Sequence[tuple[Run, bool]], data: str, quiet: bool) -> list[list[dict[str, Any]]]:

@@ -1,11 +1,12 @@
 """The methods of a recipe, with the settings of its YAML files, over seeds: JSON, and a table in its README.
 
-    python scripts/experiments/measure_recipe.py causal_lm [--seeds 3] [--key value ...]
+    python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
 Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it. The keys are those of
-the recipe's script and hold for all methods; nothing is tuned (compare_text.py does that, for sentences). A run that
-has finished is kept in `--runs_dir` and not made again. The JSON is recipes/RECIPE/results/methods.json; the table
-replaces what stands between the markers `methods` of recipes/RECIPE/README.md.
+the recipe's script and hold for all methods. With `--learning_rates` each method tries every one of them, judged on a
+part of the training data that is held out for it, and takes its best; else all have the recipe's. A run that has
+finished is kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, goes to
+recipes/RECIPE/results; the tables replace what stands between the markers `methods` and `trials` of its README.md.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from scripts.tools.summarize_results import summarize, table, write_between
 
 # A YAML file of the recipe, and what is changed in it.
 VARIANTS = (("lsam", {}), ("lsam", {"sam_rho": 0.0}), ("ddp_sam", {}), ("ddp", {}))
+TRIAL_SEED = 100
 
 
-def results(recipe: str, seeds: int, words: list[str], runs_dir: Path, quiet: bool) -> list[dict[str, Any]]:
-    """Of all runs, method by method; those that are missing are made."""
-    keys, runs = load(recipe).KEYS, []
-    defaults = parse_configuration(keys, [])
+def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
+    """The value of every key, a method each."""
+    keys, several = load(recipe).KEYS, []
     for method, changes in VARIANTS:
-        values = parse_configuration(keys, ["--config", str(REPOSITORY / f"recipes/{recipe}/{method}.yaml"), *words])
-        values |= changes
-        for seed in range(seeds):
-            each = {"recipe": recipe, **values, "num_workers": 2, "seed": seed}
-            runs.append(in_folder_of_its_own(each, runs_dir, defaults))
-    return finished(__file__, runs, quiet, with_trainer=True)
+        yaml = str(REPOSITORY / f"recipes/{recipe}/{method}.yaml")
+        several.append({**parse_configuration(keys, ["--config", yaml, *words]), **changes, "num_workers": 2})
+    return several
+
+
+def best_rate(results: list[dict[str, Any]]) -> float:
+    """The learning rate of the best of a method's trials: of the lowest loss, or the highest of another metric."""
+    metric = results[0]["metric"]
+    best = (min if metric == "loss" else max)(results, key=lambda result: result[f"eval_{metric}"])
+    return best["configuration"]["learning_rate"]
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -48,6 +53,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", choices=names())
     add_quiet(parser)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="tried with each method before")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/measure_recipe")
     parser.add_argument("--recipes", type=Path, default=REPOSITORY / "recipes", help="whose README and JSON to write")
     add_runs(parser)
@@ -59,11 +65,28 @@ def main() -> None:
         parser.error("name a recipe")
     if not hasattr(load(arguments.recipe), "TRAINERS"):
         parser.error(f"{arguments.recipe} does not train through Trainer; reproduce.py compares its methods")
-    summaries = summarize(results(arguments.recipe, arguments.seeds, words, arguments.runs_dir, arguments.quiet))
-    folder = arguments.recipes / arguments.recipe
-    write_json(folder / "results/methods.json", summaries)
-    write_between(folder / "README.md", "methods", table(summaries))
-    print(table(summaries))
+    recipe, rates = arguments.recipe, arguments.learning_rates
+    defaults, folder = parse_configuration(load(recipe).KEYS, []), arguments.recipes / recipe
+
+    def results(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        runs = [in_folder_of_its_own({"recipe": recipe, **each}, arguments.runs_dir, defaults) for each in planned]
+        return finished(__file__, runs, arguments.quiet, with_trainer=True)
+
+    def publish(made: list[dict[str, Any]], name: str) -> None:
+        summaries = summarize(made)
+        write_json(folder / f"results/{name}.json", summaries)
+        write_between(folder / "README.md", name, table(summaries))
+        print(table(summaries))
+
+    methods = configurations(recipe, words)
+    if rates:
+        held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}
+        trial = {**held_out, "seed": TRIAL_SEED}
+        trials = results([{**method, **trial, "learning_rate": rate} for method in methods for rate in rates])
+        publish(trials, "trials")
+        for index, method in enumerate(methods):
+            method["learning_rate"] = best_rate(trials[index * len(rates) : (index + 1) * len(rates)])
+    publish(results([{**method, "seed": seed} for method in methods for seed in range(arguments.seeds)]), "methods")
 
 
 if __name__ == "__main__":

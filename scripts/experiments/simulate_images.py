@@ -6,6 +6,7 @@
     methods   n = 4, every method with the same three trials over its learning rate
     long      three times as many steps, with trials of their own
     epochs    thirty times all images of the training set, in batches of 128
+    overfit   a hundred and fifty times a few images, which the network learns by heart
     workers   error against n, with each worker's batch fixed, and with that of all together
     sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
     clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
@@ -23,10 +24,10 @@ import json
 import math
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The methods of the experiments with fewer of them.
 FOUR = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
-RATES = (0.05, 0.1, 0.2)
+# What a trial tries, of each method alike.
+RATES = tuple({"learning_rate": rate} for rate in (0.05, 0.1, 0.2))
 TRIAL_SEEDS = (100, 101)
 SHORT, LONG = 480, 1440
 MOMENTUM = 0.9
@@ -139,11 +141,14 @@ class Task:
     def __init__(self, run: Run, data: str):
         self._run, self._images = run, images_of(data, run.validation)
         self._mean, self._std = channel_statistics(self._images.train_images)
-        self._held_out = Batches(
-            self._images.eval_images, self._images.eval_labels, 500, self._mean, self._std, train=False
-        )
+        self._held_out = self._plain(self._images.eval_images, self._images.eval_labels)
+        self._trained_on = self._plain(self._images.train_images, self._images.train_labels)
         torch.manual_seed(run.seed)
         self.model = vision.create("resnet20", len(self._images.labels), width=8).to(memory_format=torch.channels_last)
+
+    def _plain(self, images: torch.Tensor, labels: torch.Tensor) -> Batches:
+        """As they are, to evaluate on."""
+        return Batches(images, labels, 500, self._mean, self._std, train=False)
 
     def batches(self, rank: int, workers: int) -> Batches:
         """A worker's share of every epoch."""
@@ -170,13 +175,16 @@ class Task:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
     @torch.no_grad()
-    def error(self, model: nn.Module) -> float:
-        """Of `model` on the held-out images, %; BatchNorm's statistics are estimated anew before."""
+    def errors(self, model: nn.Module) -> dict[str, float]:
+        """Of `model` on the held-out images and on those it is trained on, %; with BatchNorm's statistics anew."""
         reestimate(model, itertools.islice(self.batches(0, 1).epoch(0), 32), lambda batch: model(batch[0]))
         model.eval()
-        wrong = sum((model(x).argmax(1) != labels).sum().item() for x, labels in self._held_out)
+        wrong = [
+            sum((model(x).argmax(1) != labels).sum().item() for x, labels in batches) / len(batches.labels)
+            for batches in (self._held_out, self._trained_on)
+        ]
         model.train()
-        return 100 * wrong / len(self._held_out.labels)
+        return {"error": 100 * wrong[0], "train_error": 100 * wrong[1]}
 
 
 def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -212,9 +220,9 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
     )
     parameters = [p for p in task.model.parameters() if p.requires_grad]
 
-    def error(anchor: torch.Tensor) -> float:
+    def errors(anchor: torch.Tensor) -> dict[str, float]:
         made.layout.write(anchor, parameters)
-        return task.error(task.model)
+        return task.errors(task.model)
 
     begin = time.perf_counter()
     points = [
@@ -222,7 +230,7 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
             "step": moment.steps,
             "virtual_seconds": moment.seconds,
             "bytes": moment.bytes,
-            "error": error(moment.anchor),
+            **errors(moment.anchor),
             "staleness": moment.staleness,
             "dispersion": moment.dispersion,
         }
@@ -247,20 +255,17 @@ def tuned(
     runs: SimulatedRuns,
     names: Sequence[str] = tuple(METHODS),
     steps: int = SHORT,
-    rates: Sequence[float] = RATES,
+    settings: Callable[[str], Sequence[dict[str, float]]] = lambda name: RATES,
     seeds: Sequence[int] = TRIAL_SEEDS,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The trials, and for each method the learning rate with the lowest mean error over the seeds."""
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """The trials, and for each method the settings, fields of `Run`, with the lowest mean error over the seeds."""
+    plan = [(name, each) for name in names for each in settings(name)]
     tried = runs.results(
-        [
-            Run(name, steps, learning_rate=rate, seed=seed, validation=True)
-            for name, rate, seed in itertools.product(names, rates, seeds)
-        ]
+        [Run(name, steps, **each, seed=seed, validation=True) for name, each in plan for seed in seeds]
     )
-    errors: dict[tuple[str, float], float] = defaultdict(float)
-    for result in tried:
-        errors[result["run"]["method"], result["run"]["learning_rate"]] += result["points"][-1]["error"]
-    return tried, {name: min(rates, key=lambda rate: errors[name, rate]) for name in names}
+    errors = [mean_error(tried[index : index + len(seeds)]) for index in range(0, len(tried), len(seeds))]
+    ranked = sorted(zip(errors, plan, strict=True), key=itemgetter(0))
+    return tried, {name: next(each for _, (other, each) in ranked if other == name) for name in names}
 
 
 def bits_of(method: str) -> int:
@@ -292,18 +297,19 @@ def table_of(runs: SimulatedRuns, plans: dict[str, list[Run]]) -> tuple[list[dic
 
 def methods(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A short run of every method, with the learning rate of its best trial."""
-    tried, rates = tuned(runs)
+    tried, best = tuned(runs)
     made, table = table_of(
-        runs, {name: [Run(name, learning_rate=rates[name], seed=seed) for seed in range(seeds)] for name in METHODS}
+        runs, {name: [Run(name, **best[name], seed=seed) for seed in range(seeds)] for name in METHODS}
     )
     return [*tried, *made], table
 
 
 def long(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A run three times as long; three trials of that length with one seed, over higher rates than short runs have."""
-    tried, rates = tuned(runs, FOUR, LONG, rates=(0.1, 0.2, 0.4), seeds=TRIAL_SEEDS[:1])
+    higher = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.4)]
+    tried, best = tuned(runs, FOUR, LONG, lambda name: higher, seeds=TRIAL_SEEDS[:1])
     made, table = table_of(
-        runs, {name: [Run(name, LONG, rates[name], seed=seed) for seed in range(seeds)] for name in FOUR}
+        runs, {name: [Run(name, LONG, **best[name], seed=seed) for seed in range(seeds)] for name in FOUR}
     )
     return [*tried, *made], table
 
@@ -324,13 +330,47 @@ def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     return made, markdown_table(("error, % after epoch", "6", "12", "18", "24", "30", "MB exchanged"), rows)
 
 
+# Six trials a method; SAM's gradient has its radius to find as well.
+WITH_SAM = [{"learning_rate": rate, "sam_rho": rho} for rate, rho in itertools.product((0.1, 0.2, 0.4), (0.05, 0.1))]
+WITHOUT_SAM = [{"learning_rate": rate} for rate in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)]
+
+
+def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """A hundred and fifty epochs of the images, after which the network knows most of them by heart."""
+    steps = 150 * len(images_of(runs.data, False).train_labels) // (4 * Run.batch_size)
+    tried, best = tuned(
+        runs, FOUR, steps, lambda name: WITH_SAM if METHODS[name].get("sam") else WITHOUT_SAM, TRIAL_SEEDS[:1]
+    )
+    made = runs.results([Run(name, steps, **best[name], seed=seed) for name in FOUR for seed in range(seeds)])
+    lasts = [result["points"][-1] for result in made]
+    plain = [point["error"] for point in lasts[-seeds:]]
+    rows = []
+    for index, name in enumerate(FOUR):
+        own = lasts[index * seeds : (index + 1) * seeds]
+        errors = [point["error"] for point in own]
+        ahead = mean_and_spread([b - a for a, b in zip(errors, plain, strict=True)])
+        rows.append(
+            (
+                name,
+                f"{best[name]['learning_rate']:g}",
+                f"{best[name].get('sam_rho', 0):g}",
+                mean_and_spread([point["train_error"] for point in own]),
+                mean_and_spread(errors),
+                "-" if name == FOUR[-1] else ahead,
+                f"{own[0]['bytes'] / 1e6:,.0f}",
+            )
+        )
+    heads = ("", "learning rate", "rho", "training error, %", "test error, %", f"ahead of {FOUR[-1]}", "MB exchanged")
+    return [*tried, *made], markdown_table(heads, rows)
+
+
 def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """Each worker makes 480 steps whatever n is, of 32 images or of an nth of 128; with the learning rate of n = 4."""
-    _, rates = tuned(runs)
+    _, best = tuned(runs)
     numbers = (1, 2, 4, 8, 16)
     batch_sizes = {"32 a worker": lambda n: 32, "128 in all": lambda n: 128 // n}
     plan = [
-        Run(name, learning_rate=rates[name], seed=seed, batch_size=batch_size(n), machines=[{}] * n)
+        Run(name, **best[name], seed=seed, batch_size=batch_size(n), machines=[{}] * n)
         for batch_size, name, n, seed in itertools.product(batch_sizes.values(), FOUR, numbers, range(seeds))
     ]
     made = runs.results(plan)
@@ -387,11 +427,11 @@ LENGTHS = (SHORT, 600, 720, LONG, 2 * LONG)
 
 def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """Virtual seconds until all have finished, and the error then; and with how many steps LSAM's is level."""
-    _, rates = tuned(runs, CLOCKED)
+    _, best = tuned(runs, CLOCKED)
 
     def made(name: str, label: str, steps: int) -> list[dict[str, Any]]:
         return runs.results(
-            [Run(name, steps, rates[name], seed=seed, machines=CLUSTERS[label]) for seed in range(seeds)]
+            [Run(name, steps, **best[name], seed=seed, machines=CLUSTERS[label]) for seed in range(seeds)]
         )
 
     everything, rows = [], []
@@ -421,7 +461,7 @@ def time_and_error(results: Sequence[dict[str, Any]]) -> str:
     return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
 
 
-EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, workers, sam, clock)}
+EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, workers, sam, clock)}
 
 
 def main() -> None:

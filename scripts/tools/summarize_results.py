@@ -95,7 +95,7 @@ def method_label(summary: dict[str, Any]) -> str:
 
 
 def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """What a table calls each: its method, and what tells summaries of one method apart."""
+    """What a table calls each: its method, what tells summaries of one method apart, and the rate that trials chose."""
     names = [method_label(summary) for summary in summaries]
     settings = [summary["configuration"] for summary in summaries]
     differing = {
@@ -103,7 +103,7 @@ def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
         for name, own in zip(names, settings, strict=True)
         for other_name, other in zip(names, settings, strict=True)
         for key in own
-        if name == other_name and own[key] != other.get(key)
+        if (name == other_name or key == "learning_rate") and own[key] != other.get(key)
     }
     return [
         ", ".join([name, *(f"{key}={own[key]}" for key in sorted(differing) if key in own)])
