@@ -82,8 +82,8 @@ def test_two_trainers_of_uneven_pace_make_the_steps_of_the_run_together_and_a_lo
     for each in (fast, slow):
         assert each["max_steps"] == each["steps"]  # where Trainer ends as after its last step
         assert each["rates"] == sorted(each["rates"], reverse=True)
-        assert each["rates"][0] == pytest.approx(0.05)
         assert each["progress"] == sorted(each["progress"])
+    assert max(fast["rates"] + slow["rates"]) == pytest.approx(0.05)  # of the one that came first
     assert fast["rates"][-1] <= 0.05 * 2 / 24  # the schedule's end, though it has made more steps than it has
     assert fast["checkpoint"]
 

@@ -339,7 +339,8 @@ def test_a_layer_that_is_unfrozen_while_training_is_refused(logs):
 
 
 SCRIPT = """
-    import json, sys
+    import json, sys, time
+    from pathlib import Path
     import torch
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -373,6 +374,9 @@ SCRIPT = """
             for number, (x, labels) in enumerate(loader):
                 if epoch == 0 and number == 2 * lsam.arguments.identity.rank:
                     look()  # at the first anchor, and each worker at another time
+                    Path({output!r}, f"{{lsam.arguments.identity.rank}} has looked").touch()
+                while number == 4 and not Path({output!r}, "1 has looked").exists():
+                    time.sleep(0.01)  # or a fast worker would move the anchor before
                 rows += x[:, 0].tolist()
                 lsam.step(lambda: torch.nn.functional.cross_entropy(model(x), labels))
                 groups.append(torch.distributed.is_initialized())

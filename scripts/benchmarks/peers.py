@@ -520,7 +520,7 @@ class Run:
 
     def __init__(self, job: Job, data: ImageSet | nn.Module, hosts: list[Machine], workers: int = WORKERS):
         self.job, self._hosts = job, hosts
-        self._folder = tempfile.TemporaryDirectory(prefix="hf_lsam-peers-", dir="/dev/shm")
+        self._folder = tempfile.TemporaryDirectory(prefix="peers-of-hf_lsam-", dir="/dev/shm")
         addresses = [host.address for host in hosts] or ["127.0.0.1"] * workers
         port = free_port()
         self._barrier = forked.Barrier(workers)  # kept: its shared memory is given away with it
