@@ -247,7 +247,16 @@ def test_every_method_is_simulated_on_images(data, method):
     assert last["bytes"] > first["bytes"] > 0 or method == "LSAM as in the paper"  # it first exchanges at step 16
     assert (last["virtual_seconds"] > 8 * 0.2) == bool(waits)
     assert 0 <= last["error"] <= 100
+    assert 0 <= last["train_error"] <= 100
     assert (result["sync_steps"] is None) == method.startswith("data-parallel")
+
+
+def test_wrong_labels_are_of_training_images_alone(data):
+    values = json.dumps(parse_configuration((ImageDataArguments,), [f"--{k}={v}" for k, v in data.items() if v]))
+    right, wrong = simulate_images.images_of(values, False), simulate_images.images_of(values, False, 0.5)
+    assert (right.train_labels != wrong.train_labels).sum() == round(len(right.train_labels) / 2)
+    assert torch.equal(right.eval_labels, wrong.eval_labels)
+    assert torch.equal(right.train_images, wrong.train_images)
 
 
 def test_the_clusters_of_the_clock_are_machines():

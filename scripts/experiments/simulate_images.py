@@ -7,6 +7,7 @@
     long      three times as many steps, with trials of their own
     epochs    thirty times all images of the training set, in batches of 128
     overfit   a hundred and fifty times a few images, which the network learns by heart
+    wrong     a hundred times a few images, two fifths of them with a wrong label
     workers   error against n, with each worker's batch fixed, and with that of all together
     sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
     clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
@@ -101,6 +102,7 @@ class Run:
         steps: of each worker; of all together so many times n, where they share them (all methods without a barrier).
         learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
         sam_rho: radius of the methods with SAM's gradient.
+        wrong_labels: share of the training images whose label is replaced by another.
         batch_size: of one worker.
         seed: of weights, order and augmentation.
         validation: train on nine tenths of the training images and evaluate on the tenth.
@@ -112,6 +114,7 @@ class Run:
     steps: int = SHORT
     learning_rate: float = 0.1
     sam_rho: float = 0.02
+    wrong_labels: float = 0.0
     batch_size: int = 32
     seed: int = 0
     validation: bool = False
@@ -120,11 +123,16 @@ class Run:
 
 
 @lru_cache(maxsize=2)
-def images_of(data: str, validation: bool) -> ImageSet:
+def images_of(data: str, validation: bool, wrong_labels: float = 0.0) -> ImageSet:
     values = json.loads(data)
     if validation:
         values |= {"validation_fraction": 0.1, "eval_file": None}
-    return load_images(ImageDataArguments(**values))
+    images = load_images(ImageDataArguments(**values))
+    labels, wrong = images.train_labels, torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(labels), generator=wrong)[: round(wrong_labels * len(labels))]
+    others = torch.randint(1, len(images.labels), (len(chosen),), generator=wrong)
+    labels[chosen] = (labels[chosen] + others) % len(images.labels)
+    return images
 
 
 class Task:
@@ -139,7 +147,7 @@ class Task:
     """
 
     def __init__(self, run: Run, data: str):
-        self._run, self._images = run, images_of(data, run.validation)
+        self._run, self._images = run, images_of(data, run.validation, run.wrong_labels)
         self._mean, self._std = channel_statistics(self._images.train_images)
         self._held_out = self._plain(self._images.eval_images, self._images.eval_labels)
         self._trained_on = self._plain(self._images.train_images, self._images.train_labels)
@@ -330,17 +338,45 @@ def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     return made, markdown_table(("error, % after epoch", "6", "12", "18", "24", "30", "MB exchanged"), rows)
 
 
-# Six trials a method; SAM's gradient has its radius to find as well.
-WITH_SAM = [{"learning_rate": rate, "sam_rho": rho} for rate, rho in itertools.product((0.1, 0.2, 0.4), (0.05, 0.1))]
-WITHOUT_SAM = [{"learning_rate": rate} for rate in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)]
-
-
 def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """A hundred and fifty epochs of the images, after which the network knows most of them by heart."""
-    steps = 150 * len(images_of(runs.data, False).train_labels) // (4 * Run.batch_size)
-    tried, best = tuned(
-        runs, FOUR, steps, lambda name: WITH_SAM if METHODS[name].get("sam") else WITHOUT_SAM, TRIAL_SEEDS[:1]
-    )
+    """150 epochs of a few images; six trials a method, in which SAM's gradient has its radius to find as well."""
+    with_sam = [
+        {"learning_rate": rate, "sam_rho": rho} for rate, rho in itertools.product((0.1, 0.2, 0.4), (0.05, 0.1))
+    ]
+    without = [{"learning_rate": rate} for rate in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)]
+    return by_heart(runs, seeds, 150, with_sam, without)
+
+
+def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """100 epochs of a few images with 40 % of the labels wrong; four trials a method, likewise."""
+    return by_heart(runs, seeds, 100, (0.1, 0.2), (0.05, 0.1, 0.2, 0.4), (0.1, 0.2), wrong_labels=0.4)
+
+
+def by_heart(
+    runs: SimulatedRuns,
+    seeds: int,
+    epochs: int,
+    rates_with_sam: Sequence[float],
+    rates_without: Sequence[float],
+    radii: Sequence[float],
+    **fields: float,
+) -> tuple[list[dict[str, Any]], str]:
+    """Runs that are long enough for the network to know most of its images by heart.
+
+    Args:
+        epochs: of all workers together.
+        rates_with_sam, rates_without: the learning rates that are tried; the first with each of the `radii`.
+        fields: of all runs.
+    """
+    steps = epochs * len(images_of(runs.data, False).train_labels) // (4 * Run.batch_size)
+
+    def settings(name: str) -> list[dict[str, float]]:
+        if METHODS[name].get("sam"):
+            pairs = itertools.product(rates_with_sam, radii)
+            return [{"learning_rate": rate, "sam_rho": rho, **fields} for rate, rho in pairs]
+        return [{"learning_rate": rate, **fields} for rate in rates_without]
+
+    tried, best = tuned(runs, FOUR, steps, settings, TRIAL_SEEDS[:1])
     made = runs.results([Run(name, steps, **best[name], seed=seed) for name in FOUR for seed in range(seeds)])
     lasts = [result["points"][-1] for result in made]
     plain = [point["error"] for point in lasts[-seeds:]]
@@ -358,10 +394,11 @@ def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
                 mean_and_spread(errors),
                 "-" if name == FOUR[-1] else ahead,
                 f"{own[0]['bytes'] / 1e6:,.0f}",
+                str(seeds),
             )
         )
     heads = ("", "learning rate", "rho", "training error, %", "test error, %", f"ahead of {FOUR[-1]}", "MB exchanged")
-    return [*tried, *made], markdown_table(heads, rows)
+    return [*tried, *made], markdown_table((*heads, "seeds"), rows)
 
 
 def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
@@ -461,7 +498,7 @@ def time_and_error(results: Sequence[dict[str, Any]]) -> str:
     return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
 
 
-EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, workers, sam, clock)}
+EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, sam, clock)}
 
 
 def main() -> None:
