@@ -383,7 +383,9 @@ def version_findings() -> Iterator[Finding]:
         required = [Requirement(line) for line in requires("hf-lsam") or []]
     except PackageNotFoundError:
         yield Finding(
-            "note", "hf-lsam is not installed as a package: its requirements are unknown.", "pip install hf-lsam"
+            "note",
+            "hf-lsam is not installed as a package: its requirements are unknown.",
+            "In its checkout: pip install -e .",
         )
         return
     found = []

@@ -83,7 +83,9 @@ def _nodes(nodes: Sequence[Any], run_dir: Path | None, shared_memory_dir: Path) 
         if isinstance(found, Exception):
             last = str(found).strip().splitlines()[-1]
             yield Finding(
-                "wrong", f"nothing of hf_lsam runs on node {node.address}: {last}", "pip install 'hf-lsam[ray]'"
+                "wrong",
+                f"nothing of hf_lsam runs on node {node.address}: {last}",
+                "Install there what is installed here: in a checkout, pip install -e '.[ray]'",
             )
             continue
         if (found["hf_lsam"], found["python"]) != (__version__, platform.python_version()):
