@@ -349,7 +349,7 @@ def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
 def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """100 epochs of a few images with 40 % of the labels wrong; four trials a method, likewise."""
-    return by_heart(runs, seeds, 100, (0.1, 0.2), (0.05, 0.1, 0.2, 0.4), (0.1, 0.2), wrong_labels=0.4)
+    return by_heart(runs, seeds, 100, (0.2, 0.4), (0.05, 0.1, 0.2, 0.4), (0.1, 0.2), wrong_labels=0.4)
 
 
 def by_heart(
