@@ -340,11 +340,7 @@ def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
 def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """150 epochs of a few images; six trials a method, in which SAM's gradient has its radius to find as well."""
-    with_sam = [
-        {"learning_rate": rate, "sam_rho": rho} for rate, rho in itertools.product((0.1, 0.2, 0.4), (0.05, 0.1))
-    ]
-    without = [{"learning_rate": rate} for rate in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)]
-    return by_heart(runs, seeds, 150, with_sam, without)
+    return by_heart(runs, seeds, 150, (0.1, 0.2, 0.4), (0.05, 0.1, 0.15, 0.2, 0.3, 0.4), (0.05, 0.1))
 
 
 def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
