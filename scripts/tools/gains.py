@@ -23,6 +23,7 @@ IMAGES = {
     "long": "the same, 7,680 images, 1,440 steps",
     "methods": "the same, 480 steps",
     "overfit": "the same, 2,560 images, 150 epochs",
+    "wrong": "the same, 2,560 images, 100 epochs, 40 % of the labels wrong",
 }
 RECIPES = {  # folder: (what is measured, digits, scale)
     "causal_lm": ("loss, a Llama from scratch on bytes, 2 workers", 3, 1),
@@ -100,6 +101,7 @@ class Gains:
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
             self.sentences("trec_wrong_labels", "the same, 40 % of the labels wrong", lambda run: run["accuracy"]),
             self.images("epochs"),
+            self.images("wrong"),
             self.recipe("causal_lm"),
             *self.steps(),
         ]
