@@ -35,7 +35,8 @@ from hf_lsam.identity import LaunchStore
 
 OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 OTHER = 1 - RANK
-LSAM = dict(sam_rho=0.05, sync_steps=2, per_device_train_batch_size=4, max_steps=4, per_device_eval_batch_size=4)
+# One step more than two periods: after the last merge each worker makes one of its own.
+LSAM = dict(sam_rho=0.05, sync_steps=2, per_device_train_batch_size=4, max_steps=5, per_device_eval_batch_size=4)
 
 
 def tell(name):
