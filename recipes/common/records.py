@@ -37,7 +37,7 @@ class RecordArguments:
     split_seed: int = field(default=0, metadata={"help": "Seed of that split; the run's own seed leaves it alone."})
     tuning: bool = field(
         default=False,
-        metadata={"help": "Hold out a part of what is trained on instead: to choose settings, unseen the rest."},
+        metadata={"help": "Hold out a part of what is trained on instead: choose settings, validation data unseen."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many only."})

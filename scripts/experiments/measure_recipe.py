@@ -20,7 +20,7 @@ from recipes.common.progress import add_quiet
 from recipes.common.recipe import load, names
 from recipes.common.results import REPOSITORY, write_json
 from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
-from scripts.tools.summarize_results import summarize, table, write_between
+from scripts.tools.summarize_results import around, summarize, table, write_between
 
 # A YAML file of the recipe, and what is changed in it.
 VARIANTS = (("lsam", {}), ("lsam", {"sam_rho": 0.0}), ("ddp_sam", {}), ("ddp", {}))
@@ -78,6 +78,8 @@ def main() -> None:
         write_between(folder / "README.md", name, table(summaries))
         print(table(summaries))
 
+    for name in ("trials", "methods") if rates else ("methods",):
+        around(folder / "README.md", name)  # an hour before the tables are there
     methods = configurations(recipe, words)
     if rates:
         held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}

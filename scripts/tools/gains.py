@@ -72,7 +72,10 @@ class Gains:
         return self._compared(what, self._questions[name], figure, "AdamW")
 
     def images(self, name: str) -> tuple[str, ...]:
-        return self._compared(f"error, %, {IMAGES[name]}", self._images[name], lambda run: run["points"][-1]["error"])
+        runs = self._images[name]
+        steps = max(run["run"]["steps"] for run in runs)
+        whole = [run for run in runs if run["run"]["steps"] == steps]
+        return self._compared(f"error, %, {IMAGES[name]}", whole, lambda run: run["points"][-1]["error"])
 
     def recipe(self, folder: str) -> tuple[str, ...]:
         """Of real processes."""

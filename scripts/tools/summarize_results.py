@@ -142,7 +142,13 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def write_between(readme: Path, marker: str, text: str) -> None:
-    """Replaces what stands between the two markers.
+    """Replaces what stands between the two markers; see `around`."""
+    head, tail = around(readme, marker)
+    write_atomically(readme, f"{head}\n{text}\n{tail}")
+
+
+def around(readme: Path, marker: str) -> tuple[str, str]:
+    """What stands before the text between two markers, and after it, with the markers.
 
     Raises:
         ValueError: if the file does not have both, in this order.
@@ -153,7 +159,7 @@ def write_between(readme: Path, marker: str, text: str) -> None:
     _, found_end, tail = rest.partition(end)
     if not (found_begin and found_end):
         raise ValueError(f"{readme} has no {begin} followed by {end}. Add both lines where the table belongs.")
-    write_atomically(readme, f"{head}{begin}\n{text}\n{end}{tail}")
+    return head + begin, end + tail
 
 
 def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
