@@ -345,8 +345,10 @@ def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
 
 def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """100 epochs of a few images with 40 % of the labels wrong, and the plain gradient also for half as long, which learns
-    less of what is wrong; four trials each."""
+    """100 epochs of a few images with 40 % of the labels wrong; four trials a method.
+
+    The plain gradient also trains for half as long, in which it learns less of what is wrong.
+    """
     plan = [*((name, 100) for name in FOUR), (FOUR[-1], 50)]
     return by_heart(runs, seeds, plan, (0.2, 0.4), (0.05, 0.1, 0.2, 0.4), (0.1, 0.2), wrong_labels=0.4)
 
