@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -228,6 +229,17 @@ def test_the_doctor_says_what_the_cluster_has_room_for_and_what_it_asks_to_trust
     code, said = doctor(*options, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="")
     assert code == 1
     assert re.search(r"No Ray cluster takes this process in at .*token", said)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once():
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        for address, variables in (f"127.0.0.1:{port}", {}), ("auto", {"RAY_ADDRESS": f"127.0.0.1:{port}"}):
+            code, said = doctor("--address", address, **variables)
+            assert code == 1
+            assert "Connection refused" in said
+            assert "name its head" in said
 
 
 def test_the_doctor_says_what_there_is_no_room_for():

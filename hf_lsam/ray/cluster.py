@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..version import __version__
 
 # Ray would end what a host has started with the host, by SIGKILL: a worker could not save.
 HOST_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
+REACHABLE_SECONDS = 10.0  # within which the head of a cluster takes a connection
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,22 @@ def connect(address: str) -> bool:
     if address == "local":
         quiet["include_dashboard"] = False
     try:
+        _knock(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
         ray.init(address=address, **quiet)
-    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"No Ray cluster takes this process in at address={address}: {str(error).strip()}\nStart one (ray start "
             "--head), name its head (--address HOST:6379), or --address local for this machine alone. If it asks for a "
             "token, this process needs the same: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
         ) from error
     return True
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at HOST:PORT, which takes Ray itself minutes to say; else does nothing."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=REACHABLE_SECONDS).close()
 
 
 def nodes() -> list[Node]:
