@@ -9,6 +9,7 @@
     overfit   a hundred and fifty times a few images, which the network learns by heart
     wrong     a hundred times a few images, two fifths of them with a wrong label
     workers   error against n, with each worker's batch fixed, and with that of all together
+    batches   error against n where labels are wrong: as many epochs, in fewer and larger steps of all together
     sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
     clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
 
@@ -263,9 +264,9 @@ def tuned(
     runs: SimulatedRuns,
     names: Sequence[str] = tuple(METHODS),
     steps: int = SHORT,
-    settings: Callable[[str], Sequence[dict[str, float]]] = lambda name: RATES,
+    settings: Callable[[str], Sequence[dict[str, Any]]] = lambda name: RATES,
     seeds: Sequence[int] = TRIAL_SEEDS,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """The trials, and for each method the settings, fields of `Run`, with the lowest mean error over the seeds."""
     plan = [(name, each) for name in names for each in settings(name)]
     tried = runs.results(
@@ -422,6 +423,33 @@ def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
     return made, markdown_table(("error, %", *(f"n = {n}" for n in numbers)), rows)
 
 
+def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """As in `wrong`, by 4, 8 and 16 workers: each with 32 images a step and an nth of the images of 100 epochs.
+
+    Three trials a method and number of workers, over its learning rate; a radius of 0.1, which those of `wrong` chose.
+    """
+    numbers, names = (4, 8, 16), ("LSAM", "data-parallel SAM", "data-parallel SGD")
+    images, everything = len(images_of(runs.data, False).train_labels), []
+    cells: dict[str, list[str]] = {name: [name] for name in names}
+    for n in numbers:
+        steps = 100 * images // (n * Run.batch_size)
+
+        def settings(name: str, n: int = n) -> list[dict[str, Any]]:
+            rates = (0.2, 0.4, 0.8) if METHODS[name].get("sam") else (0.05, 0.2, 0.8)
+            radius = {"sam_rho": 0.1} if METHODS[name].get("sam") else {}
+            return [{"learning_rate": rate, **radius, "wrong_labels": 0.4, "machines": [{}] * n} for rate in rates]
+
+        tried, best = tuned(runs, names, steps, settings, TRIAL_SEEDS[:1])
+        made = runs.results([Run(name, steps, **best[name], seed=seed) for name in names for seed in range(seeds)])
+        everything += [*tried, *made]
+        errors = (result["points"][-1]["error"] for result in made)
+        for name in names:
+            error = mean_and_spread(list(itertools.islice(errors, seeds)))
+            cells[name].append(f"{error}, rate {best[name]['learning_rate']:g}")
+    heads = (f"n = {n}, {n * Run.batch_size} images" for n in numbers)
+    return everything, markdown_table(("error, %", *heads), list(cells.values()))
+
+
 # Without and with SAM's gradient: workers that are one; that drift apart for two steps; and that wait for nobody.
 PAIRS = {
     "data-parallel": ("data-parallel SGD", "data-parallel SAM"),
@@ -501,7 +529,7 @@ def time_and_error(results: Sequence[dict[str, Any]]) -> str:
     return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
 
 
-EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, sam, clock)}
+EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, batches, sam, clock)}
 
 
 def main() -> None:
