@@ -27,6 +27,7 @@ from .budget import RunSchedule
 from .checkpoint import SERVER_STATE, WORKER_STATE
 from .data import agree_on_order, batched_anew, from_the_start, share_unevenly
 from .fields import marked
+from .generators import set_state, state_of
 from .identity import detach
 from .session import Session
 from .worker import Worker
@@ -237,14 +238,15 @@ class LSAM:
         self.session.save_worker(own, self._random_states())
 
     def _random_states(self) -> dict[str, Tensor]:
-        device = self.session.device
-        of_device = {"device_generator": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-        return {"generator": torch.get_rng_state(), **of_device}
+        states = {"generator": torch.get_rng_state()}
+        if (of_device := state_of(self.session.device)) is not None:
+            states["device_generator"] = of_device
+        return states
 
     def _restore_random_states(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["generator"])
-        if "device_generator" in state and self.session.device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_generator"], self.session.device)
+        if "device_generator" in state and self.session.device.type != "cpu":
+            set_state(self.session.device, state["device_generator"])
 
     def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple[Any, ...]]) -> Tensor:
         """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.

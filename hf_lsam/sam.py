@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batchnorm import frozen_statistics
+from .generators import forked
 
 ASAM_OFFSET = 0.01  # eta in the ASAM paper: keeps weights near zero from having no radius at all
 
@@ -62,7 +63,7 @@ def gradient(
     accumulated = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked(device):
         first_loss = first_pass()
     loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
     moved = perturb(parameters, rho, eps, adaptive, loss_scale)

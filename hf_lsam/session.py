@@ -32,6 +32,7 @@ from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
 from .data import Generators
 from .failure_signatures import FailureSignatures
 from .fields import check_field
+from .generators import forked
 from .metrics import WorkerMetrics
 from .optimizers import StepHooks, known_direction, showing_anchor, switch
 from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
@@ -422,8 +423,7 @@ class Session:
         elif batches is None:
             self._warn(self.signatures.batchnorm_not_reestimated())
         else:
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), Generators(seed).in_place():
+            with forked(self.device), Generators(seed).in_place():
                 reestimate(self._model, batches(), forward)
 
     # --- logging ---

@@ -53,6 +53,7 @@ ROOMS = [
     "sam",
     "batchnorm",
     "buffers",
+    "generators",
     "landscape",
     "parameters",
     "fields",
@@ -60,7 +61,8 @@ ROOMS = [
 ]
 # Arithmetic: torch and the standard library alone.
 ARITHMETIC = [
-    *("algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "buffers", "landscape", "parameters")
+    *("algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "buffers", "generators"),
+    *("landscape", "parameters"),
 ]
 
 

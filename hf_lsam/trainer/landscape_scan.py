@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..batchnorm import frozen_statistics, normalising_by_the_batch
 from ..checkpoint import load_tensors, save_tensors
+from ..generators import forked
 from ..landscape import scan
 from ..record import FOLDER, read_record
 from .base import TrainerPart
@@ -61,8 +62,7 @@ class LandscapeScan(TrainerPart):
     def _scanned(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
         args, worker = self.args, self.session.joined_worker
         shown = worker.own_parameters
-        devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), kept_counters(self):
+        with forked(args.device), kept_counters(self):
             batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
 
             points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
