@@ -166,10 +166,11 @@ def pin(identity: Identity, use_cpu: bool) -> torch.device:
     assert state.distributed_type == DistributedType.NO
     state.process_index = identity.rank
     state.local_process_index = identity.local_rank
-    if state.device.type == "cuda":
+    if state.device.type not in ("cpu", "mps"):
         # More workers than GPUs share them in turn.
-        state.device = torch.device("cuda", identity.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(state.device)
+        module = torch.get_device_module(state.device)
+        state.device = torch.device(state.device.type, identity.local_rank % module.device_count())
+        module.set_device(state.device)
     return state.device
 
 
