@@ -428,9 +428,9 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
     Three trials a method and number of workers, over its learning rate; a radius of 0.1, which those of `wrong` chose.
     """
-    numbers, names = (4, 8, 16), ("LSAM", "data-parallel SAM", "data-parallel SGD")
+    numbers = (4, 8, 16)
     images, everything = len(images_of(runs.data, False).train_labels), []
-    cells: dict[str, list[str]] = {name: [name] for name in names}
+    cells: dict[str, list[str]] = {name: [name] for name in FOUR}
     for n in numbers:
         steps = 100 * images // (n * Run.batch_size)
 
@@ -439,11 +439,11 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
             radius = {"sam_rho": 0.1} if METHODS[name].get("sam") else {}
             return [{"learning_rate": rate, **radius, "wrong_labels": 0.4, "machines": [{}] * n} for rate in rates]
 
-        tried, best = tuned(runs, names, steps, settings, TRIAL_SEEDS[:1])
-        made = runs.results([Run(name, steps, **best[name], seed=seed) for name in names for seed in range(seeds)])
+        tried, best = tuned(runs, FOUR, steps, settings, TRIAL_SEEDS[:1])
+        made = runs.results([Run(name, steps, **best[name], seed=seed) for name in FOUR for seed in range(seeds)])
         everything += [*tried, *made]
         errors = (result["points"][-1]["error"] for result in made)
-        for name in names:
+        for name in FOUR:
             error = mean_and_spread(list(itertools.islice(errors, seeds)))
             cells[name].append(f"{error}, rate {best[name]['learning_rate']:g}")
     heads = (f"n = {n}, {n * Run.batch_size} images" for n in numbers)
