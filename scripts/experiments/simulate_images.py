@@ -346,12 +346,13 @@ def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
 
 def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """100 epochs of a few images with 40 % of the labels wrong; four trials a method.
+    """100 epochs of a few images with 40 % of the labels wrong; six trials a method.
 
     The plain gradient also trains for half as long, in which it learns less of what is wrong.
     """
     plan = [*((name, 100) for name in FOUR), (FOUR[-1], 50)]
-    return by_heart(runs, seeds, plan, (0.2, 0.4), (0.05, 0.1, 0.2, 0.4), (0.1, 0.2), wrong_labels=0.4)
+    rates = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    return by_heart(runs, seeds, plan, (0.2, 0.4, 0.8), rates, (0.1, 0.2), wrong_labels=0.4)
 
 
 def by_heart(
@@ -428,9 +429,9 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
     Three trials a method and number of workers, over its learning rate; a radius of 0.1, which those of `wrong` chose.
     """
-    numbers = (4, 8, 16)
+    numbers, names = (4, 8, 16), ("LSAM", "data-parallel SAM", "data-parallel SGD")
     images, everything = len(images_of(runs.data, False).train_labels), []
-    cells: dict[str, list[str]] = {name: [name] for name in FOUR}
+    cells: dict[str, list[str]] = {name: [name] for name in names}
     for n in numbers:
         steps = 100 * images // (n * Run.batch_size)
 
@@ -439,11 +440,11 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
             radius = {"sam_rho": 0.1} if METHODS[name].get("sam") else {}
             return [{"learning_rate": rate, **radius, "wrong_labels": 0.4, "machines": [{}] * n} for rate in rates]
 
-        tried, best = tuned(runs, FOUR, steps, settings, TRIAL_SEEDS[:1])
-        made = runs.results([Run(name, steps, **best[name], seed=seed) for name in FOUR for seed in range(seeds)])
+        tried, best = tuned(runs, names, steps, settings, TRIAL_SEEDS[:1])
+        made = runs.results([Run(name, steps, **best[name], seed=seed) for name in names for seed in range(seeds)])
         everything += [*tried, *made]
         errors = (result["points"][-1]["error"] for result in made)
-        for name in FOUR:
+        for name in names:
             error = mean_and_spread(list(itertools.islice(errors, seeds)))
             cells[name].append(f"{error}, rate {best[name]['learning_rate']:g}")
     heads = (f"n = {n}, {n * Run.batch_size} images" for n in numbers)
