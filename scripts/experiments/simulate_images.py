@@ -10,6 +10,7 @@
     wrong     a hundred times a few images, two fifths of them with a wrong label
     workers   error against n, with each worker's batch fixed, and with that of all together
     batches   error against n where labels are wrong: as many epochs, in fewer and larger steps of all together
+    momentum  the same with momentum at the anchor in place of the workers: trials, not tables of test images
     sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
     clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
 
@@ -49,13 +50,18 @@ from recipes.common.results import REPOSITORY, provenance, write_atomically, wri
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.simulated import SimulatedRuns, make_run
 
-# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor. An
-# exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor;
+# `momentum` is that of their SGD. An exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
     "LSAM without SAM": {},
     "LSAM without SAM, 4 bits": {"lsam": {"exchange_bits": 4}},
     "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
+    "LSAM, momentum at the anchor": {
+        "sam": True,
+        "momentum": 0.0,
+        "lsam": {"anchor_optimizer": "nesterov", "anchor_momentum": 0.81},  # 0.9 a step, for two steps
+    },
     "LSAM as in the paper": {
         "sam": True,
         "lsam": {
@@ -172,7 +178,8 @@ class Task:
         return itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, self._run.learning_rate, momentum=MOMENTUM, weight_decay=5e-4)
+        momentum = METHODS[self._run.method].get("momentum", MOMENTUM)
+        return torch.optim.SGD(parameters, self._run.learning_rate, momentum=momentum, weight_decay=5e-4)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Of the whole run: a warm-up of 5 %, and a cosine to zero."""
@@ -451,6 +458,32 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
     return everything, markdown_table(("error, %", *heads), list(cells.values()))
 
 
+def momentum(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
+    """Trials as in `batches`, one seed each: a worker's own momentum makes much of the noise of its own batch."""
+    names = ("LSAM", "LSAM, momentum at the anchor", "data-parallel SAM")
+    numbers, rates = (4, 8, 16), (0.4, 0.8)
+    images = len(images_of(runs.data, False).train_labels)
+    plan = [
+        Run(
+            name,
+            100 * images // (n * Run.batch_size),
+            learning_rate=rate,
+            sam_rho=0.1,
+            wrong_labels=0.4,
+            seed=TRIAL_SEEDS[0],
+            validation=True,
+            machines=[{}] * n,
+        )
+        for name, rate, n in itertools.product(names, rates, numbers)
+    ]
+    made = runs.results(plan)
+    errors = (f"{result['points'][-1]['error']:.1f}" for result in made)
+    rows = [
+        (name, f"{rate:g}", *itertools.islice(errors, len(numbers))) for name, rate in itertools.product(names, rates)
+    ]
+    return made, markdown_table(("error, %", "learning rate", *(f"n = {n}" for n in numbers)), rows)
+
+
 # Without and with SAM's gradient: workers that are one; that drift apart for two steps; and that wait for nobody.
 PAIRS = {
     "data-parallel": ("data-parallel SGD", "data-parallel SAM"),
@@ -530,7 +563,9 @@ def time_and_error(results: Sequence[dict[str, Any]]) -> str:
     return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
 
 
-EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, batches, sam, clock)}
+EXPERIMENTS = {
+    each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, batches, momentum, sam, clock)
+}
 
 
 def main() -> None:
