@@ -10,7 +10,6 @@
     wrong     a hundred times a few images, two fifths of them with a wrong label
     workers   error against n, with each worker's batch fixed, and with that of all together
     batches   error against n where labels are wrong: as many epochs, in fewer and larger steps of all together
-    momentum  the same with momentum at the anchor in place of the workers: trials, not tables of test images
     sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
     clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
 
@@ -436,7 +435,7 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
     Three trials a method and number of workers, over its learning rate; a radius of 0.1, which those of `wrong` chose.
     """
-    numbers, names = (4, 8, 16), ("LSAM", "data-parallel SAM", "data-parallel SGD")
+    numbers, names = (4, 8, 16), ("LSAM", "LSAM, momentum at the anchor", "data-parallel SAM", "data-parallel SGD")
     images, everything = len(images_of(runs.data, False).train_labels), []
     cells: dict[str, list[str]] = {name: [name] for name in names}
     for n in numbers:
@@ -456,32 +455,6 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
             cells[name].append(f"{error}, rate {best[name]['learning_rate']:g}")
     heads = (f"n = {n}, {n * Run.batch_size} images" for n in numbers)
     return everything, markdown_table(("error, %", *heads), list(cells.values()))
-
-
-def momentum(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Trials as in `batches`, one seed each: a worker's own momentum makes much of the noise of its own batch."""
-    names = ("LSAM", "LSAM, momentum at the anchor", "data-parallel SAM")
-    numbers, rates = (4, 8, 16), (0.4, 0.8)
-    images = len(images_of(runs.data, False).train_labels)
-    plan = [
-        Run(
-            name,
-            100 * images // (n * Run.batch_size),
-            learning_rate=rate,
-            sam_rho=0.1,
-            wrong_labels=0.4,
-            seed=TRIAL_SEEDS[0],
-            validation=True,
-            machines=[{}] * n,
-        )
-        for name, rate, n in itertools.product(names, rates, numbers)
-    ]
-    made = runs.results(plan)
-    errors = (f"{result['points'][-1]['error']:.1f}" for result in made)
-    rows = [
-        (name, f"{rate:g}", *itertools.islice(errors, len(numbers))) for name, rate in itertools.product(names, rates)
-    ]
-    return made, markdown_table(("error, %", "learning rate", *(f"n = {n}" for n in numbers)), rows)
 
 
 # Without and with SAM's gradient: workers that are one; that drift apart for two steps; and that wait for nobody.
@@ -563,9 +536,7 @@ def time_and_error(results: Sequence[dict[str, Any]]) -> str:
     return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"
 
 
-EXPERIMENTS = {
-    each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, batches, momentum, sam, clock)
-}
+EXPERIMENTS = {each.__name__: each for each in (methods, long, epochs, overfit, wrong, workers, batches, sam, clock)}
 
 
 def main() -> None:
