@@ -22,7 +22,10 @@ def state_of(device: torch.device) -> Tensor | None:
 def set_state(device: torch.device, state: Tensor) -> None:
     """Takes over what `state_of` gave of a device of this type."""
     module = torch.get_device_module(device)
-    module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+    if device.type == "mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)
 
 
 @contextmanager
