@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -26,7 +26,7 @@ from .fields import Rule, by_name, check_fields, help_from_docstring, number, on
 from .identity import SERVER_ADDRESS as SERVER_ADDRESS_VARIABLE
 from .identity import WORKER, Identity, pin
 from .joining import Timeouts
-from .optimizers import momentum_coefficient, normalises_steps
+from .optimizers import momentum_coefficient, momentum_of, normalises_steps
 from .server.service import ServiceSettings
 from .transport.ownership import missing_here
 from .transport.peer import HEARTBEAT
@@ -185,6 +185,11 @@ class LSAMArguments(_MixedIn):
             IterableDataset is then read whole by every worker: shuffle it with a seed of the worker's own).
 
     Parameters that control the anchor (the server):
+        momentum_at (`str`, defaults to "worker"): whose the optimizer's momentum is, SGD's or the first decay rate of
+            Adam and AdamW. "anchor": several workers step without any, and the anchor moves with
+            momentum ** sync_steps by Nesterov's rule, so that it gathers their mean direction and not the noise of
+            each one's batches. The optimizer steps with its learning rate multiplied by what the anchor's momentum
+            lacks, and a learning rate means what it did; both are logged. A lone worker keeps its own.
         anchor_lr (`float`, defaults to 1.0): step size of the anchor. Denoted eta' in the paper.
         anchor_momentum_correction (`float`, defaults to 0.0): weight of the change between two mean differences.
             Denoted beta in the paper.
@@ -242,6 +247,7 @@ class LSAMArguments(_MixedIn):
         str, one_of(("sharded", "independent"), "'sharded' is what DDP does."), TRAINER_ONLY
     ] = "sharded"
 
+    momentum_at: Annotated[str, one_of(("worker", "anchor"), "The default is 'worker'.")] = "worker"
     anchor_lr: Annotated[float, number("(0, inf)", "1.0 moves the anchor to the mean of the samples.")] = 1.0
     anchor_momentum_correction: Annotated[float, number("[0, inf)", "Use 0 for none.")] = 0.0
     anchor_optimizer: Annotated[str, one_of(OPTIMIZERS, "'sgd' is the paper's.")] = "sgd"
@@ -326,9 +332,26 @@ class LSAMArguments(_MixedIn):
         # Behind a server of its own, workers come and go, and all must agree on one tau.
         return few if num_workers <= 2 and self.server_address is None else many
 
-    def server_settings(self, sync_steps: int) -> ServerSettings:
+    def shared_momentum(self, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
+        """The momentum a step that the workers' optimizer leaves to the anchor; 0 where it keeps its own.
+
+        Args:
+            optimizer: of a worker.
+            workers: n of the launch.
+        """
+        alone = workers == 1 and self.server_address is None
+        return 0.0 if self.momentum_at == "worker" or alone else momentum_of(optimizer)
+
+    def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
+        """
+        Args:
+            shared_momentum: see the method of that name.
+        """
         moving_rate = self.coupling_strength if self.algorithm == "easgd" else 0.0
-        return by_name(ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate)
+        settings = by_name(ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate)
+        if shared_momentum:
+            settings = replace(settings, anchor_optimizer="nesterov", anchor_momentum=shared_momentum**sync_steps)
+        return settings
 
     def worker_settings(self, sync_steps: int) -> WorkerSettings:
         keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
@@ -340,7 +363,11 @@ class LSAMArguments(_MixedIn):
         return self.algorithm == "lsam" and self.coupling != "merge"
 
     def learning_rate_factor(self, sync_steps: int, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
-        """What the optimizer's learning rate is multiplied with: `compensate_coupling` and `scale_learning_rate`.
+        """What the optimizer's learning rate is multiplied with: `compensate_coupling`, `scale_learning_rate` and
+        `momentum_at`.
+
+        A gradient moves SGD with momentum m by eta / (1 - m) in all, Adam's mean by eta; with m^tau at the anchor by
+        1 / (1 - m^tau) of the worker's step.
 
         Args:
             sync_steps: tau of the run.
@@ -355,6 +382,8 @@ class LSAMArguments(_MixedIn):
             in_score = self.coupling == "score"
             momentum = momentum_coefficient(optimizer)
             factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
+        momentum = self.shared_momentum(optimizer, workers)
+        factor *= (1 - momentum**sync_steps) / (1 if normalises_steps(optimizer) else 1 - momentum)
         return factor
 
     def timeouts(self) -> Timeouts:
@@ -388,6 +417,13 @@ class LSAMArguments(_MixedIn):
                 "sam_direction='momentum' perturbs along the optimizer's momentum, and SGD keeps none: every step "
                 "would be a plain one. Give it a momentum (optim_args='momentum=0.9'), or use sam_direction='gradient'."
             )
+        if self.momentum_at == "anchor" and not momentum_of(optimizer):
+            raise ValueError(
+                f"momentum_at='anchor' takes the momentum from the workers' optimizer, and "
+                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} has none that could be taken from it. "
+                "Use SGD with momentum (optim_args='momentum=0.9') and no dampening, Adam or AdamW, or "
+                "momentum_at='worker'."
+            )
         if self.has_stepwise_coupling and self.coupling == "score" and not sgd:
             raise ValueError(
                 f"coupling='score' puts the pull inside the gradient, and "
@@ -417,6 +453,22 @@ class LSAMArguments(_MixedIn):
             yield (
                 f"`sam_ascent_fraction` must be 1 with sam_direction={self.sam_direction!r}, which has no pass for the "
                 f"ascent, got {self.sam_ascent_fraction!r}. Use sam_direction='gradient' to make that pass cheaper."
+            )
+        if self.momentum_at == "anchor" and not (self.algorithm == "lsam" and self.coupling == "merge"):
+            yield (
+                f"momentum_at='anchor' needs workers that hand in what they have moved: algorithm='lsam' with "
+                f"coupling='merge', got algorithm={self.algorithm!r} and coupling={self.coupling!r}. Use those, or "
+                "momentum_at='worker'."
+            )
+        if self.momentum_at == "anchor" and self.anchor_optimizer != "sgd":
+            yield (
+                f"momentum_at='anchor' gives the anchor its momentum, got anchor_optimizer={self.anchor_optimizer!r} "
+                "beside it. Leave that out, or use momentum_at='worker'."
+            )
+        if self.momentum_at == "anchor" and self.sam_rho and self.sam_direction == "momentum":
+            yield (
+                "sam_direction='momentum' perturbs along the worker's momentum, and with momentum_at='anchor' it has "
+                "none. Use sam_direction='gradient' or 'anchor', or momentum_at='worker'."
             )
         at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
         sync_steps = self.sync_steps or SYNC_STEPS[1]  # the shortest, for which the bounds are the lowest

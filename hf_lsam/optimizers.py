@@ -7,9 +7,10 @@ pulled and pushed is x as it trains.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,23 +21,24 @@ from .worker import Worker
 class StepHooks:
     """What a worker does right before and right after its optimizer steps.
 
-    Meanwhile the learning rates are multiplied by `factor`: schedulers, logs and checkpoints keep those that the user
-    asked for.
+    Meanwhile the learning rates are multiplied by `factor`, and the optimizer has no momentum if that is the anchor's:
+    schedulers, logs and checkpoints keep what the user asked for.
 
     Args:
         optimizer: any torch optimizer, or one that Accelerate has prepared.
         worker: whose parameters it steps; one that is in no parameter group has the learning rate 0.
         factor: see `LSAMArguments.learning_rate_factor`; 1 changes nothing.
+        has_momentum: that it steps with its own momentum (see `momentum_of`).
     """
 
-    def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0):
-        self.factor = factor
+    def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0, has_momentum: bool = True):
+        self.factor, self.has_momentum = factor, has_momentum
         self._optimizer, self._worker = optimizer, worker
         groups = enumerate(optimizer.param_groups)
         group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
         # Numbers, because loading a state puts other groups in their place.
         self._group_numbers = [group_of.get(id(parameter)) for parameter in worker.parameters]
-        self._kept: list[float] = []  # a rate a group, while they are raised
+        self._kept: list[dict[str, Any]] = []  # what is another while a step is made, a group
 
     def learning_rates(self) -> list[float]:
         """Of each of the worker's parameters now, in their order."""
@@ -45,10 +47,12 @@ class StepHooks:
 
     def before_step(self) -> None:
         """The gradients are those that the optimizer is about to step with."""
-        if self.factor != 1.0:
-            self._kept = [group["lr"] for group in self._optimizer.param_groups]
+        if self.factor != 1.0 or not self.has_momentum:
+            self._kept = []
             for group in self._optimizer.param_groups:
-                group["lr"] = group["lr"] * self.factor
+                change = {"lr": group["lr"] * self.factor, **({} if self.has_momentum else _without_momentum(group))}
+                self._kept.append({key: group[key] for key in change})
+                group.update(change)
         self._worker.before_optimizer_step(self.learning_rates())
 
     def after_step(self, skipped: bool = False) -> None:
@@ -58,14 +62,14 @@ class StepHooks:
             skipped: that a gradient scaler has left the step out: it is no step, x has not moved.
 
         Raises:
-            ServerGone: if the server has been gone for longer than `server_timeout`; the rates are put back.
+            ServerGone: if the server has been gone for longer than `server_timeout`; what was changed is put back.
         """
         try:
             if not skipped:
                 self._worker.after_optimizer_step(self.learning_rates())
         finally:
-            for group, rate in zip(self._optimizer.param_groups, self._kept, strict=False):
-                group["lr"] = rate
+            for group, kept in zip(self._optimizer.param_groups, self._kept, strict=False):
+                group.update(kept)
             self._kept = []
             if self._worker.fell_back:
                 self._optimizer.state.clear()  # of gradients that led nowhere
@@ -75,6 +79,24 @@ class StepHooks:
 def momentum_coefficient(optimizer: Optimizer) -> float:
     """Of SGD; 0 for all others."""
     return float(optimizer.param_groups[0].get("momentum", 0.0))
+
+
+_ADAM = re.compile(r"(Paged)?AdamW?(\d+bit|Fp8)?")  # those of torch, bitsandbytes and torchao
+
+
+def momentum_of(optimizer: Optimizer) -> float:
+    """What an optimizer keeps of its direction from one step to the next, where that can be taken from it: the momentum
+    of SGD, the first decay rate of Adam and AdamW. 0 for all others."""
+    group = optimizer.param_groups[0]
+    if "dampening" in group:
+        return 0.0 if group["dampening"] else float(group["momentum"])
+    is_adam = _ADAM.fullmatch(type(getattr(optimizer, "optimizer", optimizer)).__name__)
+    return float(group["betas"][0]) if is_adam else 0.0
+
+
+def _without_momentum(group: dict[str, Any]) -> dict[str, Any]:
+    """What makes a group of an optimizer that `momentum_of` knows step along its gradient alone."""
+    return {"momentum": 0.0} if "dampening" in group else {"betas": (0.0, group["betas"][1])}
 
 
 def normalises_steps(optimizer: Optimizer) -> bool:

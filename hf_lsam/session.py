@@ -126,6 +126,7 @@ class Session:
         workers = arguments.identity.num_workers
         self.sync_steps = arguments.steps_between_pushes(workers)
         self._factor = arguments.learning_rate_factor(self.sync_steps, optimizer, workers)
+        self._shared_momentum = momentum = arguments.shared_momentum(optimizer, workers)
         logger.info("sync_steps=%d", self.sync_steps)
         if self._factor != 1 and arguments.identity.rank == 0:
             logger.warning(
@@ -134,6 +135,13 @@ class Session:
                 "it as it is.",
                 workers,
                 self._factor,
+            )
+        if momentum and arguments.identity.rank == 0:
+            logger.warning(
+                "The optimizer's momentum of %g a step is the anchor's: workers step without, the anchor with %.3g an "
+                "exchange.",
+                momentum,
+                momentum**self.sync_steps,
             )
 
     def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> tuple[list[int], list[int]]:
@@ -210,12 +218,12 @@ class Session:
         self.worker = worker = self.run.join(
             self._named,
             arguments.worker_settings(self.sync_steps),
-            arguments.server_settings(self.sync_steps),
+            arguments.server_settings(self.sync_steps, self._shared_momentum),
             server_state,
         )
         worker.weigh(self._weight)
         self.metrics = WorkerMetrics(worker)
-        self.hooks = StepHooks(self.optimizer, worker, self._factor)
+        self.hooks = StepHooks(self.optimizer, worker, self._factor, has_momentum=not self._shared_momentum)
         self.budget = None
         if arguments.share_steps:
             assert max_steps is not None  # Trainer knows it, and `LSAM` asks for it

@@ -41,6 +41,7 @@ OUT_OF_RANGE = {
     "max_bad_pushes": [0, 1.5, True],
     "exchange_bits": [16, 0, "8"],
     "data_distribution": ["replicated"],
+    "momentum_at": ["server", None],
     "anchor_lr": [0.0, -1.0, math.nan, math.inf],
     "anchor_momentum_correction": [-0.1, math.nan],
     "anchor_optimizer": ["lion"],
@@ -178,6 +179,43 @@ def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp
     assert both == pytest.approx(3 * (1 + 2 / 1.5 / (1 - 2 / 16)))
     score = config(tmp_path, coupling="score", coupling_strength=0.1)
     assert score.learning_rate_factor(16, sgd) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
+
+
+def test_momentum_at_the_anchor_is_that_of_as_many_steps_and_a_learning_rate_means_what_it_did(tmp_path):
+    parameters, args = [torch.nn.Parameter(torch.zeros(1))], config(tmp_path, momentum_at="anchor")
+    sgd, adam = torch.optim.SGD(parameters, 0.1, momentum=0.9), torch.optim.AdamW(parameters, 0.1, betas=(0.8, 0.99))
+    assert (args.shared_momentum(sgd, 4), args.shared_momentum(adam, 4)) == (0.9, 0.8)
+    assert config(tmp_path).shared_momentum(sgd, 4) == args.shared_momentum(sgd) == 0.0  # a lone worker keeps its own
+    server = args.server_settings(3, 0.9)
+    assert (server.anchor_optimizer, server.anchor_momentum) == ("nesterov", pytest.approx(0.729))
+    assert args.server_settings(3) == config(tmp_path).server_settings(3)
+    assert args.learning_rate_factor(3, sgd, workers=4) == pytest.approx(1 + 0.9 + 0.81)
+    assert args.learning_rate_factor(3, adam, workers=4) == pytest.approx(2 * (1 - 0.8**3))
+    assert args.learning_rate_factor(3, sgd) == 1.0
+
+
+def dampened(parameters, rate):
+    return torch.optim.SGD(parameters, rate, momentum=0.9, dampening=0.5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, dampened, torch.optim.Adamax, torch.optim.Muon])
+def test_momentum_that_cannot_be_taken_from_an_optimizer_is_not_moved_to_the_anchor(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"has none that could be taken from it\. Use SGD with momentum"):
+        config(tmp_path, momentum_at="anchor").refuse_optimizer(kind([torch.nn.Parameter(torch.zeros(1, 1))], 0.1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"algorithm": "easgd", "sam_rho": 0.0, "coupling_strength": 0.5}, "hand in what they have moved"),
+        ({"coupling": "decoupled", "sync_steps": 4}, "hand in what they have moved"),
+        ({"anchor_optimizer": "adam"}, "gives the anchor its momentum, got anchor_optimizer='adam'"),
+        ({"sam_direction": "momentum"}, "perturbs along the worker's momentum"),
+    ],
+)
+def test_momentum_at_the_anchor_is_refused_where_something_else_has_it_or_needs_it(tmp_path, fields, reason):
+    with pytest.raises(ValueError, match=rf"{reason}.*momentum_at='worker'"):
+        config(tmp_path, momentum_at="anchor", **fields)
 
 
 def adafactor(parameters, rate):

@@ -409,6 +409,44 @@ def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
     assert first["means"][0] != first["means"][1]
 
 
+SHARED_MOMENTUM = """
+    import json, logging
+    import torch
+    from hf_lsam import LSAM
+
+    logging.basicConfig(format="SAID %(message)s")
+    for kind, momentum in ((torch.optim.SGD, {{"momentum": 0.9}}), (torch.optim.AdamW, {{"weight_decay": 0.0}})):
+        model = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        optimizer = kind(model.parameters(), lr=0.01, **momentum)
+        lsam = LSAM(model, optimizer, output_dir={output!r}, sam_rho=0.0, sync_steps=2, momentum_at="anchor")
+        with lsam:
+            for _ in range(100):
+                lsam.step(lambda: model.weight.sum())  # whose gradient is 1
+        group, state = optimizer.param_groups[0], optimizer.state.get(model.weight, {{}})
+        kept = state.get("momentum_buffer") if kind is torch.optim.SGD else (state["exp_avg"] - 1).abs().max()
+        report = dict(rank=lsam.arguments.identity.rank, rate=group["lr"], kept=None if kept is None else kept.item(),
+                      momentum=group["momentum"] if "momentum" in group else group["betas"][0],
+                      way=-model.weight.mean().item())
+        print("REPORT" + json.dumps(report), flush=True)
+"""
+
+
+def test_momentum_at_the_anchor_goes_as_far_as_the_workers_own_would_and_leaves_them_none(tmp_path):
+    script = write_script(tmp_path / "loop.py", SHARED_MOMENTUM.format(output=str(tmp_path)))
+    run = accelerate_launch(script, fork=True, PYTHONPATH=PATHS)
+    reports = [json.loads(line.split("REPORT")[1]) for line in run.stdout.splitlines() if "REPORT" in line]
+    sgd, adam = ([r for r in reports if r["momentum"] == 0.9 and r["kept"] == kept] for kept in (None, 0.0))
+    assert [sorted(report["rank"] for report in each) for each in (sgd, adam)] == [[0, 1]] * 2
+    assert all(report["rate"] == 0.01 for report in reports)
+    assert sgd[0]["way"] == sgd[1]["way"]
+    # A steady gradient moves SGD by 0.01 / (1 - 0.9) a step, AdamW of two workers by 0.01 times the root of 2; up to
+    # twice as far where each is alone for a while. Momentum at both, or at neither, would be five times off or more.
+    assert 0.7 * 100 * 0.1 < sgd[0]["way"] < 2 * 100 * 0.1
+    assert 0.7 * 100 * 0.01 * 2**0.5 < adam[0]["way"] < 2 * 100 * 0.01 * 2**0.5
+    assert run.stderr.count("momentum of 0.9 a step is the anchor's: workers step without, the anchor with 0.81") == 2
+
+
 def test_a_loader_is_shared_by_the_workers_and_whole_for_one():
     model = network()
     lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), **LSAM_FIELDS)

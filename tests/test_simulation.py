@@ -199,6 +199,34 @@ def test_data_parallel_is_one_worker_with_the_mean_gradient():
     assert last.bytes == 5 * 2 * 2 * 4 * len(expected)
 
 
+def test_momentum_at_the_anchor_is_nesterovs_on_the_mean_gradient_where_workers_exchange_every_step():
+    generators, again = ([batch_generator(rank) for rank in range(2)] for _ in range(2))
+
+    def loss(model, rank):
+        x = draw(generators[rank])
+        return lambda: loss_of(model, x)
+
+    made, _ = make_run(
+        LoopArguments(momentum_at="anchor", sync_steps=1, exchange_bits=32),
+        LockstepNet(),
+        lambda parameters: torch.optim.SGD(parameters, ETA, MOMENTUM),
+        loss,
+        [Machine()] * 2,
+        Gradient(),
+        lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        seed=0,
+        barrier=True,
+    )
+    *_, last = made.run(6)
+    model = LockstepNet()
+    optimizer = torch.optim.SGD(model.parameters(), ETA, MOMENTUM, nesterov=True)
+    for _ in range(6):
+        (sum(loss_of(model, draw(generator)) for generator in again) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(last.anchor, nn.utils.parameters_to_vector(model.parameters()).detach())
+
+
 @pytest.mark.parametrize("direction", ["momentum", "anchor"])
 def test_one_pass_perturbs_along_what_is_known_before_the_step(direction):
     """A lone worker of plain steps and few exchanges, against the loop written out."""

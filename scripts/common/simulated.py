@@ -42,17 +42,20 @@ def make_run(
     """
     if arguments is None:
         return DataParallel(model, make_optimizer, loss, machines, gradient, make_scheduler, seed), None
-    sync_steps = arguments.steps_between_pushes(len(machines))
+    sync_steps, workers = arguments.steps_between_pushes(len(machines)), len(machines)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))])
+    momentum = arguments.shared_momentum(optimizer, workers)
     cluster = Cluster(
         model,
         make_optimizer,
         loss,
         machines,
         arguments.worker_settings(sync_steps),
-        arguments.server_settings(sync_steps),
+        arguments.server_settings(sync_steps, momentum),
         gradient,
         make_scheduler,
-        arguments.learning_rate_factor(sync_steps, make_optimizer([nn.Parameter(torch.zeros(1))]), len(machines)),
+        arguments.learning_rate_factor(sync_steps, optimizer, workers),
+        not momentum,
         barrier,
         share_steps=not barrier,
         push_seconds=push_seconds,

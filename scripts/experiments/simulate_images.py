@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "momentum": 0.0,
         "lsam": {"anchor_optimizer": "nesterov", "anchor_momentum": 0.81},  # 0.9 a step, for two steps
     },
+    "LSAM without SAM, momentum at the anchor": {"lsam": {"momentum_at": "anchor"}},
     "LSAM as in the paper": {
         "sam": True,
         "lsam": {
