@@ -656,7 +656,8 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
     trials = json.loads((tmp_path / "causal_lm/results/trials.json").read_text())
-    assert [method_label(summary) for summary in summaries] == ["lsam", "lsam without SAM", "ddp_sam", "ddp"]
+    asynchronous = ["lsam", "lsam without SAM", "lsam without SAM, momentum at the anchor"]
+    assert [method_label(summary) for summary in summaries] == [*asynchronous, "ddp_sam", "ddp"]
     assert [method_label(trial) for trial in trials[::2]] == [method_label(summary) for summary in summaries]
     for summary, tried in zip(summaries, zip(trials[::2], trials[1::2], strict=True), strict=True):
         best = min(tried, key=lambda trial: trial["eval_loss"]["mean"])

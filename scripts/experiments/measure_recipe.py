@@ -2,9 +2,10 @@
 
     python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
-Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it. The keys are those of
-the recipe's script and hold for all methods. With `--learning_rates` each method tries every one of them, judged on a
-part of the training data that is held out for it, and takes its best; else all have the recipe's. A run that has
+Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it, and LSAM without it
+and with the momentum at the anchor. The keys are those of the recipe's script and hold for all methods. With
+`--learning_rates` each method tries every one of them, judged on a part of the training data that is held out for it,
+and takes its best; else all have the recipe's. A run that has
 finished is kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, goes to
 recipes/RECIPE/results; the tables replace what stands between the markers `methods` and `trials` of its README.md.
 """
@@ -23,7 +24,13 @@ from scripts.common.launches import add_runs, finished, in_folder_of_its_own, ma
 from scripts.tools.summarize_results import around, summarize, table, write_between
 
 # A YAML file of the recipe, and what is changed in it.
-VARIANTS = (("lsam", {}), ("lsam", {"sam_rho": 0.0}), ("ddp_sam", {}), ("ddp", {}))
+VARIANTS = (
+    ("lsam", {}),
+    ("lsam", {"sam_rho": 0.0}),
+    ("lsam", {"sam_rho": 0.0, "momentum_at": "anchor"}),
+    ("ddp_sam", {}),
+    ("ddp", {}),
+)
 TRIAL_SEED = 100
 
 

@@ -15,6 +15,7 @@ from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results, of_runs, origin
 from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_error
+from scripts.tools.summarize_results import method_label
 
 Runs = list[dict[str, Any]]
 HEADER = ("", "LSAM", "data-parallel training")
@@ -81,10 +82,14 @@ class Gains:
         """Of real processes."""
         what, digits, scale = RECIPES[folder]
         measured = load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
-        lsam, without, with_sam, plain = (
-            mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale) for row in measured
-        )
-        return what, f"{lsam}; without SAM {without}", f"{plain}; with SAM {with_sam}"
+        of = {
+            method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
+            for row in measured
+        }
+        lsam = f"{of['lsam']}; without SAM {of['lsam without SAM']}"
+        if moved := of.get("lsam without SAM, momentum at the anchor"):
+            lsam += f", momentum at the anchor {moved}"
+        return what, lsam, f"{of['ddp']}; with SAM {of['ddp_sam']}"
 
     def straggler(self) -> tuple[str, ...]:
         slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}

@@ -90,8 +90,11 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def method_label(summary: dict[str, Any]) -> str:
     """What a table calls the method of a summary."""
-    without = summary["method"] == "lsam" and summary["configuration"].get("sam_rho") == 0
-    return "lsam without SAM" if without else summary["method"]
+    if summary["method"] != "lsam":
+        return summary["method"]
+    settings = summary["configuration"]
+    without = " without SAM" * (settings.get("sam_rho") == 0)
+    return f"lsam{without}{', momentum at the anchor' * (settings.get('momentum_at') == 'anchor')}"
 
 
 def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
