@@ -58,7 +58,7 @@ LLAMA = {
 THROUGH_TRAINER = [name for name in recipes.names() if hasattr(recipes.load(name), "TRAINERS")]
 
 
-def command_line(recipe: str, method: str, folder: Path, **values) -> list[str]:
+def command_line(recipe: str, method: str, folder: Path, /, **values) -> list[str]:
     """The recipe's own YAML file, and on top of it what makes its run short."""
     short = recipes.FEW_STEPS | ({"sync_steps": 2} if method == "lsam" else {}) | {"output_dir": folder, **values}
     words = ["--config", str(RECIPES / recipe / f"{method}.yaml")]
@@ -71,7 +71,7 @@ def parse(recipe: str, words: list[str]) -> dict:
     return parse_configuration(recipes.load(recipe).KEYS, words)
 
 
-def start(recipe: str, method: str, folder: Path, **values) -> dict:
+def start(recipe: str, method: str, folder: Path, /, **values) -> dict:
     """The results of a run in this process."""
     return recipes.load(recipe).run(parse(recipe, command_line(recipe, method, folder, **values)))
 
@@ -333,9 +333,10 @@ def test_an_adapter_on_a_pretrained_model(tmp_path, pretrained, text, chats, rec
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["ddp_sam", "ddp"])
+@pytest.mark.parametrize("method", ["ddp_sam", "ddp", "ddp_nesterov"])
 def test_causal_lm_by_the_other_methods(tmp_path, text, method):
-    results = start("causal_lm", method, tmp_path / "out", train_file=text, block_size=32, model_config=LLAMA)
+    yaml, words = method.removesuffix("_nesterov"), {"method": method, "model_config": LLAMA}
+    results = start("causal_lm", yaml, tmp_path / "out", train_file=text, block_size=32, **words)
     assert (results["method"], results["eval_loss_workers"]) == (method, None)
     assert results["eval_loss"] < results["eval_loss_before"]
 
@@ -657,7 +658,7 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
     trials = json.loads((tmp_path / "causal_lm/results/trials.json").read_text())
     asynchronous = ["lsam", "lsam without SAM", "lsam without SAM, momentum at the anchor"]
-    assert [method_label(summary) for summary in summaries] == [*asynchronous, "ddp_sam", "ddp"]
+    assert [method_label(summary) for summary in summaries] == [*asynchronous, "ddp_sam", "ddp", "ddp_nesterov"]
     assert [method_label(trial) for trial in trials[::2]] == [method_label(summary) for summary in summaries]
     for summary, tried in zip(summaries, zip(trials[::2], trials[1::2], strict=True), strict=True):
         best = min(tried, key=lambda trial: trial["eval_loss"]["mean"])

@@ -22,6 +22,7 @@ from hf_lsam.parameters import ParameterLayout, trainable_parameters
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 from hf_lsam.transport.mailbox import RunFolder
+from recipes.common.nesterov import NesterovAdamW
 from scripts.common.simulated import make_run
 
 TAU = 4
@@ -199,17 +200,33 @@ def test_data_parallel_is_one_worker_with_the_mean_gradient():
     assert last.bytes == 5 * 2 * 2 * 4 * len(expected)
 
 
-def test_momentum_at_the_anchor_is_nesterovs_on_the_mean_gradient_where_workers_exchange_every_step():
-    generators, again = ([batch_generator(rank) for rank in range(2)] for _ in range(2))
+def sgd(parameters):
+    return torch.optim.SGD(parameters, ETA, MOMENTUM)
+
+
+def nesterov_sgd(parameters):
+    return torch.optim.SGD(parameters, ETA, MOMENTUM, nesterov=True)
+
+
+@pytest.mark.parametrize(
+    ("at_workers", "reference", "seeds"),
+    [
+        pytest.param(sgd, nesterov_sgd, (0, 1), id="SGD"),
+        # Each worker divides by the size of its own gradient: the same for all where they see the same batches.
+        pytest.param(torch.optim.AdamW, NesterovAdamW, (0, 0), id="AdamW"),
+    ],
+)
+def test_momentum_at_the_anchor_is_nesterovs_where_workers_exchange_every_step(at_workers, reference, seeds):
+    generators, again = ([batch_generator(seed) for seed in seeds] for _ in range(2))
 
     def loss(model, rank):
         x = draw(generators[rank])
         return lambda: loss_of(model, x)
 
     made, _ = make_run(
-        LoopArguments(momentum_at="anchor", sync_steps=1, exchange_bits=32),
+        LoopArguments(momentum_at="anchor", sync_steps=1, exchange_bits=32, scale_learning_rate=False),
         LockstepNet(),
-        lambda parameters: torch.optim.SGD(parameters, ETA, MOMENTUM),
+        at_workers,
         loss,
         [Machine()] * 2,
         Gradient(),
@@ -219,7 +236,7 @@ def test_momentum_at_the_anchor_is_nesterovs_on_the_mean_gradient_where_workers_
     )
     *_, last = made.run(6)
     model = LockstepNet()
-    optimizer = torch.optim.SGD(model.parameters(), ETA, MOMENTUM, nesterov=True)
+    optimizer = reference(model.parameters())
     for _ in range(6):
         (sum(loss_of(model, draw(generator)) for generator in again) / 2).backward()
         optimizer.step()

@@ -1,9 +1,10 @@
-"""Three methods for any Trainer. A method names the gradient and the distribution; the optimizer is what the training
+"""Four methods for any Trainer. A method names the gradient and the distribution; the optimizer is what the training
 arguments say:
 
-    lsam       LSAMTrainerMixin: asynchronous workers and a server
-    ddp_sam    SAMMixin: SAM's two passes, each worker perturbing on its own batch; DDP averages the second gradient
-    ddp        the Trainer as it is: one pass, DDP averages the gradient
+    lsam            LSAMTrainerMixin: asynchronous workers and a server
+    ddp_sam         SAMMixin: SAM's two passes, each worker perturbing on its own batch; DDP averages the second gradient
+    ddp             the Trainer as it is: one pass, DDP averages the gradient
+    ddp_nesterov    ddp with NesterovAdamW, whatever `optim` says: what a momentum at the anchor is worth without LSAM
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from hf_lsam.identity import Identity
 from hf_lsam.trainer.trl import kept_counters
 from recipes.common.arguments import pick
 from recipes.common.callbacks import StepProgress, StepTimer
+from recipes.common.nesterov import NesterovAdamW
 
-METHODS = ("lsam", "ddp_sam", "ddp")
+METHODS = ("lsam", "ddp_sam", "ddp", "ddp_nesterov")
 
 
 class SAMMixin:
@@ -55,7 +57,8 @@ class SAMTrainer(SAMMixin, Trainer):
     """transformers' Trainer with data-parallel SAM."""
 
 
-# Of each method the Trainer and the class of its arguments. A script with another Trainer has a table of its own.
+# Of each method the Trainer and the class of its arguments; ddp_nesterov has those of ddp. A script with another Trainer
+# has a table of its own.
 TRAINERS = {
     "lsam": (LSAMTrainer, LSAMConfig),
     "ddp_sam": (SAMTrainer, TrainingArguments),
@@ -96,7 +99,7 @@ def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, t
                     f"{values[key]}. Set it to {only}, or use method lsam (with one worker and coupling_strength=0 "
                     "it is SAM)."
                 )
-    return pick(trainers[values["method"]][1], values)
+    return pick(trainers[_trainer_of(values["method"])][1], values)
 
 
 def build_trainer(
@@ -107,12 +110,18 @@ def build_trainer(
     Args:
         keywords: what the Trainer takes beside `args` and `callbacks`.
     """
-    kind, timer = trainers[values["method"]][0], StepTimer()
+    kind, timer = trainers[_trainer_of(values["method"])][0], StepTimer()
     if values["method"] == "ddp_sam":
         keywords |= {"rho": values["sam_rho"], "eps": values["sam_eps"], "adaptive": values["sam_adaptive"]}
+    if values["method"] == "ddp_nesterov":
+        keywords["optimizer_cls_and_kwargs"] = (NesterovAdamW, Trainer.get_optimizer_cls_and_kwargs(args)[1])
     trainer = kind(args=args, callbacks=[timer], **keywords)
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     if args.process_index == 0 and not args.disable_tqdm:
         trainer.add_callback(StepProgress())
     return trainer, timer
+
+
+def _trainer_of(method: str) -> str:
+    return method.removesuffix("_nesterov")

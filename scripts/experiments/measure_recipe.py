@@ -2,8 +2,8 @@
 
     python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
-Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it, and LSAM without it
-and with the momentum at the anchor. The keys are those of the recipe's script and hold for all methods. With
+Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; LSAM without it and
+with the momentum at the anchor, and data-parallel training by the same rule. The keys are those of the recipe's script and hold for all methods. With
 `--learning_rates` each method tries every one of them, judged on a part of the training data that is held out for it,
 and takes its best; else all have the recipe's. A run that has
 finished is kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, goes to
@@ -30,6 +30,7 @@ VARIANTS = (
     ("lsam", {"sam_rho": 0.0, "momentum_at": "anchor"}),
     ("ddp_sam", {}),
     ("ddp", {}),
+    ("ddp", {"method": "ddp_nesterov"}),
 )
 TRIAL_SEED = 100
 

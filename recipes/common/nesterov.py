@@ -1,0 +1,30 @@
+"""AdamW whose momentum acts on the steps, by Nesterov's rule: LSAM's `momentum_at="anchor"` without its workers.
+
+    u = AdamW's step with beta1 = 0
+    b = beta1 b + u
+    x = x + (1 - beta1) (u + beta1 b)
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class NesterovAdamW(torch.optim.AdamW):
+    """See the module; the arguments are those of torch's AdamW, and beta1 is the momentum."""
+
+    def __init__(self, params, *, betas: tuple[float, float] = (0.9, 0.999), **keywords):
+        super().__init__(params, betas=(0.0, betas[1]), **keywords)
+        for group in self.param_groups:
+            group["momentum"] = betas[0]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        moved = [(p, group["momentum"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [parameter.clone() for parameter, _ in moved]
+        loss = super().step(closure)
+        for (parameter, momentum), start in zip(moved, before, strict=True):
+            step, state = parameter - start, self.state[parameter]
+            buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter)).mul_(momentum).add_(step)
+            parameter.copy_(start).add_(step.add_(buffer, alpha=momentum), alpha=1 - momentum)
+        return loss
