@@ -185,11 +185,13 @@ class LSAMArguments(_MixedIn):
             IterableDataset is then read whole by every worker: shuffle it with a seed of the worker's own).
 
     Parameters that control the anchor (the server):
-        momentum_at (`str`, defaults to "worker"): whose the optimizer's momentum is, SGD's or the first decay rate of
-            Adam and AdamW. "anchor": several workers step without any, and the anchor moves with
-            momentum ** sync_steps by Nesterov's rule, so that it gathers their mean direction and not the noise of
-            each one's batches. The optimizer steps with its learning rate multiplied by what the anchor's momentum
-            lacks, and a learning rate means what it did; both are logged. A lone worker keeps its own.
+        momentum_at (`str`, *optional*): whose the optimizer's momentum is, SGD's or the first decay rate of Adam and
+            AdamW. "anchor": several workers step without any, and the anchor moves with momentum ** sync_steps by
+            Nesterov's rule, so that it gathers their mean direction and not the noise of each one's batches. The
+            optimizer steps with its learning rate multiplied by what the anchor's momentum lacks, and a learning rate
+            means what it did; both are logged. "worker": each keeps its own, as a lone one always does. Left out,
+            "anchor" wherever it goes: with these optimizers, algorithm="lsam", coupling="merge", the anchor's "sgd"
+            and no sam_direction="momentum".
         anchor_lr (`float`, defaults to 1.0): step size of the anchor. Denoted eta' in the paper.
         anchor_momentum_correction (`float`, defaults to 0.0): weight of the change between two mean differences.
             Denoted beta in the paper.
@@ -247,7 +249,7 @@ class LSAMArguments(_MixedIn):
         str, one_of(("sharded", "independent"), "'sharded' is what DDP does."), TRAINER_ONLY
     ] = "sharded"
 
-    momentum_at: Annotated[str, one_of(("worker", "anchor"), "The default is 'worker'.")] = "worker"
+    momentum_at: Annotated[str | None, one_of(("anchor", "worker"), "Leave it out for whichever goes.")] = None
     anchor_lr: Annotated[float, number("(0, inf)", "1.0 moves the anchor to the mean of the samples.")] = 1.0
     anchor_momentum_correction: Annotated[float, number("[0, inf)", "Use 0 for none.")] = 0.0
     anchor_optimizer: Annotated[str, one_of(OPTIMIZERS, "'sgd' is the paper's.")] = "sgd"
@@ -340,7 +342,8 @@ class LSAMArguments(_MixedIn):
             workers: n of the launch.
         """
         alone = workers == 1 and self.server_address is None
-        return 0.0 if self.momentum_at == "worker" or alone else momentum_of(optimizer)
+        kept = self.momentum_at == "worker" or any(self._needs_momentum_at_workers())
+        return 0.0 if alone or kept else momentum_of(optimizer)
 
     def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
         """
@@ -431,6 +434,25 @@ class LSAMArguments(_MixedIn):
                 "kernel would no longer be Gaussian. Use coupling='merge' or 'decoupled', or SGD (optim='sgd')."
             )
 
+    def _needs_momentum_at_workers(self) -> Iterator[str]:
+        """What else is asked for that momentum_at='anchor' does not go with."""
+        if not (self.algorithm == "lsam" and self.coupling == "merge"):
+            yield (
+                f"momentum_at='anchor' needs workers that hand in what they have moved: algorithm='lsam' with "
+                f"coupling='merge', got algorithm={self.algorithm!r} and coupling={self.coupling!r}. Use those, or "
+                "momentum_at='worker'."
+            )
+        if self.anchor_optimizer != "sgd":
+            yield (
+                f"momentum_at='anchor' gives the anchor its momentum, got anchor_optimizer={self.anchor_optimizer!r} "
+                "beside it. Leave that out, or use momentum_at='worker'."
+            )
+        if self.sam_rho and self.sam_direction == "momentum":
+            yield (
+                "sam_direction='momentum' perturbs along the worker's momentum, and with momentum_at='anchor' it has "
+                "none. Use sam_direction='gradient' or 'anchor', or momentum_at='worker'."
+            )
+
     def _conflicts(self) -> Iterator[str]:
         """What fields, each of which is in range, cannot be together, under this launcher or on this machine."""
         launched = self.identity.meets_others and self.server_address is None
@@ -454,22 +476,8 @@ class LSAMArguments(_MixedIn):
                 f"`sam_ascent_fraction` must be 1 with sam_direction={self.sam_direction!r}, which has no pass for the "
                 f"ascent, got {self.sam_ascent_fraction!r}. Use sam_direction='gradient' to make that pass cheaper."
             )
-        if self.momentum_at == "anchor" and not (self.algorithm == "lsam" and self.coupling == "merge"):
-            yield (
-                f"momentum_at='anchor' needs workers that hand in what they have moved: algorithm='lsam' with "
-                f"coupling='merge', got algorithm={self.algorithm!r} and coupling={self.coupling!r}. Use those, or "
-                "momentum_at='worker'."
-            )
-        if self.momentum_at == "anchor" and self.anchor_optimizer != "sgd":
-            yield (
-                f"momentum_at='anchor' gives the anchor its momentum, got anchor_optimizer={self.anchor_optimizer!r} "
-                "beside it. Leave that out, or use momentum_at='worker'."
-            )
-        if self.momentum_at == "anchor" and self.sam_rho and self.sam_direction == "momentum":
-            yield (
-                "sam_direction='momentum' perturbs along the worker's momentum, and with momentum_at='anchor' it has "
-                "none. Use sam_direction='gradient' or 'anchor', or momentum_at='worker'."
-            )
+        if self.momentum_at == "anchor":
+            yield from self._needs_momentum_at_workers()
         at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
         sync_steps = self.sync_steps or SYNC_STEPS[1]  # the shortest, for which the bounds are the lowest
         if at_once and self.coupling_strength > 1:

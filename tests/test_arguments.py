@@ -41,7 +41,7 @@ OUT_OF_RANGE = {
     "max_bad_pushes": [0, 1.5, True],
     "exchange_bits": [16, 0, "8"],
     "data_distribution": ["replicated"],
-    "momentum_at": ["server", None],
+    "momentum_at": ["server", ""],
     "anchor_lr": [0.0, -1.0, math.nan, math.inf],
     "anchor_momentum_correction": [-0.1, math.nan],
     "anchor_optimizer": ["lion"],
@@ -182,16 +182,34 @@ def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp
 
 
 def test_momentum_at_the_anchor_is_that_of_as_many_steps_and_a_learning_rate_means_what_it_did(tmp_path):
-    parameters, args = [torch.nn.Parameter(torch.zeros(1))], config(tmp_path, momentum_at="anchor")
+    parameters, args = [torch.nn.Parameter(torch.zeros(1))], config(tmp_path)
     sgd, adam = torch.optim.SGD(parameters, 0.1, momentum=0.9), torch.optim.AdamW(parameters, 0.1, betas=(0.8, 0.99))
     assert (args.shared_momentum(sgd, 4), args.shared_momentum(adam, 4)) == (0.9, 0.8)
-    assert config(tmp_path).shared_momentum(sgd, 4) == args.shared_momentum(sgd) == 0.0  # a lone worker keeps its own
+    assert args.shared_momentum(sgd) == 0.0  # a lone worker keeps its own
     server = args.server_settings(3, 0.9)
     assert (server.anchor_optimizer, server.anchor_momentum) == ("nesterov", pytest.approx(0.729))
-    assert args.server_settings(3) == config(tmp_path).server_settings(3)
+    assert args.server_settings(3) == config(tmp_path, momentum_at="worker").server_settings(3)
     assert args.learning_rate_factor(3, sgd, workers=4) == pytest.approx(1 + 0.9 + 0.81)
     assert args.learning_rate_factor(3, adam, workers=4) == pytest.approx(2 * (1 - 0.8**3))
     assert args.learning_rate_factor(3, sgd) == 1.0
+
+
+ELSEWHERE = [
+    ({"algorithm": "easgd", "sam_rho": 0.0, "coupling_strength": 0.5}, "hand in what they have moved"),
+    ({"coupling": "decoupled", "sync_steps": 4}, "hand in what they have moved"),
+    ({"anchor_optimizer": "adam"}, "gives the anchor its momentum, got anchor_optimizer='adam'"),
+    ({"sam_direction": "momentum"}, "perturbs along the worker's momentum"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), ELSEWHERE)
+def test_momentum_stays_at_workers_where_something_else_has_it_or_needs_it_and_asking_otherwise_is_an_error(
+    tmp_path, fields, reason
+):
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+    assert config(tmp_path, **fields).shared_momentum(sgd, 4) == 0.0
+    with pytest.raises(ValueError, match=rf"{reason}.*momentum_at='worker'"):
+        config(tmp_path, momentum_at="anchor", **fields)
 
 
 def dampened(parameters, rate):
@@ -199,23 +217,12 @@ def dampened(parameters, rate):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, dampened, torch.optim.Adamax, torch.optim.Muon])
-def test_momentum_that_cannot_be_taken_from_an_optimizer_is_not_moved_to_the_anchor(tmp_path, kind):
+def test_momentum_that_cannot_be_taken_from_an_optimizer_is_left_there_and_asking_otherwise_is_an_error(tmp_path, kind):
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], 0.1)
+    config(tmp_path).refuse_optimizer(optimizer)
+    assert config(tmp_path).shared_momentum(optimizer, 4) == 0.0
     with pytest.raises(ValueError, match=r"has none that could be taken from it\. Use SGD with momentum"):
-        config(tmp_path, momentum_at="anchor").refuse_optimizer(kind([torch.nn.Parameter(torch.zeros(1, 1))], 0.1))
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"algorithm": "easgd", "sam_rho": 0.0, "coupling_strength": 0.5}, "hand in what they have moved"),
-        ({"coupling": "decoupled", "sync_steps": 4}, "hand in what they have moved"),
-        ({"anchor_optimizer": "adam"}, "gives the anchor its momentum, got anchor_optimizer='adam'"),
-        ({"sam_direction": "momentum"}, "perturbs along the worker's momentum"),
-    ],
-)
-def test_momentum_at_the_anchor_is_refused_where_something_else_has_it_or_needs_it(tmp_path, fields, reason):
-    with pytest.raises(ValueError, match=rf"{reason}.*momentum_at='worker'"):
-        config(tmp_path, momentum_at="anchor", **fields)
+        config(tmp_path, momentum_at="anchor").refuse_optimizer(optimizer)
 
 
 def adafactor(parameters, rate):
@@ -230,7 +237,7 @@ def test_the_learning_rate_of_adam_and_its_kind_grows_with_the_root_of_n_unless_
     optimizer = kind([torch.nn.Parameter(torch.zeros(1))], 0.1)
 
     def factor(workers, **fields):
-        return config(tmp_path, **fields).learning_rate_factor(16, optimizer, workers)
+        return config(tmp_path, momentum_at="worker", **fields).learning_rate_factor(16, optimizer, workers)
 
     assert factor(4) == (2.0 if kind in OF_ADAMS_KIND else 1.0)
     assert factor(1) == factor(4, scale_learning_rate=False) == factor(4, algorithm="lsgd", sam_rho=0.0) == 1.0

@@ -657,7 +657,7 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
     trials = json.loads((tmp_path / "causal_lm/results/trials.json").read_text())
-    asynchronous = ["lsam", "lsam without SAM", "lsam without SAM, momentum at the anchor"]
+    asynchronous = ["lsam", "lsam without SAM", "lsam without SAM, momentum at the workers"]
     assert [method_label(summary) for summary in summaries] == [*asynchronous, "ddp_sam", "ddp", "ddp_nesterov"]
     assert [method_label(trial) for trial in trials[::2]] == [method_label(summary) for summary in summaries]
     for summary, tried in zip(summaries, zip(trials[::2], trials[1::2], strict=True), strict=True):

@@ -10,7 +10,9 @@ from typing import Any
 class MethodArguments:
     """How it is trained, and what is trained on."""
 
-    method: str = field(default="lsam", metadata={"help": "'lsam', 'ddp_sam' (data-parallel SAM), 'ddp' or 'ddp_nesterov'."})
+    method: str = field(
+        default="lsam", metadata={"help": "'lsam', 'ddp_sam' (data-parallel SAM), 'ddp' or 'ddp_nesterov'."}
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A model on the Hub, a folder, or package://PACKAGE/PATH."}
     )

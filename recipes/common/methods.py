@@ -2,9 +2,9 @@
 arguments say:
 
     lsam            LSAMTrainerMixin: asynchronous workers and a server
-    ddp_sam         SAMMixin: SAM's two passes, each worker perturbing on its own batch; DDP averages the second gradient
+    ddp_sam         SAMMixin: two passes, each worker perturbing on its own batch; DDP averages the second gradient
     ddp             the Trainer as it is: one pass, DDP averages the gradient
-    ddp_nesterov    ddp with NesterovAdamW, whatever `optim` says: what a momentum at the anchor is worth without LSAM
+    ddp_nesterov    ddp with NesterovAdamW, whatever `optim` says: what the anchor's momentum is worth without LSAM
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class SAMTrainer(SAMMixin, Trainer):
     """transformers' Trainer with data-parallel SAM."""
 
 
-# Of each method the Trainer and the class of its arguments; ddp_nesterov has those of ddp. A script with another Trainer
-# has a table of its own.
+# Of each method the Trainer and the class of its arguments; those of ddp_nesterov are ddp's. A script with another
+# Trainer has a table of its own.
 TRAINERS = {
     "lsam": (LSAMTrainer, LSAMConfig),
     "ddp_sam": (SAMTrainer, TrainingArguments),

@@ -1,8 +1,8 @@
 """AdamW whose momentum acts on the steps, by Nesterov's rule: LSAM's `momentum_at="anchor"` without its workers.
 
-    u = AdamW's step with beta1 = 0
-    b = beta1 b + u
-    x = x + (1 - beta1) (u + beta1 b)
+u = AdamW's step with beta1 = 0
+b = beta1 b + u
+x = x + (1 - beta1) (u + beta1 b)
 """
 
 from __future__ import annotations

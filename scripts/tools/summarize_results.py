@@ -94,7 +94,7 @@ def method_label(summary: dict[str, Any]) -> str:
         return summary["method"]
     settings = summary["configuration"]
     without = " without SAM" * (settings.get("sam_rho") == 0)
-    return f"lsam{without}{', momentum at the anchor' * (settings.get('momentum_at') == 'anchor')}"
+    return f"lsam{without}{', momentum at the workers' * (settings.get('momentum_at') == 'worker')}"
 
 
 def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
