@@ -3,7 +3,7 @@
     python scripts/experiments/simulate_images.py EXPERIMENT --dataset parquet \\
         --train_file train.parquet --eval_file test.parquet
 
-    methods   n = 4, every method with the same three trials over its learning rate
+    methods   n = 4, every method with the same four trials over its learning rate
     long      three times as many steps, with trials of their own
     epochs    thirty times all images of the training set, in batches of 128
     overfit   a hundred and fifty times a few images, which the network learns by heart
@@ -49,19 +49,16 @@ from recipes.common.results import REPOSITORY, provenance, write_atomically, wri
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.simulated import SimulatedRuns, make_run
 
-# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor;
-# `momentum` is that of their SGD. An exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor. An
+# exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
+AT_WORKERS = {"lsam": {"momentum_at": "worker"}}
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
     "LSAM without SAM": {},
+    "LSAM, momentum at the workers": {"sam": True, **AT_WORKERS},
+    "LSAM without SAM, momentum at the workers": AT_WORKERS,
     "LSAM without SAM, 4 bits": {"lsam": {"exchange_bits": 4}},
     "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
-    "LSAM, momentum at the anchor": {
-        "sam": True,
-        "momentum": 0.0,
-        "lsam": {"anchor_optimizer": "nesterov", "anchor_momentum": 0.81},  # 0.9 a step, for two steps
-    },
-    "LSAM without SAM, momentum at the anchor": {"lsam": {"momentum_at": "anchor"}},
     "LSAM as in the paper": {
         "sam": True,
         "lsam": {
@@ -75,8 +72,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "data-parallel SAM": {"sam": True, "data_parallel": True},
     "data-parallel SGD": {"data_parallel": True},
-    "local SGD": {"barrier": True},
-    "local SGD with SAM": {"sam": True, "barrier": True},
+    "local SGD": {"barrier": True, **AT_WORKERS},
+    "local SGD with SAM": {"sam": True, "barrier": True, **AT_WORKERS},
     "DiLoCo": {
         "barrier": True,
         "lsam": {
@@ -93,7 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # The methods of the experiments with fewer of them.
 FOUR = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
 # What a trial tries, of each method alike.
-RATES = tuple({"learning_rate": rate} for rate in (0.05, 0.1, 0.2))
+RATES = tuple({"learning_rate": rate} for rate in (0.05, 0.1, 0.2, 0.4))
 TRIAL_SEEDS = (100, 101)
 SHORT, LONG = 480, 1440
 MOMENTUM = 0.9
@@ -178,8 +175,7 @@ class Task:
         return itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        momentum = METHODS[self._run.method].get("momentum", MOMENTUM)
-        return torch.optim.SGD(parameters, self._run.learning_rate, momentum=momentum, weight_decay=5e-4)
+        return torch.optim.SGD(parameters, self._run.learning_rate, MOMENTUM, weight_decay=5e-4)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Of the whole run: a warm-up of 5 %, and a cosine to zero."""
@@ -436,7 +432,7 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
     Three trials a method and number of workers, over its learning rate; a radius of 0.1, which those of `wrong` chose.
     """
-    numbers, names = (4, 8, 16), ("LSAM", "LSAM, momentum at the anchor", "data-parallel SAM", "data-parallel SGD")
+    numbers, names = (4, 8, 16), ("LSAM", "LSAM, momentum at the workers", "data-parallel SAM", "data-parallel SGD")
     images, everything = len(images_of(runs.data, False).train_labels), []
     cells: dict[str, list[str]] = {name: [name] for name in names}
     for n in numbers:

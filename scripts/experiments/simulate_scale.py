@@ -129,7 +129,8 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
     arguments = None
     if run.method.startswith(LSAM):  # the learning rate is the one that is tried
-        arguments = LoopArguments(**{"exchange_bits": 32, "scale_learning_rate": False, **run.lsam})
+        fixed = {"exchange_bits": 32, "scale_learning_rate": False, "momentum_at": "worker"}
+        arguments = LoopArguments(**{**fixed, **run.lsam})
     begin = time.perf_counter()
     made, sync_steps = make_run(
         arguments,
