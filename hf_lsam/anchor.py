@@ -5,7 +5,11 @@
     y  = Optimizer(y, g, eta')
 
 LSAM (arXiv 2509.03110), Algorithm 2, server part. With eta' = 1, beta = 0 and plain SGD, y becomes the mean of the
-samples. The first update has no g'_prev and takes g = g'.
+samples. The first update has no g'_prev and takes g = g'. Nesterov's rule (Sutskever et al. 2013, as torch.optim.SGD has
+it), with momentum m:
+
+    b = m b + g
+    y = y - eta' (g + m b)
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ class Anchor:
         optimizer: "sgd", "nesterov" or "adam" (torch.optim).
         momentum: momentum of "nesterov"; first decay rate of "adam".
 
+    Raises:
+        ValueError: for another optimizer.
+
     State: y, g'_prev, the optimizer's buffers and the version.
     Process: the server's (or the worker's own, when it is alone). Not thread-safe.
     """
@@ -40,19 +47,15 @@ class Anchor:
         optimizer: str = "sgd",
         momentum: float = 0.9,
     ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"`anchor_optimizer` must be one of {OPTIMIZERS}, got {optimizer!r}.")
         self.vector = vector.detach()
         self.version = 0
-        self._beta = momentum_correction
-        self._step_size = lr if optimizer == "sgd" and not momentum_correction else None
+        self._lr, self._beta = lr, momentum_correction
         self._previous: Tensor | None = None
-        self._optimizer: torch.optim.Optimizer
-        if optimizer == "adam":
-            self._optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(momentum, 0.999))
-        elif optimizer in OPTIMIZERS:
-            nesterov = optimizer == "nesterov"
-            self._optimizer = torch.optim.SGD([self.vector], lr=lr, momentum=momentum * nesterov, nesterov=nesterov)
-        else:
-            raise ValueError(f"`anchor_optimizer` must be one of {OPTIMIZERS}, got {optimizer!r}.")
+        self._momentum = momentum if optimizer == "nesterov" else 0.0
+        self._buffer: Tensor | None = None  # b
+        self._adam = torch.optim.Adam([self.vector], lr, (momentum, 0.999)) if optimizer == "adam" else None
 
     @torch.no_grad()
     def update(self, total: Tensor, steps: int, gradient: Tensor | None = None) -> None:
@@ -63,17 +66,23 @@ class Anchor:
             steps: how many worker steps the sum covers, at least 1.
             gradient: where g may be written, float32 [d]; `total` itself if that is free. None allocates it.
         """
-        if self._step_size is not None:
-            self.vector.add_(total, alpha=self._step_size / steps)  # a third of the memory traffic of g and a step
-        else:
-            gradient = torch.mul(total, -1.0 / steps, out=gradient)  # g'
-            if self._beta and self._previous is not None:
-                self._correct(gradient, self._previous)
-            elif self._beta:
-                self._previous = gradient.clone()
-            self.vector.grad = gradient
-            self._optimizer.step()
+        g, scale = total, -1.0 / steps  # whose product is g'
+        if self._beta or self._adam is not None:  # the others write no g: a third of the memory traffic
+            g, scale = torch.mul(total, scale, out=gradient), 1.0
+        if self._beta and self._previous is not None:
+            self._correct(g, self._previous)
+        elif self._beta:
+            self._previous = g.clone()
+        if self._adam is not None:
+            self.vector.grad = g
+            self._adam.step()
             self.vector.grad = None
+        elif self._momentum:
+            if self._buffer is None:
+                self._buffer = torch.zeros_like(self.vector)
+            nesterov_step(self.vector, self._buffer, g, scale, self._lr, self._momentum)
+        else:
+            self.vector.add_(g, alpha=-self._lr * scale)
         self.version += 1
 
     def _correct(self, gradient: Tensor, previous: Tensor) -> None:
@@ -88,8 +97,10 @@ class Anchor:
         state = {"anchor": self.vector, "version": torch.tensor(self.version)}
         if self._previous is not None:
             state["previous_mean"] = self._previous
-        for name, value in self._optimizer.state_dict()["state"].get(0, {}).items():
-            if value is not None:
+        if self._buffer is not None:
+            state["optimizer.momentum_buffer"] = self._buffer
+        if self._adam is not None:
+            for name, value in self._adam.state_dict()["state"].get(0, {}).items():
                 state[f"optimizer.{name}"] = value
         return state
 
@@ -98,12 +109,24 @@ class Anchor:
         self.vector.copy_(state["anchor"])
         self.version = int(state["version"])
         device = self.vector.device
-        previous = state.get("previous_mean")
+        previous, buffer = state.get("previous_mean"), state.get("optimizer.momentum_buffer")
         self._previous = None if previous is None else previous.to(device, copy=True)
-        buffers = {name.removeprefix("optimizer."): t for name, t in state.items() if name.startswith("optimizer.")}
-        self._optimizer.load_state_dict(
-            {
-                "state": {0: buffers} if buffers else {},
-                "param_groups": self._optimizer.state_dict()["param_groups"],
-            }
-        )
+        self._buffer = None if buffer is None or not self._momentum else buffer.to(device, copy=True)
+        if self._adam is not None:
+            adam = {name.removeprefix("optimizer."): t for name, t in state.items() if name.startswith("optimizer.")}
+            groups = self._adam.state_dict()["param_groups"]
+            self._adam.load_state_dict({"state": {0: adam} if adam else {}, "param_groups": groups})
+
+
+@torch.no_grad()
+def nesterov_step(y: Tensor, buffer: Tensor, gradient: Tensor, scale: float, lr: float, momentum: float) -> None:
+    """b <- m b + g and y <- y - lr (g + m b) with g = scale * gradient, in place, in one sweep through memory.
+
+    Args:
+        y, buffer, gradient: float32 [d]; the last is read only.
+    """
+    for own, b, g in blocks([y], [buffer], [gradient]):
+        torch._foreach_mul_(b, momentum)
+        torch._foreach_add_(b, g, alpha=scale)
+        torch._foreach_add_(own, g, alpha=-lr * scale)
+        torch._foreach_add_(own, b, alpha=-lr * momentum)
