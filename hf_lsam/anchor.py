@@ -5,8 +5,7 @@
     y  = Optimizer(y, g, eta')
 
 LSAM (arXiv 2509.03110), Algorithm 2, server part. With eta' = 1, beta = 0 and plain SGD, y becomes the mean of the
-samples. The first update has no g'_prev and takes g = g'. Nesterov's rule (Sutskever et al. 2013, as torch.optim.SGD has
-it), with momentum m:
+samples. The first update has no g'_prev and takes g = g'. Nesterov's rule with momentum m, in torch.optim.SGD's form:
 
     b = m b + g
     y = y - eta' (g + m b)
