@@ -84,7 +84,7 @@ def test_what_many_workers_ask_for_follows_from_what_was_measured():
             "adding": 125 / 16,
             "cores": 125 * (1 + 2 * push / 1e9) / 16 / 64,
             "network": 125 * push / 16 / 12.5e9,
-            "memory": (8 + 4 * 10 + 125 * 12) * billion / 2**40,
+            "memory": (12 + 4 * 10 + 125 * 12) * billion / 2**40,
         }
     )
     assert estimate_scale.servers(billion, 125, measured) == 8

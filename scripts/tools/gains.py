@@ -86,10 +86,8 @@ class Gains:
             method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
             for row in measured
         }
-        lsam = f"{of['lsam']}; without SAM {of['lsam without SAM']}"
-        if moved := of.get("lsam without SAM, momentum at the anchor"):
-            lsam += f", momentum at the anchor {moved}"
-        return what, lsam, f"{of['ddp']}; with SAM {of['ddp_sam']}"
+        plain = f"{of['ddp']}; with SAM {of['ddp_sam']}; by the anchor's rule {of['ddp_nesterov']}"
+        return what, f"{of['lsam']}; without SAM {of['lsam without SAM']}", plain
 
     def straggler(self) -> tuple[str, ...]:
         slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}
