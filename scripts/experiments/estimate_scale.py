@@ -77,7 +77,8 @@ def loads(parameters: int, machines: int, measured: Measured) -> dict[str, float
     period, push, vector = TAU * STEP, encoded_bytes(parameters, BITS), VECTOR * parameters
     on_a_link = 2 * push / measured.linked  # seconds: both ways take turns in the one thread that a machine's peer has
     adding = machines * vector / measured.absorbed
-    own = server_bytes(ServerSettings(TAU, anchor_optimizer="nesterov")) + shared_bytes(workers_on_a_machine(parameters))
+    server = ServerSettings(TAU, anchor_optimizer="nesterov")
+    own = server_bytes(server) + shared_bytes(workers_on_a_machine(parameters))
     return {
         "one link": on_a_link / period,
         "adding": adding / period,
