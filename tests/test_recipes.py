@@ -341,6 +341,13 @@ def test_causal_lm_by_the_other_methods(tmp_path, text, method):
     assert results["eval_loss"] < results["eval_loss_before"]
 
 
+@pytest.mark.parametrize("recipe", ["seq2seq", "sft"])
+def test_any_trainer_takes_the_optimizer_of_nesterovs_rule(tmp_path, recipe):
+    values = recipes.load(recipe, "smoke").smoke(tmp_path)
+    results = start(recipe, "ddp", tmp_path / "out", **{**values, "method": "ddp_nesterov"})
+    assert results["eval_loss"] < results["eval_loss_before"]
+
+
 def test_blocks_are_the_texts_in_order_with_an_end_after_each():
     tokenizer = byte_tokenizer()
     texts = Dataset.from_dict({"body": ["abcd", "", "ef", "ghijk"]})

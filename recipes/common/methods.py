@@ -113,9 +113,9 @@ def build_trainer(
     kind, timer = trainers[_trainer_of(values["method"])][0], StepTimer()
     if values["method"] == "ddp_sam":
         keywords |= {"rho": values["sam_rho"], "eps": values["sam_eps"], "adaptive": values["sam_adaptive"]}
-    if values["method"] == "ddp_nesterov":
-        keywords["optimizer_cls_and_kwargs"] = (NesterovAdamW, Trainer.get_optimizer_cls_and_kwargs(args)[1])
     trainer = kind(args=args, callbacks=[timer], **keywords)
+    if values["method"] == "ddp_nesterov":  # not every Trainer takes it at construction
+        trainer.optimizer_cls_and_kwargs = (NesterovAdamW, trainer.get_optimizer_cls_and_kwargs(args)[1])
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     if args.process_index == 0 and not args.disable_tqdm:
