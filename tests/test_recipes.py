@@ -119,7 +119,7 @@ def test_every_yaml_file_has_known_keys_and_is_what_its_name_says(path):
 @pytest.mark.parametrize("recipe", THROUGH_TRAINER)
 def test_the_methods_of_a_recipe_differ_in_the_method_alone(recipe):
     own = ("method", "output_dir", "sam_rho", "sync_steps", "coupling_strength")
-    runs = [parse(recipe, ["--config", str(RECIPES / recipe / f"{name}.yaml")]) for name in METHODS]
+    runs = [parse(recipe, ["--config", str(RECIPES / recipe / f"{name}.yaml")]) for name in ("lsam", "ddp_sam", "ddp")]
     common = [{key: value for key, value in run.items() if key not in own} for run in runs]
     assert common[0] == common[1] == common[2]
     assert runs[0]["sam_rho"] == runs[1]["sam_rho"]
