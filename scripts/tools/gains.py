@@ -33,6 +33,7 @@ RECIPES = {  # folder: (what is measured, digits, scale)
     "token_classification": ("F1, %, tags, MiniLM, 2 workers", 1, 100),
     "image_classification": ("accuracy, %, a small ViT, half an epoch of CIFAR-10, 2 workers", 1, 100),
 }
+AT_WORKERS = ", momentum at the workers"  # in runs from before the anchor had it
 SENTENCES = "TREC, 1,000 questions, MiniLM with LoRA, 2 workers"
 STEPS = {
     "lsam": "a step with SAM's two passes, in plain steps of Trainer",
@@ -108,7 +109,7 @@ class Gains:
             self.sentences("trec_wrong_labels", "the same, 40 % of the labels wrong", lambda run: run["accuracy"]),
             self.images("epochs"),
             self.images("wrong"),
-            self.recipe("causal_lm"),
+            *map(self.recipe, ("causal_lm", "seq2seq", "token_classification")),
             *self.steps(),
         ]
         return markdown_table(HEADER, rows)
@@ -178,9 +179,10 @@ class Gains:
         def of(method: str) -> str:
             return mean_and_spread([figure(run) for run in of_method(runs, method)], 1)
 
+        own = "" if of_method(runs, "LSAM") else AT_WORKERS
         return (
-            what,
-            f"{of('LSAM')}; without SAM {of('LSAM without SAM')}",
+            what + own,
+            f"{of(f'LSAM{own}')}; without SAM {of(f'LSAM without SAM{own}')}",
             f"{of(f'data-parallel {plain}')}; with SAM {of('data-parallel SAM')}",
         )
 
