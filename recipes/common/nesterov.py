@@ -1,13 +1,15 @@
-"""AdamW whose momentum acts on the steps, by Nesterov's rule: LSAM's `momentum_at="anchor"` without its workers.
+"""AdamW whose momentum acts on the steps, by the anchor's rule: LSAM's `momentum_at="anchor"` without its workers.
 
 u = AdamW's step with beta1 = 0
-b = beta1 b + u
-x = x + (1 - beta1) (u + beta1 b)
+b = beta1 b - u
+x = x - (1 - beta1) (beta1 b - u)
 """
 
 from __future__ import annotations
 
 import torch
+
+from hf_lsam.anchor import nesterov_step
 
 
 class NesterovAdamW(torch.optim.AdamW):
@@ -24,7 +26,7 @@ class NesterovAdamW(torch.optim.AdamW):
         before = [parameter.clone() for parameter, _ in moved]
         loss = super().step(closure)
         for (parameter, momentum), start in zip(moved, before, strict=True):
-            step, state = parameter - start, self.state[parameter]
-            buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter)).mul_(momentum).add_(step)
-            parameter.copy_(start).add_(step.add_(buffer, alpha=momentum), alpha=1 - momentum)
+            step = parameter - start
+            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            nesterov_step(parameter.copy_(start), buffer, step, -1.0, 1 - momentum, momentum)
         return loss

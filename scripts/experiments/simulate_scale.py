@@ -3,8 +3,8 @@
     python scripts/experiments/simulate_scale.py --dataset parquet --train_file train.parquet --eval_file test.parquet
 
 A perceptron with one hidden layer (6,506 parameters) on CIFAR-10 at 8x8 pixels, batches of 8, SGD with momentum 0.9; a
-step takes one second, give or take a fifth. LSAM with the plain gradient, float32 exchanges and the momentum of its
-workers' own, so that n is all that changes. A table a question:
+step takes one second, give or take a fifth. LSAM with the plain gradient, float32 exchanges and the workers' own
+momentum, so that n is all that changes. A table a question:
 
     steps     each worker makes as many steps, whatever n is
     samples   all workers together see as many samples: the more workers, the fewer steps each
