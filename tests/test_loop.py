@@ -426,6 +426,7 @@ SHARED_MOMENTUM = """
         group, state = optimizer.param_groups[0], optimizer.state.get(model.weight, {{}})
         kept = state.get("momentum_buffer") if kind is torch.optim.SGD else (state["exp_avg"] - 1).abs().max()
         report = dict(rank=lsam.arguments.identity.rank, rate=group["lr"], kept=None if kept is None else kept.item(),
+                      squares=None if kept is None else state["exp_avg_sq"].mean().item(),
                       momentum=group["momentum"] if "momentum" in group else group["betas"][0],
                       way=-model.weight.mean().item())
         print("REPORT" + json.dumps(report), flush=True)
@@ -444,6 +445,8 @@ def test_momentum_at_the_anchor_goes_as_far_as_the_workers_own_would_and_leaves_
     # twice as far where each is alone for a while. Momentum at both, or at neither, would be five times off or more.
     assert 0.7 * 100 * 0.1 < sgd[0]["way"] < 2 * 100 * 0.1
     assert 0.7 * 100 * 0.01 * 2**0.5 < adam[0]["way"] < 2 * 100 * 0.01 * 2**0.5
+    # Adam without momentum forgets faster how large gradients were; its betas are as they were.
+    assert [report["squares"] for report in adam] == [pytest.approx(1 - 0.99**100)] * 2
     assert run.stderr.count("momentum of 0.9 a step is the anchor's: workers step without, the anchor with 0.81") == 2
 
 
