@@ -12,9 +12,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .arguments import LSAMArguments
     from .loop import LSAM
+    from .nesterov import NesterovAdamW
     from .trainer import LSAMConfig, LSAMTrainer, LSAMTrainerMixin
 
-__all__ = ["LSAM", "LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin", "__version__"]
+__all__ = ["LSAM", "LSAMArguments", "LSAMConfig", "LSAMTrainer", "LSAMTrainerMixin", "NesterovAdamW", "__version__"]
 
 _HOME = {
     "LSAM": "loop",
@@ -22,6 +23,7 @@ _HOME = {
     "LSAMConfig": "trainer",
     "LSAMTrainer": "trainer",
     "LSAMTrainerMixin": "trainer",
+    "NesterovAdamW": "nesterov",
 }
 
 

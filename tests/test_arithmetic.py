@@ -1,7 +1,8 @@
-"""sam.py, coupling.py, anchor.py, parameters.py and batchnorm.py against closed forms."""
+"""sam.py, coupling.py, anchor.py, nesterov.py, parameters.py and batchnorm.py against closed forms."""
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from hf_lsam.anchor import Anchor
 from hf_lsam.batchnorm import frozen_statistics, reestimate, tracking_layers
 from hf_lsam.coupling import CPU_BLOCK, add_langevin_noise, blocks, period_factors, pull_and_accumulate
+from hf_lsam.nesterov import NesterovAdamW
 from hf_lsam.parameters import (
     ParameterLayout,
     about_cast,
@@ -224,6 +226,61 @@ def test_an_anchor_goes_on_from_its_state_bit_for_bit(optimizer):
         second.update(total.clone(), 4)
     assert torch.equal(second.vector, whole.vector)
     assert second.version == whole.version == 6
+
+
+# --- nesterov.py ---
+
+
+def test_nesterov_adamw_is_nesterovs_rule_on_the_steps_of_adamw_without_beta1_also_when_it_goes_on_from_its_state():
+    rate, momentum, beta2, eps, decay = 0.1, 0.8, 0.9, 1e-3, 0.5
+    shapes = ((2, 3, 4, 4), (5,))
+    drawn = torch.Generator().manual_seed(1)
+    gradients = [[torch.randn(shape, generator=drawn, dtype=torch.float64) for shape in shapes] for _ in range(6)]
+
+    def optimizer_of(parameters):
+        first, second = parameters
+        groups = [{"params": [first]}, {"params": [second], "betas": (momentum, beta2)}]
+        return NesterovAdamW(groups, rate, (momentum, beta2), eps=eps, weight_decay=decay)
+
+    parameters = parameters_with_gradients(*shapes, dtype=torch.float64)
+    parameters[0].data = parameters[0].data.contiguous(memory_format=torch.channels_last)
+    expected = [p.detach().clone() for p in parameters]
+    squares, buffers = ([torch.zeros_like(x) for x in expected] for _ in range(2))
+    optimizer = optimizer_of(parameters)
+    for number, each in enumerate(gradients, start=1):
+        if number == 4:
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            optimizer = optimizer_of(parameters)
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+        for p, g in zip(parameters, each, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        for x, v, b, g in zip(expected, squares, buffers, each, strict=True):
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            u = rate * (decay * x + g / ((v / (1 - beta2**number)).sqrt() + eps))
+            b.mul_(momentum).add_(u)
+            x.sub_((1 - momentum) * (u + momentum * b))
+    for p, x in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.detach(), x)
+
+
+def test_nesterov_adamw_takes_a_closure_and_leaves_alone_what_has_no_gradient():
+    moved, left = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = NesterovAdamW([moved, left], 0.1, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        value = moved.square().sum()
+        value.backward()
+        return value
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] == 3.0
+    assert torch.equal(left, torch.ones(3))
+    assert left not in optimizer.state
 
 
 # --- parameters.py ---

@@ -48,6 +48,7 @@ ROOMS = [
     "checkpoint",
     "algorithms",
     "compression",
+    "nesterov",
     "anchor",
     "coupling",
     "sam",
@@ -62,7 +63,7 @@ ROOMS = [
 # Arithmetic: torch and the standard library alone.
 ARITHMETIC = [
     *("algorithms", "anchor", "compression", "coupling", "sam", "batchnorm", "buffers", "generators"),
-    *("landscape", "parameters"),
+    *("landscape", "nesterov", "parameters"),
 ]
 
 
@@ -161,7 +162,7 @@ def test_the_package_needs_neither_datasets_nor_evaluate_and_the_server_no_trans
         ("datasets", "evaluate", "matplotlib"),
         "import hf_lsam.server.lifetime\n"
         "assert 'transformers' not in sys.modules and 'accelerate' not in sys.modules\n"
-        "from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin\n",
+        "from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin, NesterovAdamW\n",
     )
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from lockstep import ETA, MOMENTUM, RHO, LockstepNet, batch_generator, draw, loss_of
 from torch import nn
 
+from hf_lsam import NesterovAdamW
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.compression import encoded_bytes
 from hf_lsam.loop import LoopArguments
@@ -22,7 +24,6 @@ from hf_lsam.parameters import ParameterLayout, trainable_parameters
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
 from hf_lsam.transport.mailbox import RunFolder
-from recipes.common.nesterov import NesterovAdamW
 from scripts.common.simulated import make_run
 
 TAU = 4
@@ -213,7 +214,7 @@ def nesterov_sgd(parameters):
     [
         pytest.param(sgd, nesterov_sgd, (0, 1), id="SGD"),
         # Each worker divides by the size of its own gradient: the same for all where they see the same batches.
-        pytest.param(torch.optim.AdamW, NesterovAdamW, (0, 0), id="AdamW"),
+        pytest.param(torch.optim.AdamW, partial(NesterovAdamW, betas=(0.9, 0.99)), (0, 0), id="AdamW"),
     ],
 )
 def test_momentum_at_the_anchor_is_nesterovs_where_workers_exchange_every_step(at_workers, reference, seeds):

@@ -11,11 +11,12 @@ class MethodArguments:
     """How it is trained, and what is trained on."""
 
     method: str = field(
-        default="lsam", metadata={"help": "'lsam', 'ddp_sam' (data-parallel SAM), 'ddp' or 'ddp_nesterov'."}
+        default="lsam", metadata={"help": "'lsam', 'ddp_sam' (data-parallel SAM) or 'ddp' (without SAM)."}
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A model on the Hub, a folder, or package://PACKAGE/PATH."}
     )
+    nesterov: bool = field(default=False, metadata={"help": "Train with hf_lsam.NesterovAdamW, whatever `optim` says."})
 
 
 @dataclass

@@ -12,7 +12,6 @@ METHOD_NAMES = {
     "lsam": "LSAM",
     "ddp_sam": "data-parallel SAM",
     "ddp": "data-parallel training without SAM",
-    "ddp_nesterov": "data-parallel training without SAM, by Nesterov's rule",
     "easgd": "EASGD",
     "lsgd": "LSGD",
 }

@@ -1,10 +1,9 @@
-"""Four methods for any Trainer. A method names the gradient and the distribution; the optimizer is what the training
-arguments say:
+"""Three methods for any Trainer. A method names the gradient and the distribution; the optimizer is what the training
+arguments say, or NesterovAdamW by the key `nesterov`:
 
     lsam            LSAMTrainerMixin: asynchronous workers and a server
     ddp_sam         SAMMixin: two passes, each worker perturbing on its own batch; DDP averages the second gradient
     ddp             the Trainer as it is: one pass, DDP averages the gradient
-    ddp_nesterov    ddp with NesterovAdamW, whatever `optim` says: what the anchor's momentum is worth without LSAM
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from hf_lsam import LSAMConfig, LSAMTrainer, sam
+from hf_lsam import LSAMConfig, LSAMTrainer, NesterovAdamW, sam
 from hf_lsam.batchnorm import tracking_layers
 from hf_lsam.identity import Identity
 from hf_lsam.trainer.trl import kept_counters
 from recipes.common.arguments import pick
 from recipes.common.callbacks import StepProgress, StepTimer
-from recipes.common.nesterov import NesterovAdamW
 
-METHODS = ("lsam", "ddp_sam", "ddp", "ddp_nesterov")
+METHODS = ("lsam", "ddp_sam", "ddp")
 
 
 class SAMMixin:
@@ -57,8 +55,7 @@ class SAMTrainer(SAMMixin, Trainer):
     """transformers' Trainer with data-parallel SAM."""
 
 
-# Of each method the Trainer and the class of its arguments; those of ddp_nesterov are ddp's. A script with another
-# Trainer has a table of its own.
+# Of each method the Trainer and the class of its arguments. A script with another Trainer has a table of its own.
 TRAINERS = {
     "lsam": (LSAMTrainer, LSAMConfig),
     "ddp_sam": (SAMTrainer, TrainingArguments),
@@ -99,7 +96,7 @@ def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, t
                     f"{values[key]}. Set it to {only}, or use method lsam (with one worker and coupling_strength=0 "
                     "it is SAM)."
                 )
-    return pick(trainers[_trainer_of(values["method"])][1], values)
+    return pick(trainers[values["method"]][1], values)
 
 
 def build_trainer(
@@ -110,18 +107,16 @@ def build_trainer(
     Args:
         keywords: what the Trainer takes beside `args` and `callbacks`.
     """
-    kind, timer = trainers[_trainer_of(values["method"])][0], StepTimer()
+    kind, timer = trainers[values["method"]][0], StepTimer()
     if values["method"] == "ddp_sam":
         keywords |= {"rho": values["sam_rho"], "eps": values["sam_eps"], "adaptive": values["sam_adaptive"]}
     trainer = kind(args=args, callbacks=[timer], **keywords)
-    if values["method"] == "ddp_nesterov":  # not every Trainer takes it at construction
-        trainer.optimizer_cls_and_kwargs = (NesterovAdamW, trainer.get_optimizer_cls_and_kwargs(args)[1])
+    if values["nesterov"]:  # not every Trainer takes it at construction
+        betas = (args.adam_beta1, args.adam_beta2)
+        settings = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        trainer.optimizer_cls_and_kwargs = (NesterovAdamW, settings)
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     if args.process_index == 0 and not args.disable_tqdm:
         trainer.add_callback(StepProgress())
     return trainer, timer
-
-
-def _trainer_of(method: str) -> str:
-    return method.removesuffix("_nesterov")

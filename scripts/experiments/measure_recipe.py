@@ -2,8 +2,8 @@
 
     python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
-Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it also LSAM
-with its workers' own momentum, and data-parallel training by the rule that the anchor has. The keys are those of the
+Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it
+also both with NesterovAdamW. The keys are those of the
 recipe's script and hold for all methods. With `--learning_rates` each method tries every one of them, judged on a part
 of the training data that is held out for it, and takes its best; else all have the recipe's. A run that has finished is
 kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, goes to recipes/RECIPE/results; the
@@ -25,12 +25,12 @@ from scripts.tools.summarize_results import around, summarize, table, write_betw
 
 # A YAML file of the recipe, and what is changed in it.
 VARIANTS = (
-    ("lsam", {"momentum_at": "anchor"}),
-    ("lsam", {"momentum_at": "anchor", "sam_rho": 0.0}),
-    ("lsam", {"momentum_at": "worker", "sam_rho": 0.0}),
+    ("lsam", {}),
+    ("lsam", {"sam_rho": 0.0}),
+    ("lsam", {"sam_rho": 0.0, "nesterov": True}),
     ("ddp_sam", {}),
     ("ddp", {}),
-    ("ddp", {"method": "ddp_nesterov"}),
+    ("ddp", {"nesterov": True}),
 )
 TRIAL_SEED = 100
 

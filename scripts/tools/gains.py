@@ -87,8 +87,9 @@ class Gains:
             method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
             for row in measured
         }
-        plain = f"{of['ddp']}; with SAM {of['ddp_sam']}; by the anchor's rule {of['ddp_nesterov']}"
-        return what, f"{of['lsam']}; without SAM {of['lsam without SAM']}", plain
+        plain = f"{of['ddp']}; with SAM {of['ddp_sam']}; with NesterovAdamW {of['ddp, NesterovAdamW']}"
+        without = f"without SAM {of['lsam without SAM']}; with NesterovAdamW {of['lsam without SAM, NesterovAdamW']}"
+        return what, f"{of['lsam']}; {without}", plain
 
     def straggler(self) -> tuple[str, ...]:
         slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}

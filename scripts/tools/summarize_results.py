@@ -90,11 +90,9 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def method_label(summary: dict[str, Any]) -> str:
     """What a table calls the method of a summary."""
-    if summary["method"] != "lsam":
-        return summary["method"]
     settings = summary["configuration"]
-    without = " without SAM" * (settings.get("sam_rho") == 0)
-    return f"lsam{without}{', momentum at the workers' * (settings.get('momentum_at') == 'worker')}"
+    without = " without SAM" * (summary["method"] == "lsam" and settings.get("sam_rho") == 0)
+    return f"{summary['method']}{without}{', NesterovAdamW' * settings.get('nesterov', False)}"
 
 
 def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:

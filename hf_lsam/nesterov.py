@@ -1,0 +1,60 @@
+"""AdamW whose momentum acts on its steps and not on its gradients, by Nesterov's rule: the one that the anchor moves by
+(see `anchor`), in a worker, or in any training loop.
+
+u = AdamW's step with beta1 = 0
+b = beta1 b + u
+x = x - (1 - beta1) (u + beta1 b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .anchor import nesterov_step
+
+
+class NesterovAdamW(torch.optim.AdamW):
+    """AdamW by Nesterov's rule; see the module.
+
+    The learning rate is AdamW's: a steady gradient moves x as far. Under LSAM each worker keeps this momentum, whatever
+    `LSAMArguments.momentum_at` leaves open.
+
+    Args:
+        params: parameters, or groups of them.
+        betas: the momentum, and AdamW's second decay rate.
+        keywords: AdamW's other arguments.
+
+    State of a parameter: AdamW's, and b as `momentum_buffer`, of its shape and dtype. While it steps it holds a copy of
+    all parameters.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), **keywords: Any
+    ) -> None:
+        super().__init__(params, lr, betas, **keywords)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        momentum, beta2 = param_group.get("betas", self.defaults["betas"])
+        super().add_param_group({**param_group, "betas": (0.0, beta2), "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [(p, group["momentum"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [parameter.clone() for parameter, _ in moved]
+        super().step()
+        for (parameter, momentum), start in zip(moved, before, strict=True):
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            step = start - parameter
+            nesterov_step(parameter.copy_(start), state["momentum_buffer"], step, 1.0, 1 - momentum, momentum)
+        return loss
