@@ -221,7 +221,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     except ImportError:
         raise ValueError(
             f"There is no network {name!r} here, only {known}. If it is a model of timm, install timm: "
-            "pip install 'hf-lsam[vision]'."
+            "pip install timm, or in a checkout of hf-lsam pip install -e '.[vision]'."
         ) from None
     if not timm.is_model(name):
         close = ", ".join(get_close_matches(name, timm.list_models(), n=5)) or "nothing like it"

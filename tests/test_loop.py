@@ -363,11 +363,14 @@ SCRIPT = """
         torch.manual_seed(lsam.arguments.identity.rank)
         loader = lsam.shard(loader)
     norm = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm1d)][0]
-    rows, groups, means = [], [], []
+    rows, groups, means, accuracies = [], [], [], []
 
     def look():
         with lsam.anchor(loader, lambda batch: model(batch[0])):
-            means.append(norm.running_mean.tolist())
+            means.append([norm.running_mean.tolist(), norm.running_var.tolist()])
+            x, labels = data().tensors
+            accuracies.append((model.eval()(x).argmax(1) == labels).double().mean().item())
+            model.train()
 
     with lsam:
         for epoch in range(2):
@@ -384,7 +387,8 @@ SCRIPT = """
     look()
     final = torch.cat([p.detach().flatten() for p in model.parameters()])
     report = dict(rank=lsam.arguments.identity.rank, wrapped=type(model).__name__, groups=any(groups),
-                  rows=sorted(rows), means=means, steps=lsam.worker.local_steps, version=lsam.worker.version,
+                  rows=sorted(rows), means=means, accuracies=accuracies,
+                  steps=lsam.worker.local_steps, version=lsam.worker.version,
                   own=own.sum().item(), final=final.double().sum().item())
     print("REPORT" + json.dumps(report), flush=True)
 """
@@ -407,6 +411,7 @@ def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
     assert first["version"] == second["version"] >= 3
     assert first["means"] == second["means"]  # of BatchNorm at an anchor, from the same batches everywhere
     assert first["means"][0] != first["means"][1]
+    assert first["accuracies"] == second["accuracies"]
 
 
 SHARED_MOMENTUM = """

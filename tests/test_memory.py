@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_lsam import NesterovAdamW
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.cli.doctor import memory_findings
 from hf_lsam.joining import Alone
+from hf_lsam.loop import LoopArguments
 from hf_lsam.memory import server_bytes, shared_bytes, worker_bytes
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
@@ -90,6 +92,12 @@ def test_the_defaults_are_those_of_the_documentation():
     worker, server = WorkerSettings(4), ServerSettings(4)
     assert worker_bytes(worker, server) == worker_bytes(worker, server, accelerator=True) == 16
     assert (worker_bytes(worker), worker_bytes(worker, accelerator=True), server_bytes(server)) == (12, 16, 8)
+    arguments, parameter = LoopArguments(), nn.Parameter(torch.zeros(1))
+    of = {
+        optimizer: server_bytes(arguments.server_settings(4, arguments.shared_momentum(optimizer([parameter]), 2)))
+        for optimizer in (torch.optim.AdamW, NesterovAdamW)
+    }
+    assert of == {torch.optim.AdamW: 12, NesterovAdamW: 8}
 
 
 @pytest.mark.parametrize(("of_worker", "of_server"), SETTINGS)

@@ -217,6 +217,11 @@ def test_no_text_names_a_path_that_is_not_there(page):
         assert (page.parent / path).exists(), f"{page.name} links to {path}"
 
 
+def test_what_is_on_no_index_is_not_installed_from_one():
+    for path in [*MODULES, *ROOT.glob("recipes/**/*.py"), *ROOT.glob("scripts/**/*.py"), *TEXTS]:
+        assert not re.search(r"pip install (-U )?'?hf-lsam", path.read_text()), path
+
+
 def test_the_readme_links_to_every_page_and_the_site_lists_it():
     readme, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     pages = {page.name for page in ROOT.glob("docs/*.md")}

