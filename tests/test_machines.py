@@ -120,6 +120,7 @@ def test_what_rounding_leaves_behind_goes_with_the_next_sum_and_the_last_is_exac
                 continue
         crossed += claimed
         core.answered(number)
+        assert torch.equal(crossed + core._sum, pushed)  # what has crossed, and what is held back
         assert (pushed - crossed).abs().max() < 2000 / 2 ** (bits - 2)
     core.push(torch.zeros(100), TAU)
     claimed, _, _, crosses_in = core.claim(True)

@@ -1,4 +1,5 @@
-"""What can only be shown on a GPU. Run it with scripts/stress/gpu_check.sh; it needs no network and no data.
+"""What can only be shown on a GPU. Run it with scripts/stress/gpu_check.sh; it needs no network and no data. The checks
+alone, without what a step costs, are tests as well: `pytest -m gpu`.
 
 Exit status: 0 if every check holds, 1 if one does not, 2 if there is no GPU.
 """
@@ -24,11 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-if not torch.cuda.is_available():
-    print("gpu_check: no CUDA device is available here, so nothing can be checked.", file=sys.stderr)
-    sys.exit(2)
-
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
@@ -431,6 +427,9 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 
 def main() -> int:
+    if not torch.cuda.is_available():
+        print("gpu_check: no CUDA device is available here, so nothing can be checked.", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of the step and memory ratios")
     parser.add_argument("--only", nargs="+", choices=[*CHECKS, "costs"], default=[*CHECKS, "costs"])
