@@ -58,7 +58,7 @@ class FailureSignatures:
                 self._once(
                     "staleness",
                     f"this worker's pushes are {staleness:.1f} anchor versions old on average, with "
-                    f"{self._num_workers} workers: it is far slower than the others, and what it hands in pulls the "
+                    f"{self._num_workers} workers: it is far slower than the others, and what it hands in draws the "
                     "anchor back. Give it a smaller batch, or raise sync_steps.",
                 )
             )
