@@ -346,7 +346,8 @@ class LSAMArguments(_MixedIn):
         return 0.0 if alone or kept else momentum_of(optimizer)
 
     def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
-        """
+        """What the server needs to know of these fields, with tau as the run has it.
+
         Args:
             shared_momentum: see the method of that name.
         """
@@ -357,6 +358,7 @@ class LSAMArguments(_MixedIn):
         return settings
 
     def worker_settings(self, sync_steps: int) -> WorkerSettings:
+        """What a worker needs to know of these fields, with tau as the run has it."""
         keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
         return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
 
@@ -390,6 +392,7 @@ class LSAMArguments(_MixedIn):
         return factor
 
     def timeouts(self) -> Timeouts:
+        """How long the run waits for processes that do not answer, in seconds."""
         return by_name(Timeouts, self, service=by_name(ServiceSettings, self))
 
     def kernel_precision(self, sync_steps: int) -> float:

@@ -114,6 +114,7 @@ class Merge(WorkerHalf):
 
 
 def worker_half(settings: WorkerSettings, x: Sequence[Tensor]) -> WorkerHalf:
+    """The worker's half that `settings.coupling` asks for; x is read, not kept."""
     return (Merge if settings.coupling == "merge" else StepwiseCoupling)(settings, x)
 
 

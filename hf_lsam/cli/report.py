@@ -94,6 +94,7 @@ class RunFacts:
 
     @property
     def configuration(self) -> dict[str, Any]:
+        """What the run was configured with, by the names of the arguments."""
         return self.record.run["configuration"]
 
     def points(self, rank: int) -> list[dict[str, Any]]:
