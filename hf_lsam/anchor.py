@@ -1,5 +1,7 @@
 """The anchor y: the server's parameter vector, the model that is evaluated and saved.
 
+It is what EASGD (arXiv 1412.6651) calls the centre variable, and DiLoCo (arXiv 2311.08105) the outer parameters.
+
     g' = (1 / steps) * sum over pushed steps of (y - x)
     g  = g' + beta (g' - g'_prev)
     y  = Optimizer(y, g, eta')

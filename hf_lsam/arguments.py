@@ -134,7 +134,7 @@ class LSAMArguments(_MixedIn):
         coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": at once, when a new anchor
             comes, measured from what it has handed in; it brakes nobody. "decoupled": at every step, after the
             optimizer's, as weight decay is in AdamW. "score": at every step, inside the gradient, as in the paper; for
-            SGD, whose momentum m makes 1 / (1 - m) of a pull.
+            SGD, whose momentum m multiplies it by 1 / (1 - m).
         coupling_strength (`float`, defaults to 1.0): the share of its distance to the anchor that a worker gives up in
             a period of sync_steps. Denoted lambda0 in the paper, which uses 0.1 and 0.9 with coupling="score".
         compensate_coupling (`bool`, defaults to True): "decoupled" and "score" slow workers and anchor down (see
@@ -346,7 +346,8 @@ class LSAMArguments(_MixedIn):
         return 0.0 if alone or kept else momentum_of(optimizer)
 
     def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
-        """
+        """What the server needs to know of these fields, with tau as the run has it.
+
         Args:
             shared_momentum: see the method of that name.
         """
@@ -357,12 +358,13 @@ class LSAMArguments(_MixedIn):
         return settings
 
     def worker_settings(self, sync_steps: int) -> WorkerSettings:
+        """What a worker needs to know of these fields, with tau as the run has it."""
         keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
         return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
 
     @property
     def has_stepwise_coupling(self) -> bool:
-        """Whether LSAM's workers are pulled at every step, as in the paper's Algorithm 2."""
+        """Whether LSAM's workers are coupled to the anchor at every step, as in the paper's Algorithm 2."""
         return self.algorithm == "lsam" and self.coupling != "merge"
 
     def learning_rate_factor(self, sync_steps: int, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
@@ -390,6 +392,7 @@ class LSAMArguments(_MixedIn):
         return factor
 
     def timeouts(self) -> Timeouts:
+        """How long the run waits for processes that do not answer, in seconds."""
         return by_name(Timeouts, self, service=by_name(ServiceSettings, self))
 
     def kernel_precision(self, sync_steps: int) -> float:
@@ -429,7 +432,7 @@ class LSAMArguments(_MixedIn):
             )
         if self.has_stepwise_coupling and self.coupling == "score" and not sgd:
             raise ValueError(
-                f"coupling='score' puts the pull inside the gradient, and "
+                f"coupling='score' puts the coupling inside the gradient, and "
                 f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} would rescale it per coordinate: the "
                 "kernel would no longer be Gaussian. Use coupling='merge' or 'decoupled', or SGD (optim='sgd')."
             )

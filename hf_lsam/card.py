@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 FACTS = "card.json"  # in the folder of a run
 MARK = "<!-- written by hf-lsam -->"  # in every card; one without it was written by hand
 # Fields of a configuration that say nothing of how a model was trained.
-NOT_TOLD = ("output_dir", "shared_memory_dir", "server_address", "server_port")
+UNPUBLISHED = ("output_dir", "shared_memory_dir", "server_address", "server_port")
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
     tags += [tag for tag in given.pop("tags", []) if tag not in tags]
     data = {key: value for key, value in {**data, **given, "tags": tags}.items() if value}
     configuration = facts.configuration.items()
-    known = {key: told(value) for key, value in configuration if value is not None and key not in NOT_TOLD}
+    known = {key: without_folder(value) for key, value in configuration if value is not None and key not in UNPUBLISHED}
     return ModelCard.from_template(
         ModelCardData(**data),
         template_path=str(TEMPLATE),
         mark=MARK,
         facts=facts,
-        base=told(facts.base),
+        base=without_folder(facts.base),
         configuration=json.dumps(known, indent=2, sort_keys=True, default=str),
     )
 
@@ -206,14 +206,14 @@ def comparison(facts: CardFacts, others: Sequence[CardFacts]) -> dict[str, Any]:
         + ", ".join(
             f"{key} ({each.configuration.get(key)})"
             for key in sorted(facts.configuration.keys() & each.configuration.keys())
-            if key not in NOT_TOLD and each.configuration[key] != facts.configuration[key]
+            if key not in UNPUBLISHED and each.configuration[key] != facts.configuration[key]
         )
         for each in others
     ]
     return {"compared": (header, rows), "against": f"{'; '.join(differ)}." if differ else ""}
 
 
-# --- how figures and names are told ---
+# --- how numbers and names are written ---
 
 
 def provenance_line(origin: dict[str, Any]) -> str:
@@ -235,7 +235,7 @@ def is_hub_name(name: str | None) -> bool:
     return not Path(name).exists()
 
 
-def told(value: Any) -> Any:
+def without_folder(value: Any) -> Any:
     """Of a file on this machine its name alone: cards and reports are published."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 

@@ -1,12 +1,12 @@
-"""What pulls a worker to the anchor step by step, the injected noise, and the bound within which both are stable.
+"""The coupling of a worker to the anchor step by step, the injected noise, and the bound within which both are stable.
 
 After the optimizer's step has taken x to x', with c = lambda0 / tau,
 
-    x = x' - c (x' - y)                     pull (decoupled, as weight decay is in AdamW)
+    x = x' - c (x' - y)                     coupling (decoupled, as weight decay is in AdamW)
     D = D + (x - y)                         the worker's running sum of differences
 
-For SGD without momentum the pull equals eta * lambda * (x - y), lambda = lambda0 / (eta tau): the Gaussian kernel of
-LSAM (arXiv 2509.03110, Theorem 1 and Algorithm 2). `coupling="score"` puts the same term inside the gradient instead.
+For SGD without momentum the coupling equals eta * lambda * (x - y), lambda = lambda0 / (eta tau): the Gaussian kernel
+of LSAM (arXiv 2509.03110, Theorem 1 and Algorithm 2). `coupling="score"` puts the same term inside the gradient.
 
 Stability. With zero loss the offset e = x - y shrinks by (1 - c) a step. Over one period of tau steps, with
 
@@ -69,26 +69,26 @@ def is_finite(vector: Tensor) -> bool:
 
 
 @torch.no_grad()
-def pull_and_accumulate(
-    parameters: Sequence[Tensor], anchor: Sequence[Tensor], total: Sequence[Tensor], pull: float
+def couple_and_accumulate(
+    parameters: Sequence[Tensor], anchor: Sequence[Tensor], total: Sequence[Tensor], share: float
 ) -> None:
-    """x <- x - pull (x - y) and D <- D + (x - y), in place, in one sweep through memory.
+    """x <- x - share (x - y) and D <- D + (x - y), in place, in one sweep through memory.
 
     Args:
         parameters: x after the optimizer's step.
         anchor: y, float32, same shapes.
         total: D, the running sum of differences, float32, same shapes.
-        pull: c = lambda0 / tau, a number in [0, 1]; 0 leaves x untouched, bit for bit.
+        share: c = lambda0 / tau, a number in [0, 1]; 0 leaves x untouched, bit for bit.
     """
     for x, y, sums in blocks([p.detach() for p in parameters], anchor, total):
         difference = torch._foreach_sub(x, y)
-        if pull:
-            torch._foreach_add_(x, difference, alpha=-pull)
-        torch._foreach_add_(sums, difference, alpha=1.0 - pull)
+        if share:
+            torch._foreach_add_(x, difference, alpha=-share)
+        torch._foreach_add_(sums, difference, alpha=1.0 - share)
 
 
 @torch.no_grad()
-def pull(parameters: Sequence[Tensor], anchor: Sequence[Tensor], share: float) -> None:
+def couple(parameters: Sequence[Tensor], anchor: Sequence[Tensor], share: float) -> None:
     """x <- x - share (x - y), in place.
 
     Args:
@@ -119,7 +119,7 @@ def exchange_elastically(
 
 
 @torch.no_grad()
-def add_pull_to_gradient(parameters: Sequence[Tensor], anchor: Sequence[Tensor], strength: float) -> None:
+def add_coupling_to_gradient(parameters: Sequence[Tensor], anchor: Sequence[Tensor], strength: float) -> None:
     """grad <- grad + lambda (x - y): the coupling inside the score, for SGD.
 
     Args:
@@ -153,12 +153,12 @@ def add_langevin_noise(
 def drift_slowdown(
     coupling_strength: float, sync_steps: int, anchor_lr: float, in_score: bool = False, momentum: float = 0.0
 ) -> float:
-    """By what factor a pull at every step slows workers and anchor down, in a steady drift.
+    """By what factor a coupling at every step slows workers and anchor down, in a steady drift.
 
-    Let u be what the optimizer alone moves a worker in a step, v what the pull leaves of it, and D the mean of x - y
-    that is handed in. The anchor moves by eta' D in tau steps, at the workers' speed: D = tau v / eta'. After the step,
-    the pull acts on D / (1 - c), c = lambda0 / tau; in the score on D of a step before, D - v, and SGD's momentum m
-    amplifies it to L = lambda0 / (1 - m). Hence
+    Let u be what the optimizer alone moves a worker in a step, v what the coupling leaves of it, and D the mean of
+    x - y that is handed in. The anchor moves by eta' D in tau steps, at the workers' speed: D = tau v / eta'. After the
+    step, the coupling acts on D / (1 - c), c = lambda0 / tau; in the score on D of a step before, D - v, and SGD's
+    momentum m amplifies it to L = lambda0 / (1 - m). Hence
 
         u / v = 1 + lambda0 / (eta' (1 - c))        u / v = 1 + L (1 / eta' - 1 / tau)
 
@@ -166,7 +166,7 @@ def drift_slowdown(
         coupling_strength: lambda0, below tau.
         sync_steps: tau.
         anchor_lr: eta'.
-        in_score: whether the pull is part of the gradient.
+        in_score: whether the coupling is part of the gradient.
         momentum: m, of SGD.
     """
     if in_score:

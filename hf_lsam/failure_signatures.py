@@ -58,13 +58,14 @@ class FailureSignatures:
                 self._once(
                     "staleness",
                     f"this worker's pushes are {staleness:.1f} anchor versions old on average, with "
-                    f"{self._num_workers} workers: it is far slower than the others, and what it hands in pulls the "
+                    f"{self._num_workers} workers: it is far slower than the others, and what it hands in draws the "
                     "anchor back. Give it a smaller batch, or raise sync_steps.",
                 )
             )
         return [warning for warning in warnings if warning]
 
     def batchnorm_not_reestimated(self) -> str | None:
+        """The warning where the anchor is shown with statistics of other weights; None once it was given."""
         return self._once(
             "batchnorm",
             "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights "
@@ -73,7 +74,8 @@ class FailureSignatures:
         )
 
     def buffers_of_a_worker(self, names: Sequence[str]) -> str | None:
-        """
+        """The warning where the anchor is shown with a worker's buffers; None once it was given.
+
         Args:
             names: of the buffers that training moves, BatchNorm's left out.
         """

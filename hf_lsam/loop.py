@@ -426,7 +426,7 @@ class LSAM:
 
     def _optimizer_step(self) -> None:
         if self._accelerator is not None:
-            self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the pull in the score
+            self._accelerator.unscale_gradients(self.optimizer)  # before clipping and before the coupling in the score
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.session.joined_worker.parameters, self._max_grad_norm)
         self.session.hooks.before_step()

@@ -44,6 +44,7 @@ class NesterovAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Moves all parameters that have a gradient; returns the loss, where a `closure` computes it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

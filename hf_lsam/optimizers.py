@@ -2,7 +2,7 @@
 
 Some train at one point and are evaluated at another, such as schedule-free ones. Their `eval` takes the parameters to
 the point of evaluation, and `train` takes them back. Both are about the worker's own x, never about the anchor; what is
-pulled and pushed is x as it trains.
+coupled and pushed is x as it trains.
 """
 
 from __future__ import annotations

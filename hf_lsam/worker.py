@@ -165,6 +165,7 @@ class Worker:
 
     @property
     def shows_anchor(self) -> bool:
+        """Whether the model holds y now, and not x."""
         return self._away is not None
 
     @property

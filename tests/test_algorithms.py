@@ -282,8 +282,8 @@ def test_a_merging_worker_goes_on_from_its_state_as_it_would_have():
 def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
     """Such a state has no r: x is where the worker begins to hand in, and the next anchor draws it from there."""
     share, core = 0.6, ServerCore(torch.zeros(SIZE), ServerSettings(TAU))
-    pulled = nn.Parameter(torch.zeros(SIZE))
-    before = Worker([("x", pulled)], InProcessLink(core), WorkerSettings(TAU, 0.1, "decoupled"))
+    stepwise = nn.Parameter(torch.zeros(SIZE))
+    before = Worker([("x", stepwise)], InProcessLink(core), WorkerSettings(TAU, 0.1, "decoupled"))
 
     def steps(x: nn.Parameter, worker: Worker, count: int) -> None:
         for _ in range(count):
@@ -291,7 +291,7 @@ def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
                 x -= ETA * (x - torch.arange(1.0, SIZE + 1))
             worker.after_optimizer_step([ETA])
 
-    steps(pulled, before, TAU + 2)
+    steps(stepwise, before, TAU + 2)
     state = {name: tensor.clone() for name, tensor in before.state_tensors().items()}
     assert "known" not in state
     assert state["total"].abs().min() > 0  # of the two steps of a period that the new worker does not hand in
@@ -299,8 +299,8 @@ def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
     x = nn.Parameter(torch.randn(SIZE))
     worker = Worker([("x", x)], InProcessLink(core), WorkerSettings(TAU, share))
     worker.load_state_tensors(state)
-    assert torch.equal(x, pulled)
-    assert torch.equal(worker.state_tensors()["known"], pulled)
+    assert torch.equal(x, stepwise)
+    assert torch.equal(worker.state_tensors()["known"], stepwise)
     assert (worker.local_steps, worker.version, core.anchor.version) == (TAU + 2, 1, 1)
 
     anchor, begun, own = core.anchor.vector.clone(), x.detach().clone(), x.detach().clone()
@@ -322,8 +322,8 @@ def test_a_merging_worker_goes_on_from_the_state_of_one_that_did_not_merge():
 
 @pytest.mark.parametrize("coupling", ["decoupled", "score"])
 @pytest.mark.parametrize(("strength", "anchor_lr"), [(0.1, 1.0), (0.4, 1.0), (2.0, 1.5)])
-def test_a_pull_at_every_step_slows_a_steady_drift_by_its_closed_form(coupling, strength, anchor_lr):
-    """With SGD's momentum m a pull in the score is lambda0 / (1 - m) after the step, but for where it is measured."""
+def test_a_coupling_at_every_step_slows_a_steady_drift_by_its_closed_form(coupling, strength, anchor_lr):
+    """With SGD's momentum m, lambda0 in the score is lambda0 / (1 - m) after the step, but for where it is measured."""
     momentum, tau, slope, eta = 0.8, 8, 2.0, 0.01
     if coupling == "score":
         strength *= 1 - momentum

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_lsam.anchor import Anchor
 from hf_lsam.batchnorm import frozen_statistics, reestimate, tracking_layers
-from hf_lsam.coupling import CPU_BLOCK, add_langevin_noise, blocks, period_factors, pull_and_accumulate
+from hf_lsam.coupling import CPU_BLOCK, add_langevin_noise, blocks, couple_and_accumulate, period_factors
 from hf_lsam.nesterov import NesterovAdamW
 from hf_lsam.parameters import (
     ParameterLayout,
@@ -109,34 +109,34 @@ def test_blocks_cover_every_value_once_and_fit_the_cache():
     assert torch.equal(torch.cat(seen), torch.cat(numbers))
 
 
-def test_pull_and_running_sum():
+def test_coupling_and_running_sum():
     x = [torch.tensor([[3.0, 1.0]]), torch.tensor([5.0])]
     y = [torch.tensor([[1.0, 1.0]]), torch.tensor([1.0])]
     total = [torch.tensor([[10.0, 0.0]]), torch.tensor([0.0])]
-    pull_and_accumulate(x, y, total, 0.25)
+    couple_and_accumulate(x, y, total, 0.25)
     assert x[0].tolist() == [[2.5, 1.0]]
     assert x[1].tolist() == [4.0]
     assert total[0].tolist() == [[11.5, 0.0]]
     assert total[1].tolist() == [3.0]
 
 
-def test_weights_in_channels_last_order_are_pulled_too():
+def test_weights_in_channels_last_order_are_coupled_too():
     x = torch.randn(4, 3, 2, 2)
     last = x.to(memory_format=torch.channels_last)
     y = torch.randn(4, 3, 2, 2)
     totals = [torch.zeros(4, 3, 2, 2) for _ in range(2)]
-    pull_and_accumulate([x, torch.ones(2)], [y, torch.zeros(2)], [totals[0], torch.zeros(2)], 0.25)
-    pull_and_accumulate([last, torch.ones(2)], [y, torch.zeros(2)], [totals[1], torch.zeros(2)], 0.25)
+    couple_and_accumulate([x, torch.ones(2)], [y, torch.zeros(2)], [totals[0], torch.zeros(2)], 0.25)
+    couple_and_accumulate([last, torch.ones(2)], [y, torch.zeros(2)], [totals[1], torch.zeros(2)], 0.25)
     assert torch.equal(last, x)
     assert torch.equal(totals[0], totals[1])
 
 
-def test_no_pull_leaves_x_bit_for_bit():
+def test_no_coupling_leaves_x_bit_for_bit():
     x = torch.randn(1000)
     kept = x.clone()
     total = torch.zeros(1000)
     y = torch.randn(1000)
-    pull_and_accumulate([x], [y], [total], 0.0)
+    couple_and_accumulate([x], [y], [total], 0.0)
     assert torch.equal(x, kept)
     assert torch.equal(total, x - y)
 

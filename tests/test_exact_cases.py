@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
-from hf_lsam.coupling import add_langevin_noise, add_pull_to_gradient, anchor_lr_bound, pull_and_accumulate
+from hf_lsam.coupling import add_coupling_to_gradient, add_langevin_noise, anchor_lr_bound, couple_and_accumulate
 from hf_lsam.sam import perturb, restore
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
@@ -169,7 +169,7 @@ def test_3_the_sampler_has_the_mean_and_covariance_of_the_coupled_gaussian():
         add_langevin_noise([x], ETA, 1.0, generator)
         if step == 500:  # burnt in: the slowest mode has decayed by exp(-500 * 0.01 * 2.6)
             total.zero_()
-        pull_and_accumulate([x], [y], [total], COUPLING / TAU)
+        couple_and_accumulate([x], [y], [total], COUPLING / TAU)
     precision = A + LAMBDA * torch.eye(2)
     expected_mean = torch.linalg.solve(precision, A @ (MU - y[0]))
     expected_covariance = torch.linalg.inv(precision)
@@ -209,7 +209,7 @@ def test_3_with_sam_the_sampler_agrees_with_numerical_integration(rho):
         gradient = x.detach().clone()
         restore(moved)
         x.grad = gradient
-        add_pull_to_gradient([x], [y], strength)
+        add_coupling_to_gradient([x], [y], strength)
         with torch.no_grad():
             x -= eta * x.grad
         add_langevin_noise([x], eta, 1.0, generator)
@@ -347,8 +347,8 @@ def test_7_with_differences_at_the_last_step_only_lsam_is_elastic_averaging():
 
         x_i <- x_i - alpha (x_i - y)        y <- (1 - beta) y + beta mean_i x_i
 
-    With the pull c = alpha at the last step of a period, the pushed difference is (1 - alpha)(x_i - y), so the anchor's
-    step size is eta' = beta / (1 - alpha).
+    With the coupling c = alpha at the last step of a period, the pushed difference is (1 - alpha)(x_i - y), so the
+    anchor's step size is eta' = beta / (1 - alpha).
     """
     generator = torch.Generator().manual_seed(5)
     workers, tau, alpha, beta, eta = 4, 5, 0.2, 0.6, 0.1
@@ -372,7 +372,7 @@ def test_7_with_differences_at_the_last_step_only_lsam_is_elastic_averaging():
         y = core.anchor.vector.clone()
         for worker in range(workers):
             difference = torch.zeros(7)
-            pull_and_accumulate([ours[worker]], [y], [difference], alpha)
+            couple_and_accumulate([ours[worker]], [y], [difference], alpha)
             core.push(difference, 1)
         torch.testing.assert_close(core.anchor.vector.double(), expected_y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.stack(ours).double(), expected_x, rtol=1e-5, atol=1e-5)

@@ -113,7 +113,7 @@ def garbled(generator: random.Random, frame: bytes) -> bytes:
     return b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-def test_strangers_change_nothing_whatever_they_send(server):
+def test_unknown_peers_change_nothing_whatever_they_send(server):
     generator = random.Random(0)
     worker = join(server, 1)
     worker.send(Push(1, 1, 0.0, True))
@@ -191,7 +191,7 @@ def test_a_push_that_is_replayed_or_comes_out_of_order_is_not_counted(server, se
     worker.close()
 
 
-def test_a_stranger_that_says_nothing_holds_up_nobody_and_is_turned_away(server, monkeypatch):
+def test_an_unknown_peer_that_says_nothing_holds_up_nobody_and_is_turned_away(server, monkeypatch):
     silent = [connect(server) for _ in range(70)]
     assert len(server._connections._selector.get_map()) == 1 + 64
     monkeypatch.setattr("hf_lsam.server.service.JOIN_SECONDS", -1.0)

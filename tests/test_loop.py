@@ -189,7 +189,7 @@ def test_a_gradient_scaler_changes_nothing_but_the_steps_it_skips():
     assert accelerator.scaler.get_scale() == 512.0
 
 
-def test_in_the_score_every_parameter_group_is_pulled_by_the_same_share_whatever_its_learning_rate():
+def test_in_the_score_every_parameter_group_is_coupled_by_the_same_share_whatever_its_learning_rate():
     model = network()
     first, *_, last = model.layers
     groups = [{"params": first.parameters(), "lr": 0.05}, {"params": last.parameters(), "lr": 0.2}]

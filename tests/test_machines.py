@@ -313,7 +313,7 @@ def test_anchors_cross_in_few_bits_and_the_last_exactly(tmp_path, bits):
         assert all(least < count < least + 100_000 for count in counted), counted
 
 
-def test_one_push_a_machine_and_period_crosses_and_all_begin_and_end_at_one_anchor(tmp_path):
+def test_each_machine_hands_in_one_sum_a_period_and_all_begin_and_end_at_one_anchor(tmp_path):
     with cluster(tmp_path, [1, 2, 3]) as run:
         assert [folder.slot(folder.version)[0].item() for folder in run.folders] == [1.0, 1.0, 1.0]  # machine 0's
         for _ in range(5):

@@ -87,9 +87,9 @@ for sys.platform in ("win32", "darwin", "freebsd14"):
     os.environ["WORLD_SIZE"] = "2"
     launched = error_of(lambda: arguments(LSAMConfig, OUT))
     os.environ.pop("WORLD_SIZE")
-    guest = error_of(lambda: LSAM(net(), None, server_address=str(OUT)))
+    external = error_of(lambda: LSAM(net(), None, server_address=str(OUT)))
     own_transport = error_of(lambda: arguments(LSAMConfig, OUT, server_address="mine://there"))
-    refused[sys.platform] = [launched, guest, error_of(serve), own_transport]
+    refused[sys.platform] = [launched, external, error_of(serve), own_transport]
 sys.platform = "linux"
 pretending = False
 report = dict(
@@ -124,8 +124,8 @@ def test_one_worker_trains_saves_and_resumes_without_anything_of_linux(report):
     [("win32", r"in WSL"), ("darwin", r"on Linux, a container too"), ("freebsd14", r"on Linux")],
 )
 def test_several_workers_are_refused_elsewhere(report, platform, instead):
-    launched, guest, server, own_transport = report["refused"][platform]
-    assert launched == guest == server
+    launched, external, server, own_transport = report["refused"][platform]
+    assert launched == external == server
     assert "Train with one worker (plain `python script.py`" in launched
     assert f"or run several {instead}" in launched
     assert own_transport is None or "mine" in own_transport

@@ -424,16 +424,16 @@ def test_a_server_that_does_not_know_the_secret_is_not_joined(listener, trick):
 
 
 @pytest.mark.parametrize("certificate", [None, bytes(32)], ids=["none", "of another secret"])
-def test_a_stranger_that_trusts_anybody_is_refused_all_the_same(listener, certificate, caplog):
+def test_an_unknown_peer_that_trusts_anybody_is_refused_all_the_same(listener, certificate, caplog):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if certificate is not None:
         context = tls._context(certificate, ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with serving(listener) as peers:
-        with context.wrap_socket(socket.create_connection(listener.address)) as stranger:
+        with context.wrap_socket(socket.create_connection(listener.address)) as connection:
             with suppress(OSError):
-                stranger.sendall(MACHINE_MESSAGES.pack(tls._open_link("run", FINGERPRINT, NUMEL)))
-                assert not stranger.recv(4096)
+                connection.sendall(MACHINE_MESSAGES.pack(tls._open_link("run", FINGERPRINT, NUMEL)))
+                assert not connection.recv(4096)
         joins_alone(listener.address, peers)
     assert "refused a machine at 127.0.0.1: SECRET" in caplog.text
 

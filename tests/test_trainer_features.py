@@ -615,7 +615,7 @@ def test_a_pass_along_the_momentum_needs_an_optimizer_that_keeps_one(tmp_path):
 # --- coupling inside the score ---
 
 
-def test_coupling_in_the_score_is_the_decoupled_one_at_the_learning_rate_the_pull_leaves(tmp_path):
+def test_coupling_in_the_score_is_the_decoupled_one_at_the_learning_rate_that_this_leaves(tmp_path):
     # Decoupled: x - (1 - c) eta s - c (x - y). In the score: x - eta s - c (x - y). c = lambda0 / tau = 0.125.
     decoupled = train(tmp_path, net(), max_steps=12, sam_rho=0.05, learning_rate=0.08)
     score = train(tmp_path, net(), max_steps=12, sam_rho=0.05, learning_rate=0.07, coupling="score")

@@ -2,7 +2,7 @@
 
 |                   | lsam                              | easgd                    | lsgd                        |
 | ----------------- | --------------------------------- | ------------------------ | --------------------------- |
-| after each step   | nothing, or a pull c (x - y)      | nothing                  | a pull c (x - y)            |
+| after each step   | nothing, or x = x - c (x - y)     | nothing                  | x = x - c (x - y)           |
 | hands in          | its movement, or sum of x - y     | x - y                    | x, mean loss over tau steps |
 | with a new anchor | merges, or nothing                | nothing                  | nothing                     |
 | server            | once n tau steps are in:          | at every push:           | at a push with the lowest   |

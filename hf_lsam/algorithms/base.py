@@ -35,7 +35,7 @@ class WorkerSettings:
     keeps_anchor_move: bool = False
 
     @property
-    def pull(self) -> float:
+    def coupling_per_step(self) -> float:
         """c = lambda0 / tau, the share of the distance to the anchor that one decoupled step takes away."""
         return self.coupling_strength / self.sync_steps
 

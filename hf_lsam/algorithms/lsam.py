@@ -6,9 +6,9 @@ The server, once n tau worker steps are in, from whichever workers they came:
 
 A worker is held near y by a coupling, in one of two ways.
 
-*Step by step* ("decoupled", "score"; arXiv 2509.03110, Algorithm 2). Every step pulls x by c (x - y), c = lambda0 /
-tau, and hands in the differences of all steps. The pull is a brake: y does not know yet what the worker has done since,
-so in a steady drift all move at eta' / (eta' + lambda0) of the speed that the optimizer alone would give.
+*Step by step* ("decoupled", "score"; arXiv 2509.03110, Algorithm 2). Every step draws x to y by c (x - y), c = lambda0
+/ tau, and hands in the differences of all steps. This brakes: y does not know yet what the worker has done since, so in
+a steady drift all move at eta' / (eta' + lambda0) of the speed that the optimizer alone would give.
 
 *Merge* (the default). A worker hands in what it has moved since it last did, d = x - r, and remembers r = x. When an
 anchor comes that counts d,
@@ -30,30 +30,31 @@ import torch
 from torch import Tensor
 
 from ..anchor import Anchor
-from ..coupling import add_pull_to_gradient, blocks, is_finite, pull_and_accumulate
+from ..coupling import add_coupling_to_gradient, blocks, couple_and_accumulate, is_finite
 from .base import ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 
 class StepwiseCoupling(WorkerHalf):
-    """Algorithm 2's worker: pulled at every step, hands in the sum of x - y over its steps."""
+    """Algorithm 2's worker: coupled to y at every step, hands in the sum of x - y over its steps."""
 
     gathers = True
 
     def before_step(self, x: Sequence[Tensor], y: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
         """Adds lambda (x - y) to the gradient, lambda = lambda0 / (eta tau), where `coupling` is "score".
 
-        Parameters with eta = 0 are not pulled.
+        Parameters with eta = 0 are not coupled.
         """
         if self.settings.coupling != "score" or not self.settings.coupling_strength:
             return
         for parameter, anchor, eta in zip(x, y, learning_rates, strict=True):
             if eta > 0:
-                add_pull_to_gradient([parameter], [anchor], self.settings.pull / eta)
+                add_coupling_to_gradient([parameter], [anchor], self.settings.coupling_per_step / eta)
 
     def after_step(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor]) -> None:
-        pull_and_accumulate(x, y, push, self.settings.pull if self.settings.coupling == "decoupled" else 0.0)
+        share = self.settings.coupling_per_step if self.settings.coupling == "decoupled" else 0.0
+        couple_and_accumulate(x, y, push, share)
 
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
         """push = w sum of (x - y)."""
@@ -113,6 +114,7 @@ class Merge(WorkerHalf):
 
 
 def worker_half(settings: WorkerSettings, x: Sequence[Tensor]) -> WorkerHalf:
+    """The worker's half that `settings.coupling` asks for; x is read, not kept."""
     return (Merge if settings.coupling == "merge" else StepwiseCoupling)(settings, x)
 
 

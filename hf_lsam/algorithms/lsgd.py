@@ -1,4 +1,4 @@
-"""LSGD: the anchor is the worker whose mean loss over its last tau steps was the lowest, and pulls at all others.
+"""LSGD: the anchor is the worker whose mean loss over its last tau steps was the lowest, and draws all others to it.
 
 Teng et al., Leader Stochastic Gradient Descent (arXiv 1905.10395), Algorithm 1; its lambda is lambda0 / tau. The paper
 has a leader a machine besides the global one; on one machine they are the same. Only what was pushed is known, so the
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from ..anchor import Anchor
-from ..coupling import pull
+from ..coupling import couple
 from .base import ServerHalf, ServerSettings, WorkerHalf
 
 
 class LedWorker(WorkerHalf):
-    """Pulled towards the leader after every step, x <- x - c (x - y); hands in x and its loss."""
+    """Drawn to the leader after every step, x <- x - c (x - y); hands in x and its loss."""
 
     wants_loss = True
 
     def after_step(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor]) -> None:
-        pull(x, y, self.settings.pull)
+        couple(x, y, self.settings.coupling_per_step)
 
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
         """push = x."""

@@ -44,10 +44,12 @@ class Series:
 
     @property
     def css(self) -> str:
+        """The class of its line, points and band in the page's style sheet."""
         return "anchor" if self.style is None else f"s{self.style % STYLES}"
 
     @property
     def marker(self) -> str:
+        """The shape of its points, as the `d` of an SVG path around (0, 0)."""
         return STAR if self.style is None else MARKERS[self.style % STYLES]
 
 

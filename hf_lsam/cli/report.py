@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from ..card import told
+from ..card import without_folder
 from ..record import BYTES, FOLDER, Record, read_record, worker_state
 from .charts import Series, absent, line_chart, map_chart, number, table
 
@@ -94,6 +94,7 @@ class RunFacts:
 
     @property
     def configuration(self) -> dict[str, Any]:
+        """What the run was configured with, by the names of the arguments."""
         return self.record.run["configuration"]
 
     def points(self, rank: int) -> list[dict[str, Any]]:
@@ -311,7 +312,7 @@ def _run_section(index: int, run: RunFacts, alone: bool) -> str:
     began = datetime.fromtimestamp(about["started"], UTC).strftime("%Y-%m-%d %H:%M UTC")
     size = f" ({model['trainable_parameters']:,} trainable parameters)" if "trainable_parameters" in model else ""
     workers = f"{about['num_workers']} worker{'' if about['num_workers'] == 1 else 's'}"
-    head = f"{told(model.get('name')) or model.get('class') or 'A model'}{size}, {workers}, begun {began}."
+    head = f"{without_folder(model.get('name')) or model.get('class') or 'A model'}{size}, {workers}, begun {began}."
     notes = "".join(f'<p class="warn">{escape(note)}</p>' for note in run.notes)
     return (
         f'<section id="{name}"><h2>{escape(run.name)}</h2><p>{escape(head)}</p>{notes}'
@@ -444,7 +445,7 @@ def _provenance(run: RunFacts, alone: bool) -> str:
 
 
 def _rows(facts: dict[str, Any]) -> list[list[str]]:
-    return [[key, _cell(told(value))] for key, value in facts.items()]
+    return [[key, _cell(without_folder(value))] for key, value in facts.items()]
 
 
 def _cell(value: Any) -> str:

@@ -45,6 +45,7 @@ class Remote:
 
     @property
     def is_asked(self) -> bool:
+        """Whether a question is under way whose answer has not been taken."""
         return self._asked is not None
 
     def ask(self, method: str, *arguments: Any) -> None:

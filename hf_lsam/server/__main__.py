@@ -26,6 +26,11 @@ from .root import Root, listen, refuse_taken_port
 
 
 def address(text: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT; an IPv6 address may stand in brackets.
+
+    Raises:
+        argparse.ArgumentTypeError: if it has no port.
+    """
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")

@@ -42,7 +42,10 @@ class Connection:
 
 
 class HasFileno(Protocol):
-    def fileno(self) -> int: ...
+    """What can be watched: a socket, or what is read through one."""
+
+    def fileno(self) -> int:
+        """The file descriptor, or -1 once it is closed."""
 
 
 class Connections:
@@ -67,6 +70,7 @@ class Connections:
         self.watch(self._listener, self._accept)
 
     def close(self) -> None:
+        """Closes all connections; processes can no longer connect."""
         for connection in self:
             connection.channel.close()
         self._listener.close()
@@ -85,6 +89,7 @@ class Connections:
                 self._read(key.data)
 
     def drop(self, connection: Connection) -> None:
+        """Closes one connection; nothing that it has still sent is heard."""
         self.unwatch(connection.channel)
         connection.channel.close()
 
@@ -93,6 +98,11 @@ class Connections:
         self._selector.register(source, selectors.EVENT_READ, heard)
 
     def unwatch(self, source: int | HasFileno) -> None:
+        """Ends what `watch` began.
+
+        Raises:
+            KeyError: if `source` is not watched.
+        """
         self._selector.unregister(source)
 
     def _accept(self) -> None:

@@ -263,4 +263,5 @@ class CountedPushes:
         return torch.tensor([*self._last.items()], dtype=torch.int64).reshape(-1, 2)
 
     def load_state_tensor(self, state: Tensor) -> None:
+        """Takes over what `state_tensor` gave."""
         self._last = dict(state.tolist())

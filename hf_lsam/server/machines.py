@@ -1,6 +1,6 @@
 """What the servers of several machines know of each other.
 
-What crosses the network, over `transport.tls`, is one push a machine and period, and the newest anchor back.
+Over `transport.tls` each machine hands in one sum a period, and the newest anchor comes back.
 """
 
 from __future__ import annotations

@@ -263,6 +263,7 @@ class Service:
         return self.resumed or all(worker in self._workers for worker in range(self.expected))
 
     def start_if_ready(self) -> None:
+        """Begins the run, once, when the role is ready and the workers that begin together have joined."""
         if self.started or not (self._role.ready and self.workers_are_here):
             return
         self.started = True
@@ -397,6 +398,11 @@ class Service:
         self._connections.watch(source, heard)
 
     def unwatch(self, source: int | HasFileno) -> None:
+        """Ends what `watch` began.
+
+        Raises:
+            KeyError: if `source` is not watched.
+        """
         self._connections.unwatch(source)
 
     def publish_if_newer(self) -> None:

@@ -29,9 +29,11 @@ class Clock:
         self._order = itertools.count()
 
     def at(self, time: float, rank: int, do: Callable[[], None]) -> None:
+        """Has `do` called when the clock shows `time`, in seconds."""
         heapq.heappush(self._events, (time, rank, next(self._order), do))
 
     def run(self) -> Iterator[None]:
+        """Goes from event to event until none is left, and yields after each."""
         while self._events:
             self.now, _, _, do = heapq.heappop(self._events)
             do()
@@ -81,6 +83,7 @@ class SimulatedServer:
             do()
 
     def leave(self, worker: int) -> None:
+        """Counts `worker` as gone, and publishes the anchor if that completes a period."""
         self.core.leave(worker)
         self.publish_if_newer()
 

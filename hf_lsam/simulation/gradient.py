@@ -55,6 +55,7 @@ class Gradient:
             one_pass()
 
     def clip(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Scales `.grad` of all together to a norm of at most `max_grad_norm`; None leaves it."""
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 

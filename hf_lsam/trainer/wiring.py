@@ -286,10 +286,12 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
             return super().predict(*positional, **keywords)
 
     def push_to_hub(self, *positional: Any, **keywords: Any) -> CommitInfo:
+        """Trainer's, of the anchor."""
         with self.anchor():
             return super().push_to_hub(*positional, **keywords)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, of the anchor, in the types that the model was loaded in."""
         if _internal_call and self.args.identity.rank != 0:
             # The checkpoint of a worker beside worker 0 holds its own state only.
             Path(output_dir or self._output_folder).mkdir(parents=True, exist_ok=True)
@@ -378,6 +380,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
     # --- a run: join, train, finish ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
+        """Trainer's; at its end the model holds the final anchor, or the best one where Trainer loads that."""
         self._refuse_unwritable()
         self._common_checkpoint = None
         identity = self.args.identity

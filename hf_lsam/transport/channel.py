@@ -30,6 +30,7 @@ class Channel:
         self._unread = b""
 
     def fileno(self) -> int:
+        """The socket's file descriptor, or -1 once it is closed."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
@@ -76,6 +77,7 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Ends the connection for both sides, after a `send` that is under way."""
         self.shut()  # a copy of the descriptor may be open in a child that is no Python's
         with self._sending:
             self._socket.close()

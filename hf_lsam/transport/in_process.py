@@ -22,14 +22,23 @@ class Aggregator(Protocol):
     steps_begun: int
 
     @property
-    def live_workers(self) -> int: ...
-    def join(self, worker: int) -> None: ...
-    def leave(self, worker: int) -> None: ...
-    def push(
-        self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None
-    ) -> bool: ...
-    def flush(self) -> None: ...
-    def state_tensors(self) -> dict[str, Tensor]: ...
+    def live_workers(self) -> int:
+        """n: those that have joined and not left."""
+
+    def join(self, worker: int) -> None:
+        """Counts `worker` as live."""
+
+    def leave(self, worker: int) -> None:
+        """Counts `worker` as gone; what it pushed stays."""
+
+    def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
+        """Takes what one worker hands in, float32 [d], of `steps` local steps; False if it is not finite."""
+
+    def flush(self) -> None:
+        """The run ends: what is still pending is not lost."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold, as tensors by name."""
 
 
 class InProcessLink(Link):

@@ -200,6 +200,7 @@ class RunFolder:
 
     @property
     def manifest(self) -> list[Any]:
+        """`ParameterLayout.manifest` of the worker that created the run."""
         manifest: list[Any] = json.loads((self.path / "parameters.json").read_text())
         return manifest
 

@@ -72,7 +72,7 @@ class Asynchronous:
         link = self._lsam.worker.link.status
         return workers * (link.bytes_pushed + link.bytes_pulled)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return self._lsam.worker_summary()
 
 
@@ -146,5 +146,5 @@ class DataParallel:
         reductions = 2 if self._ascent_sync and self._lsam["sam_rho"] else 1
         return reductions * data_parallel_bytes([self._steps] * workers, sum(p.numel() for p in self._parameters))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"steps": self._steps, "trainable_parameters": sum(p.numel() for p in self._parameters)}

@@ -279,7 +279,7 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
-        local = {**method_run.figures(), "seconds": seconds, "slept": slept, "curve": curve}
+        local = {**method_run.metrics(), "seconds": seconds, "slept": slept, "curve": curve}
     logging.getLogger("hf_lsam").removeHandler(warnings)
     workers = [{**local, "warnings": warnings.messages}]
     if identity.num_workers > 1:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
-from hf_lsam.coupling import pull_and_accumulate
+from hf_lsam.coupling import couple_and_accumulate
 from hf_lsam.identity import Identity
 from hf_lsam.run import Run
 from hf_lsam.server.lifetime import run_server
@@ -83,7 +83,7 @@ def multiply(begin: Event, numel: int) -> None:
         begin.wait()
         for _ in range(4):
             matrix @ matrix
-        pull_and_accumulate([x], [y], [total], 0.1)
+        couple_and_accumulate([x], [y], [total], 0.1)
 
 
 def measure(kills: int, seconds: float, numel: int, quiet: bool) -> dict:

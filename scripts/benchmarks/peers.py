@@ -21,7 +21,7 @@ Parts, of which `--parts` chooses:
     links      MiniLM, 22.7 M parameters, AdamW, random tokens: the same without a loss
     straggler  the race on this machine, worker 1 sleeping at each step for as long as one process's own step takes
     killed     worker 1 kills itself in the middle (SIGKILL): what worker 0 does
-    cut        the link of worker 1's machine goes silent in the middle: what worker 0 does, for `--patience` seconds
+    cut        the link of worker 1's machine goes silent in the middle: what worker 0 does, for `--timeout` seconds
 
 A step's time is the median over periods of 4 steps, a fourth of each, as most steps of a period exchange nothing. It
 is compared with one process's own step of the same kind, made alone in the same run. Two workers have two cores, so
@@ -559,11 +559,11 @@ class Run:
             self.pipes[1].send("cut")
         return True
 
-    def is_over(self, patience: float) -> bool:
+    def is_over(self, timeout: float) -> bool:
         """Whether nobody of it is waited for any longer: see `finish`."""
         if self.job.fault is None:
             return any("error" in report for report in self.reports if report)
-        silent = self.steps[0] and time.monotonic() - self.steps[0][-1][1] > patience
+        silent = self.steps[0] and time.monotonic() - self.steps[0][-1][1] > timeout
         return self.reports[0] is not None or bool(silent)
 
     def end(self) -> str:
@@ -581,8 +581,8 @@ class Run:
         return printed
 
 
-def finish(runs: list[Run], patience: float = math.inf) -> list[str]:
-    """Waits until every worker has ended; of a run with a fault worker 0 alone, or `patience` seconds after its step.
+def finish(runs: list[Run], timeout: float = math.inf) -> list[str]:
+    """Waits until every worker has ended; of a run with a fault worker 0 alone, or `timeout` seconds after its step.
 
     Returns:
         what the processes of each have printed.
@@ -594,7 +594,7 @@ def finish(runs: list[Run], patience: float = math.inf) -> list[str]:
             if not run.hear(rank):
                 del waiting[pipe]
         for pipe, (run, _) in list(waiting.items()):
-            if run.is_over(patience):
+            if run.is_over(timeout):
                 del waiting[pipe]
     return [run.end() for run in runs]
 
@@ -757,7 +757,7 @@ class Measurement:
                 )
                 for number, contestant in enumerate(contestants)
             ]
-            for run, printed in zip(runs, finish(runs, self._arguments.patience), strict=True):
+            for run, printed in zip(runs, finish(runs, self._arguments.timeout), strict=True):
                 yield after_fault(run, printed)
 
 
@@ -859,7 +859,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="of the race, a worker")
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate of the race, at its highest")
     parser.add_argument("--points", type=int, default=6, help="at which the race measures the loss")
-    parser.add_argument("--patience", type=float, default=75.0, help="seconds without a step before a run is ended")
+    parser.add_argument("--timeout", type=float, default=75.0, help="seconds without a step before a run is ended")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     add_quiet(parser)
     arguments = parser.parse_args()
@@ -873,7 +873,7 @@ def main() -> None:
         )
     )
     measurement = Measurement(arguments, images)
-    names = ("megabits", "steps", "link_steps", "batch", "rate", "points", "patience", "train_images", "eval_images")
+    names = ("megabits", "steps", "link_steps", "batch", "rate", "points", "timeout", "train_images", "eval_images")
     parameters = {
         **{name: getattr(arguments, name) for name in names},
         "sam_rho": RHO,

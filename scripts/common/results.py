@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# What results call the methods that were measured before these names.
-FORMER = {"sam": "ddp_sam", "sgd": "ddp"}
+# What results call the methods and parameters that were measured before these names.
+FORMER = {"sam": "ddp_sam", "sgd": "ddp", "patience": "timeout"}
 
 
 def load_results(path: Path) -> Any:
-    """A file of results, its methods called by their names of today."""
+    """A file of results, its methods and parameters called by their names of today."""
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
 
 

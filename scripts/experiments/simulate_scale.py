@@ -51,8 +51,8 @@ RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 TRIAL_SEED = 100
 FEW_SEEDS = 1024  # workers from which on one seed has to do
 MANY = 64  # workers of the questions `knobs` and `server`
-# The priors: exchanges at every step if it costs that workers stand apart, rarer ones if not; a pull of half the
-# way, which leaves them apart; and a longer stride of the anchor, as the mean of many is less noisy.
+# The priors: exchanges at every step if it costs that workers stand apart, rarer ones if not; half the
+# coupling strength, which leaves them apart; and a longer stride of the anchor, as the mean of many is less noisy.
 KNOBS: tuple[dict[str, float], ...] = (
     {"sync_steps": 1},
     {"sync_steps": 8},

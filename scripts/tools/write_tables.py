@@ -51,8 +51,9 @@ def write_benchmarks() -> None:
         report = load_results(REPOSITORY / f"benchmarks/{name}.json")
         measured = import_module(f"scripts.benchmarks.{path.stem}").table(report["results"])
         parameters = ", ".join(f"{key} {value}" for key, value in report["parameters"].items())
-        # The script by its name of today, with the arguments that it had; images.py was a mode, --vision, of step.py.
+        # The script and its options by their names of today; images.py was a mode, --vision, of step.py.
         words = [word for word in report["command"].split()[2:] if word != "--vision"]
+        words = ["--timeout" if word == "--patience" else word for word in words]
         command = " ".join(["python", str(path.relative_to(REPOSITORY)), *words])
         described = f"{measured}\n\n`{command}`: {parameters}.\n\nOn {origin(report)}"
         write_between(REPOSITORY / "benchmarks/README.md", name, described)
