@@ -58,6 +58,7 @@ ROOMS = [
     "landscape",
     "parameters",
     "fields",
+    "files",
     "version",
 ]
 # Arithmetic: torch and the standard library alone.

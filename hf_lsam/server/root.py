@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import socket
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors
 from ..compression import round_
+from ..files import write_atomically
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ANY_NUMBER,
@@ -360,8 +360,7 @@ def listen(folder: RunFolder, address: tuple[str, int], secret: bytes, allow_rem
     except (OSError, ValueError) as error:
         raise RuntimeError(_cannot_listen(address, error)) from error
     logger.info("listening to other machines at %s:%d", *listener.address)
-    (folder.path / "address.json.new").write_text(json.dumps(listener.address))
-    os.rename(folder.path / "address.json.new", address_file(folder.path))
+    write_atomically(address_file(folder.path), json.dumps(listener.address))
     return listener
 
 

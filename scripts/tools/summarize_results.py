@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lsam.files import write_atomically
 from recipes.common.card import exchanged_bytes
-from recipes.common.results import write_atomically, write_json
+from recipes.common.results import write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 
 OWN_TO_A_RUN = ("seed", "output_dir")
