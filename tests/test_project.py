@@ -58,6 +58,7 @@ ROOMS = [
     "landscape",
     "parameters",
     "fields",
+    "spread",
     "files",
     "version",
 ]
