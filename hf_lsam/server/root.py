@@ -47,8 +47,7 @@ from ..transport.peer import Peer
 from ..transport.tls import Listener
 from .core import ServerCore
 from .machines import MOST_WORKERS, MachineSettings, address_file, machine_settings, settings_digest
-from .role import Role
-from .service import Service
+from .role import Role, ServiceInterface
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Root(Role):
 
     # --- what the service calls ---
 
-    def attach(self, service: Service) -> None:
+    def attach(self, service: ServiceInterface) -> None:
         self._service = service
         if self._listener is not None:
             service.watch(self._listener, self._accept)
