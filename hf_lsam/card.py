@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .files import write_atomically
 from .loading import saved_model
 from .parameters import data_parallel_bytes
 from .record import BYTES, Record, read_record
@@ -119,10 +120,7 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
 
 def save_facts(run_dir: Path, facts: CardFacts) -> None:
     """Leaves `facts` in the folder of a run, for `facts_of_run`."""
-    path = run_dir / FACTS
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(asdict(facts), indent=1, default=str) + "\n")
-    beside.replace(path)
+    write_atomically(run_dir / FACTS, json.dumps(asdict(facts), indent=1, default=str) + "\n")
 
 
 def facts_of_run(run_dir: Path) -> CardFacts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import flush, write_atomically
 
 WORKER_STATE = "lsam_worker.safetensors"
 SERVER_STATE = "lsam_server.safetensors"
@@ -37,13 +38,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, whole, {"crc32": _checksum(tensors)})
-        _flush(whole)
+        flush(whole)
         os.replace(whole, path)
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"{path} could not be written: {error}. What stood there before still stands.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -74,13 +75,10 @@ def seal(folder: Path) -> None:
     """Flushes a checkpoint of several files to the disk, and then says in one more file that it is complete."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != SEAL]
     for path in files:
-        _flush(path)
-    _flush(folder)
-    beside = folder / f".{SEAL}"
-    beside.write_text(json.dumps({str(path.relative_to(folder)): path.stat().st_size for path in files}))
-    _flush(beside)
-    os.replace(beside, folder / SEAL)
-    _flush(folder)
+        flush(path)
+    flush(folder)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_atomically(folder / SEAL, json.dumps(sizes), durable=True)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -101,18 +99,6 @@ def numbered(output_dir: Path) -> dict[int, Path]:
     """The folders checkpoint-N in `output_dir`, complete or not, by N."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     return {int(path.name[11:]): path for path in folders}
-
-
-def _flush(path: Path) -> None:
-    """Has the kernel write a file, or a folder's names, to the disk."""
-    windows = sys.platform == "win32"  # flushes what is open for writing alone, and no folders
-    if windows and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -35,6 +35,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from .files import write_atomically
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -114,9 +115,7 @@ class RecordWriter:
                 run = {**run, "run_id": before["run_id"], "started": before["started"]}
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s is damaged: the resumed run gets a new one.", path)
-        beside = path.with_name(".run.json")
-        beside.write_text(json.dumps(run, indent=2, default=str) + "\n")
-        beside.replace(path)
+        write_atomically(path, json.dumps(run, indent=2, default=str) + "\n")
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps({key: _to_json(value) for key, value in entry.items()}, default=str).encode() + b"\n"

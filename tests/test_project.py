@@ -8,7 +8,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -58,6 +59,8 @@ ROOMS = [
     "landscape",
     "parameters",
     "fields",
+    "spread",
+    "files",
     "version",
 ]
 # Arithmetic: torch and the standard library alone.
@@ -67,23 +70,33 @@ ARITHMETIC = [
 ]
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    """The module in a file; a package is the module in its `__init__.py`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def rooms_in(module: str, names: Sequence[str] = ()) -> set[str]:
-    """The rooms that `import module` or `from module import names` opens; `module` begins with the package."""
-    inside = module.split(".")[1:]
-    if inside:
-        return {inside[0]}
-    modules = {room_of(path) for path in PACKAGE.rglob("*.py")}
-    return {name if name in modules else "__init__" for name in names or ["__init__"]}
+def package_of(path: Path) -> str:
+    """Where the relative imports of a file begin."""
+    return name_of(path.with_name("__init__.py"))
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def modules_in(module: str, names: Sequence[str] = ()) -> set[str]:
+    """The modules that `import module` or `from module import names` opens; `module` begins with the package."""
+    inside = {name: f"{module}.{name}" for name in names}
+    return {inside[name] if inside[name] in MODULES else module for name in names} or {module}
 
 
 def imports(source: str, package: str) -> tuple[set[str], set[str]]:
-    """What `source`, a module of `package`, imports anywhere, also for its annotations alone: rooms of the house, and
+    """What `source`, a module of `package`, imports anywhere, also for its annotations alone: modules of the house, and
     top-level packages outside it."""
-    rooms, outside = set(), set()
+    modules, outside = set(), set()
     for node in ast.walk(ast.parse(source)):
         found = []
         if isinstance(node, ast.Import):
@@ -93,56 +106,87 @@ def imports(source: str, package: str) -> tuple[set[str], set[str]]:
             found = [(module, [alias.name for alias in node.names])]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
             name = node.args[0]
-            # A name that is made up as the program runs must at least lie in the module's own package.
-            found = [(resolve_name(name.value, package) if isinstance(name, ast.Constant) else f"{package}.", ())]
+            if isinstance(name, ast.Constant):
+                found = [(resolve_name(name.value, package), ())]
+            else:  # a name that is made up as the program runs: it may be of any module of the package
+                found = [(module, ()) for module in MODULES if module.rpartition(".")[0] == package]
         for module, names in found:
             if module.split(".")[0] == PACKAGE.name:
-                rooms |= rooms_in(module.rstrip("."), names)
+                modules |= modules_in(module, names)
             else:
                 outside.add(module.split(".")[0])
-    return rooms, outside
+    return modules, outside
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", [m for m in MODULES if m != PACKAGE / "__init__.py"], ids=str)
+@pytest.mark.parametrize("path", [path for module, path in MODULES.items() if module != PACKAGE.name], ids=str)
 def test_imports_run_one_way(path):
-    room = room_of(path)
-    rooms, outside = imports(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
-    for other in rooms - {room}:
+    room = room_of(name_of(path))
+    modules, outside = imports(path.read_text(), package_of(path))
+    for other in {*map(room_of, modules)} - {room}:
         assert ROOMS.index(other) > ROOMS.index(room), f"{room} imports {other}, which lies above it"
     if room in ARITHMETIC:
         assert outside <= {*sys.stdlib_module_names, "torch"}, f"{room} imports {outside}"
 
 
+def circle(sources: Mapping[Path, str]) -> list[str]:
+    """Modules that import each other, from the first round to itself; none where imports run one way."""
+    graph = {name_of(path): imports(source, package_of(path))[0] - {name_of(path)} for path, source in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle({path: path.read_text() for path in MODULES.values()}) == []
+
+
 @pytest.mark.parametrize(
-    ("source", "room"),
+    "back",
     [
-        ("import hf_lsam", "__init__"),
-        ("import hf_lsam as house", "__init__"),
-        ("import torch, hf_lsam.loop", "loop"),
-        ("from hf_lsam import LSAM", "__init__"),
-        ("from hf_lsam import loop", "loop"),
-        ("from hf_lsam.loop import LSAM", "loop"),
-        ("from .. import LSAM", "__init__"),
-        ("from .. import loop", "loop"),
-        ("from ..loop import LSAM", "loop"),
-        ("from . import lifetime", "server"),
-        ("def f():\n    from ..loop import LSAM", "loop"),
-        ("if TYPE_CHECKING:\n    from ..loop import LSAM", "loop"),
-        ("import_module('hf_lsam.loop')", "loop"),
-        ("importlib.import_module('..loop', __package__)", "loop"),
-        ("__import__('hf_lsam')", "__init__"),
-        ("import_module(f'.{name}', __name__)", "server"),
+        "from .service import Service",
+        "from . import service",
+        "def f():\n    from .service import Service",
+        "if TYPE_CHECKING:\n    from .service import Service",
     ],
 )
-def test_every_form_of_an_import_is_seen(source, room):
-    assert imports(source, "hf_lsam.server") == ({room}, {"torch"} if "torch" in source else set())
+def test_a_circle_is_seen(back):
+    server = PACKAGE / "server"
+    way = {server / "service.py": "from .root import Root", server / "root.py": "from .role import Role"}
+    assert circle(way) == []
+    found = circle({**way, server / "role.py": back})
+    assert set(found) == {"hf_lsam.server.service", "hf_lsam.server.root", "hf_lsam.server.role"}
+
+
+@pytest.mark.parametrize(
+    ("source", "modules"),
+    [
+        ("import hf_lsam", {"hf_lsam"}),
+        ("import hf_lsam as house", {"hf_lsam"}),
+        ("import torch, hf_lsam.loop", {"hf_lsam.loop"}),
+        ("from hf_lsam import LSAM", {"hf_lsam"}),
+        ("from hf_lsam import loop", {"hf_lsam.loop"}),
+        ("from hf_lsam.loop import LSAM", {"hf_lsam.loop"}),
+        ("from .. import LSAM", {"hf_lsam"}),
+        ("from .. import loop", {"hf_lsam.loop"}),
+        ("from ..loop import LSAM", {"hf_lsam.loop"}),
+        ("from . import exchange", {"hf_lsam.simulation.exchange"}),
+        ("from . import Cluster", {"hf_lsam.simulation"}),
+        ("def f():\n    from ..loop import LSAM", {"hf_lsam.loop"}),
+        ("if TYPE_CHECKING:\n    from ..loop import LSAM", {"hf_lsam.loop"}),
+        ("import_module('hf_lsam.loop')", {"hf_lsam.loop"}),
+        ("importlib.import_module('..loop', __package__)", {"hf_lsam.loop"}),
+        ("__import__('hf_lsam')", {"hf_lsam"}),
+        ("import_module(f'.{name}', __name__)", {each for each in MODULES if each.startswith("hf_lsam.simulation.")}),
+    ],
+)
+def test_every_form_of_an_import_is_seen(source, modules):
+    assert imports(source, "hf_lsam.simulation") == (modules, {"torch"} if "torch" in source else set())
 
 
 def test_every_room_is_listed():
-    assert {room_of(path) for path in MODULES} == set(ROOMS)
+    assert set(map(room_of, MODULES)) == set(ROOMS)
 
 
 def run_without(hidden: Sequence[str], script: str) -> None:
@@ -167,7 +211,7 @@ def test_the_package_needs_neither_datasets_nor_evaluate_and_the_server_no_trans
 
 
 def test_nothing_is_unpickled():
-    for path in MODULES:
+    for path in MODULES.values():
         source = path.read_text()
         assert not re.search(
             r"\bpickle\b|torch\.load\(|\bmarshal\b|(?<!\.)\beval\(|(?<!\.)\bexec\(|recv_object", source

@@ -20,6 +20,7 @@ from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.cli import main
 from hf_lsam.cli.charts import Series, line_chart, ticks
 from hf_lsam.cli.report import mean_and_spread, read_run
+from hf_lsam.spread import mean_and_deviation
 
 TESTS = Path(__file__).parent
 
@@ -177,6 +178,20 @@ def test_runs_are_compared_over_seeds(runs, tmp_path):
     points, spread = mean_and_spread([[(0, 1.0), (8, finals[0])], [(4, 2.0), (8, finals[1])]])
     assert points == [(8, pytest.approx(sum(finals) / 2))]
     assert spread == [pytest.approx(abs(finals[0] - finals[1]) / math.sqrt(2))]
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "deviation"),
+    [
+        ([3], 3.0, 0.0),
+        ([1.0, 3.0], 2.0, math.sqrt(2)),
+        ([math.nan], math.nan, 0.0),
+        ([1.0, math.inf], math.inf, math.nan),
+        ([math.inf, -math.inf], math.nan, math.nan),
+    ],
+)
+def test_mean_and_deviation_of_what_diverged_too(values, mean, deviation):
+    assert mean_and_deviation(values) == pytest.approx((mean, deviation), nan_ok=True)
 
 
 def test_what_is_missing_is_said(runs, tmp_path):

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors, save_tensors
+from hf_lsam.files import replacing, write_atomically
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
@@ -540,16 +542,44 @@ def test_what_an_evicted_worker_had_half_handed_in_is_dropped_though_it_holds_th
         service.turn(0.0)
 
 
-# --- checkpoint.py ---
+# --- files.py and checkpoint.py ---
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "name.json"
+    write_atomically(path, "old: \u00e4\n", durable=True)
+    assert path.read_bytes() == b"old: \xc3\xa4\n"
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new", durable=True)
+    assert path.read_bytes() == b"old: \xc3\xa4\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["name.json"]
+
+
+def test_what_a_killed_writer_has_left_goes_with_the_next_file(tmp_path):
+    path = tmp_path / "name.json"
+    writer = multiprocessing.get_context("fork").Process(target=kill_itself_while_it_writes, args=[path])
+    writer.start()
+    writer.join()
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    write_atomically(path, "whole")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
+
+
+def kill_itself_while_it_writes(path: Path) -> None:
+    with replacing(path) as partial:
+        partial.write_text("a part and more than the wh")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
     save_tensors(path, {"x": torch.ones(3)})
-
-    def full_disk(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_tensors(path, {"x": torch.zeros(3)})

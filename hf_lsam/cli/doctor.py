@@ -24,26 +24,14 @@ import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from .doctor_ray import ray_findings
+from .finding import Finding, worker_count
+
 VECTORS_OF_SNAPSHOTS = 6  # beside those of the exchange, of as many float32 as are trained
 DEFAULT_PORT = 29500
 MARKS = {"ok": "green", "note": "yellow", "wrong": "red"}
 # Where these stand in a launch, the user's script stands behind them.
 NOT_OF_THE_PROBE = ("-m", "--module", "--no_python", "--no-python")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's.
-
-    Args:
-        mark: "ok"; "note", which is worth knowing; "wrong", with which the launch does not do what was asked.
-        text: what was found.
-        remedy: what to do about it, or None.
-    """
-
-    mark: str
-    text: str
-    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +73,6 @@ def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tupl
     """
     console = Console(highlight=False, soft_wrap=True)
     if ray:
-        from .doctor_ray import ray_findings
-
         tell(console, [*ray_findings(launch_options), *memory_findings(1, trainable), *version_findings()])
         return
     launch = understand(list(launch_options))
@@ -248,7 +234,7 @@ def launch_findings(
         here = "here " if launch.machines > 1 else ""
         server = "a server process a machine" if launch.machines > 1 else "a server process"
         server = server if started > 1 else "no server process: the worker is alone with its anchor"
-        yield Finding("ok", f"{_count(started)} would train ({here}{where}), with {server}.")
+        yield Finding("ok", f"{worker_count(started)} would train ({here}{where}), with {server}.")
         for report in reports:
             name = f", {report['device_name']}" if report["device_name"] else ""
             yield Finding("ok", f"worker {report['rank']}: {report['device']}{name}, host {report['host']}")
@@ -323,7 +309,7 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
     elif each > max(threads):
         yield Finding(
             "note",
-            f"{_count(len(threads))} with {max(threads)} threads each leave cores of {cores} idle.",
+            f"{worker_count(len(threads))} with {max(threads)} threads each leave cores of {cores} idle.",
             f"--num_cpu_threads_per_process {each}.",
         )
     else:
@@ -401,10 +387,6 @@ def version_findings() -> Iterator[Finding]:
                 f"pip install '{requirement}'",
             )
     yield Finding("ok", f"python {sys.version.split()[0]}, hf-lsam {version('hf-lsam')}, {', '.join(found)}")
-
-
-def _count(workers: int) -> str:
-    return "1 worker" if workers == 1 else f"{workers} workers"
 
 
 def _is_taken(port: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..version import __version__
-from .doctor import Finding
+from .finding import Finding, worker_count
 
 
 def ray_findings(words: Sequence[str]) -> Iterator[Finding]:
@@ -50,7 +50,7 @@ def _room(nodes: Sequence[Any], needs: Any, asked: int | None, least: int) -> It
     for node, workers in places.items():
         has = f"{node.cpus:g} CPUs and {node.gpus:g} GPUs"
         with_relay = ", with a relay" if workers else ""
-        yield Finding("ok", f"node {node.address}: {has}, room for {_workers(workers)}{with_relay}.")
+        yield Finding("ok", f"node {node.address}: {has}, room for {worker_count(workers)}{with_relay}.")
     room = sum(places.values())
     if not room and needs.gpus and not any(node.gpus for node in nodes):
         yield Finding(
@@ -61,12 +61,14 @@ def _room(nodes: Sequence[Any], needs: Any, asked: int | None, least: int) -> It
     elif room < least:
         yield Finding(
             "wrong",
-            f"there is room for {_workers(room)} of {needs} each, and none begins before there is room for {least}.",
+            f"there is room for {worker_count(room)} of {needs} each, and none begins before there is room for "
+            f"{least}.",
             "Add nodes, or lower --min_workers.",
         )
     elif asked is not None:
         some = f"{asked - room} would wait for nodes that come" if room < asked else "all that are asked for"
-        yield Finding("ok", f"{_workers(min(room, asked))} would train: {some}. One of the nodes has the root as well.")
+        train = f"{worker_count(min(room, asked))} would train"
+        yield Finding("ok", f"{train}: {some}. One of the nodes has the root as well.")
 
 
 def _nodes(nodes: Sequence[Any], run_dir: Path | None, shared_memory_dir: Path) -> Iterator[Finding]:
@@ -118,7 +120,3 @@ def _trust(cluster: Any) -> Iterator[Finding]:
             "not pass through Ray.",
             "Use a private network or a tunnel.",
         )
-
-
-def _workers(number: int) -> str:
-    return "1 worker" if number == 1 else f"{number} workers"

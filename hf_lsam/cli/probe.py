@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
+
 
 def main(folder: Path, seconds: float) -> None:
     """Leaves `<rank>.json` in `folder`.
@@ -31,9 +33,7 @@ def main(folder: Path, seconds: float) -> None:
         report |= join(folder, seconds)
     except Exception as error:
         report["error"] = f"{type(error).__name__}: {error}"
-    beside = folder / f".{rank}"
-    beside.write_text(json.dumps(report))
-    beside.rename(folder / f"{rank}.json")
+    write_atomically(folder / f"{rank}.json", json.dumps(report))
 
 
 def join(folder: Path, seconds: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from functools import cached_property, partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from statistics import mean, stdev
 from string import Template
 from typing import Any
 
@@ -21,6 +21,7 @@ import click
 
 from ..card import without_folder
 from ..record import BYTES, FOLDER, Record, read_record, worker_state
+from ..spread import mean_and_deviation
 from .charts import Series, absent, line_chart, map_chart, number, table
 
 # What may differ between two runs of the same experiment.
@@ -222,12 +223,9 @@ def mean_and_spread(curves: Sequence[Points]) -> tuple[Points, list[float]]:
     """Mean and standard deviation (n - 1) at the steps that all curves have; without a spread for one curve."""
     values = [dict(curve) for curve in curves]
     common = sorted(set.intersection(*(set(value) for value in values)))
-    means = [(step, mean(value[step] for value in values)) for step in common]
-    return means, [_deviation([value[step] for value in values]) for step in common] if len(curves) > 1 else []
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return stdev(values) if all(map(math.isfinite, values)) else math.nan
+    spreads = [mean_and_deviation([value[step] for value in values]) for step in common]
+    means = [(step, mean) for step, (mean, _) in zip(common, spreads, strict=True)]
+    return means, [deviation for _, deviation in spreads] if len(curves) > 1 else []
 
 
 def loss_of_workers(run: RunFacts) -> Points:
@@ -283,7 +281,7 @@ def _comparison(groups: Sequence[Group]) -> str:
         of_workers = [
             [point["lsam/drift"] for point in _last_points(run) if "lsam/drift" in point] for run in group.runs
         ]
-        drifts = [mean(values) for values in of_workers if values]
+        drifts = [statistics.mean(values) for values in of_workers if values]
         traffic = [max(map(run.mebibytes, last)) for run in group.runs if (last := _last_points(run))]
         seeds = ", ".join(str(run.configuration.get("seed", "not recorded")) for run in group.runs)
         cells = [_spread(values) for values in [*lasts, drifts, traffic]]
@@ -303,7 +301,8 @@ def _last_points(run: RunFacts) -> list[dict[str, Any]]:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "none"
-    return f"{number(mean(values))}\u00a0±\u00a0{number(_deviation(values))}" if len(values) > 1 else number(values[0])
+    mean, deviation = map(number, mean_and_deviation(values))
+    return f"{mean}\u00a0±\u00a0{deviation}" if len(values) > 1 else mean
 
 
 def _run_section(index: int, run: RunFacts, alone: bool) -> str:

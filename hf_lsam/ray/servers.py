@@ -6,7 +6,6 @@ folder, which all nodes share, so that another node can go on from it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from ..checkpoint import load_tensors
+from ..files import replacing
 from ..transport.mailbox import RunFolder
 from ..transport.ownership import make_launch_folder
 from .hosts import Host
@@ -170,12 +170,12 @@ class RootHost(ServerHost):
     def _keep(self) -> None:
         """Copies what is newer here than there: whole, or not at all."""
         for name in (*DESCRIPTION, SNAPSHOT):
-            here, beside = self.folder / name, self._kept / f".{name}"
+            here = self.folder / name
             with suppress(FileNotFoundError):
                 written = here.stat().st_mtime_ns
                 if written != self._copied.get(name):
-                    shutil.copyfile(here, beside)
-                    os.replace(beside, self._kept / name)
+                    with replacing(self._kept / name) as beside:
+                        shutil.copyfile(here, beside)
                     self._copied[name] = written
 
 

@@ -46,8 +46,7 @@ from ..transport.peer import Peer
 from ..transport.tls import JoinRefused, connect
 from .core import RelayCore
 from .machines import machine_settings, settings_digest
-from .role import Role
-from .service import Service
+from .role import Role, ServiceInterface
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class Relay(Role):
 
     # --- what the service calls ---
 
-    def attach(self, service: Service) -> None:
+    def attach(self, service: ServiceInterface) -> None:
         self._service = service
         self._give_up_at = service.join_by
         service.watch(self._wakeup, self._meet)

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import socket
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..algorithms import ServerSettings
 from ..checkpoint import load_tensors
 from ..compression import round_
+from ..files import write_atomically
 from ..transport.mailbox import RunFolder
 from ..transport.messages import (
     ANY_NUMBER,
@@ -47,8 +47,7 @@ from ..transport.peer import Peer
 from ..transport.tls import Listener
 from .core import ServerCore
 from .machines import MOST_WORKERS, MachineSettings, address_file, machine_settings, settings_digest
-from .role import Role
-from .service import Service
+from .role import Role, ServiceInterface
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Root(Role):
 
     # --- what the service calls ---
 
-    def attach(self, service: Service) -> None:
+    def attach(self, service: ServiceInterface) -> None:
         self._service = service
         if self._listener is not None:
             service.watch(self._listener, self._accept)
@@ -360,8 +359,7 @@ def listen(folder: RunFolder, address: tuple[str, int], secret: bytes, allow_rem
     except (OSError, ValueError) as error:
         raise RuntimeError(_cannot_listen(address, error)) from error
     logger.info("listening to other machines at %s:%d", *listener.address)
-    (folder.path / "address.json.new").write_text(json.dumps(listener.address))
-    os.rename(folder.path / "address.json.new", address_file(folder.path))
+    write_atomically(address_file(folder.path), json.dumps(listener.address))
     return listener
 
 

@@ -49,7 +49,7 @@ from ..transport.messages import (
 )
 from .connections import Connection, Connections, HasFileno
 from .core import UNKNOWN_PUSHES, CountedPushes
-from .role import Role
+from .role import Role, ServiceInterface
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class ServiceSettings:
     as_dict = asdict
 
 
-class Service:
+class Service(ServiceInterface):
     """Serves the workers of one machine.
 
     Args:
@@ -121,11 +121,11 @@ class Service:
         self._joined = False  # whether any worker has; when the last one leaves, the server ends
         self.resumed = resume is True
         self.started = False
-        self.ended = False  # the anchor is final
+        self.ended = False
         self._anyone_finished = False
         self._given_up = False
         self.best_step = -1
-        self.failed: int | None = None  # the worker of the launch that ended with an error
+        self.failed = None
         seconds = [1.0, self._settings.worker_timeout / 4, self._settings.snapshot_seconds or 1.0]
         self._longest_wait = max(0.01, min(seconds))
         self.terminating = False
@@ -259,7 +259,6 @@ class Service:
 
     @property
     def workers_are_here(self) -> bool:
-        """Whether the workers that begin together have joined."""
         return self.resumed or all(worker in self._workers for worker in range(self.expected))
 
     def start_if_ready(self) -> None:
@@ -386,15 +385,13 @@ class Service:
     def _tell_final(self, connection: Connection) -> None:
         connection.tell(Finished(self.best_step))
 
-    # --- what a role may ask for, beside `folder`, `counted`, `start_if_ready` and what is said of the run above ---
+    # --- what else a role may ask for ---
 
     @property
     def has_workers(self) -> bool:
-        """Whether any is connected."""
         return bool(self._workers)
 
     def watch(self, source: int | HasFileno, heard: Callable[[], None]) -> None:
-        """Calls `heard` whenever `source` is readable."""
         self._connections.watch(source, heard)
 
     def unwatch(self, source: int | HasFileno) -> None:
@@ -406,50 +403,40 @@ class Service:
         self._connections.unwatch(source)
 
     def publish_if_newer(self) -> None:
-        """To be called whenever the core may have changed: workers see its anchor, then other machines hear of it."""
         if self._core.anchor.version > self.folder.version:
             self.folder.publish(self._core.anchor.vector, self._core.anchor.version)
         self._role.exchange()
 
     def note_best_step(self, step: int) -> None:
-        """The best step that a worker knows of, or -1."""
         self.best_step = max(self.best_step, step)
 
     def stop_workers(self, save: bool = False) -> None:
-        """Asks the workers of this machine to end at their next step, with a checkpoint or without."""
         for connection in self._workers.values():
             if not connection.finished:
                 connection.tell(Stop(save))
 
     def stop_all(self) -> None:
-        """A worker has asked that all stop."""
         self.stop_workers()
         self._role.stop_all()
 
     def fail(self, worker: int) -> None:
-        """A worker ends with an error. If it is one of the launch, so do the others; an external
-        worker's is nobody else's."""
         if worker < self.expected and self.failed is None and not self.ended:
             logger.error("worker %d ended with an error: the launch ends", worker)
             self.failed = worker
             self.terminating = True
 
     def pass_failure_on(self, worker: int) -> None:
-        """A worker of the launch has failed on another machine, whose server ends the launch."""
         self.failed = worker
         for connection in self._workers.values():
             self._tell_to_leave(connection)
 
     def give_up(self, reason: object) -> None:
-        """This machine can take part no longer: its workers, and whoever waits to join, end with an error."""
         logger.error("%s: this machine ends", reason)
         self._given_up = True
         for connection in self._connections:
             connection.tell(RootLost())
 
     def end_if_all_finished(self) -> None:
-        """The launch is over when all its workers have finished or died; external
-        ones are asked to stop, and waited for."""
         if self.ended or not self.expected or not self.started or self._absent or self.failed is not None:
             return
         training = [c for c in self._workers.values() if not c.finished]

@@ -50,6 +50,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from .channel import Channel, signs_of_life
 
 with suppress(ImportError):  # on Windows, where one worker trains without any of this; see `missing_here`
@@ -146,12 +147,11 @@ class RunFolder:
             if free < num_workers * size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             (path / "parameters.json").write_text(json.dumps(manifest))
-            (path / "run.json.new").write_text(json.dumps(contents))
             _map(path / "anchor_0", initial.numel()).copy_(initial)
-            os.rename(path / "run.json.new", path / "run.json")
+            write_atomically(path / "run.json", json.dumps(contents))
         except OSError as error:
             free = shutil.disk_usage(path).free
-            for name in (*_SHARED_FILES, "parameters.json", "run.json.new"):
+            for name in (*_SHARED_FILES, "parameters.json"):
                 (path / name).unlink(missing_ok=True)
             with suppress(OSError):
                 path.rmdir()

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from ..files import write_atomically
 from .channel import signs_of_life
 
 with suppress(ImportError):  # on Windows, where one worker trains without any of this; see `missing_here`
@@ -58,8 +59,7 @@ def served_by_this_process(path: Path) -> Iterator[None]:
                 time.sleep(0.02)
         record = path / "server.json"
         run_id = json.loads(record.read_text())["run"] if record.exists() else secrets.token_hex(4)
-        (path / "server.json.new").write_text(json.dumps({"run": run_id, "pid": os.getpid()}))
-        os.rename(path / "server.json.new", record)
+        write_atomically(record, json.dumps({"run": run_id, "pid": os.getpid()}))
         yield
 
 

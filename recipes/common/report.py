@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_lsam.card import model_card, save_facts
+from hf_lsam.files import write_atomically
 from recipes.common.card import facts_of_results, result_rows
-from recipes.common.results import write_atomically, write_json
+from recipes.common.results import write_json
 from recipes.common.tables import text_table
 
 

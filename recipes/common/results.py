@@ -1,4 +1,4 @@
-"""What results have in common: where they come from, and files that are whole or absent."""
+"""What results have in common: where they come from, and their files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hf_lsam.files import write_atomically
 from hf_lsam.record import hardware, versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,14 +36,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is whole or absent, whenever the process is killed; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """The same, of a value that JSON can hold."""
+    """Writes a value that JSON can hold, whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

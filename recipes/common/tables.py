@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
+
+from hf_lsam.spread import mean_and_deviation
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
@@ -21,5 +22,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def mean_and_spread(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
     """Mean ± standard deviation over seeds, for example 89.93 ± 0.42; of one value the value."""
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean, deviation = (f"{scale * value:.{digits}f}" for value in mean_and_deviation(values))
+    return f"{mean} ± {deviation}" if len(values) > 1 else mean

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.files import write_atomically
 from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.benchmarks.step import LEARNING_RATE, MODEL_PACKAGE, RHO, SYNC_STEPS, SyntheticTokens, load_minilm
@@ -102,9 +103,7 @@ class Blocks(TrainerCallback):
             return
         mine, other = (self._clock.with_suffix(f".{rank}") for rank in (self._rank, 1 - self._rank))
         if step >= self._warmup and not mine.exists():
-            beside = mine.with_suffix(".new")
-            beside.write_text(str(time.monotonic()))
-            os.replace(beside, mine)
+            write_atomically(mine, str(time.monotonic()))
         if mine.exists() and other.exists():
             self._start = max(float(mine.read_text()), float(other.read_text()))
 

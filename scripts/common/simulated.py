@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lsam.files import write_atomically
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Loss, Machine
 from recipes.common.progress import Progress
-from recipes.common.results import write_atomically
 
 
 def make_run(
@@ -96,6 +96,7 @@ class SimulatedRuns:
         """In the order of `runs`."""
         paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
         missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
+        self._runs_dir.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             make: Callable[..., Iterator[dict[str, Any]]] = map
             if self._processes > 1:

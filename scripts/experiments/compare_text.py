@@ -14,11 +14,11 @@ markers NAME.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lsam.spread import mean_and_deviation
 from recipes.common.configuration import parse_configuration
 from recipes.common.progress import add_quiet
 from recipes.common.results import REPOSITORY, write_json
@@ -75,10 +75,8 @@ def text(report: dict[str, Any]) -> str:
         f"{method} {', '.join(f'{key} {value:.2g}' for key, value in own.items())}"
         for method, own in report["chosen"].items()
     )
-    differences = ", ".join(
-        f"{name} {statistics.fmean(values):+.4f} ± {statistics.stdev(values):.4f}"
-        for name, values in report["paired_differences"].items()
-    )
+    spreads = {name: mean_and_deviation(values) for name, values in report["paired_differences"].items()}
+    differences = ", ".join(f"{name} {mean:+.4f} ± {deviation:.4f}" for name, (mean, deviation) in spreads.items())
     return f"{table(report['summaries'])}\n\nChosen: {chosen}. Paired by seed: {differences}."
 
 

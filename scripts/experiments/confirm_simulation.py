@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from hf_lsam import LSAM
+from hf_lsam.files import write_atomically
 from hf_lsam.identity import Identity
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
 from recipes.common.progress import add_quiet, track
-from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
+from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.launches import launch
 from scripts.experiments.simulate_images import SHORT, SMALL_IMAGES, Run, Task, loss_of, simulate

@@ -25,10 +25,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hf_lsam.files import write_atomically
 from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.progress import add_quiet
-from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
+from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
 

@@ -39,13 +39,14 @@ from torch.nn.functional import cross_entropy
 
 from hf_lsam import vision
 from hf_lsam.batchnorm import reestimate
+from hf_lsam.files import write_atomically
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Gradient, Machine
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_batches import Batches, channel_statistics
 from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
 from recipes.common.progress import add_quiet
-from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
+from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.simulated import SimulatedRuns, make_run
 

@@ -26,13 +26,14 @@ import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging
 
+from hf_lsam.files import write_atomically
 from hf_lsam.loop import LoopArguments
 from hf_lsam.nesterov import NesterovAdamW
 from hf_lsam.simulation import Gradient, Machine
 from recipes.common.arguments import pick
 from recipes.common.configuration import parse_configuration, resolve
 from recipes.common.progress import add_quiet
-from recipes.common.results import REPOSITORY, provenance, write_atomically, write_json
+from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 from recipes.text_classification.sentences import DataArguments, load_examples
 from recipes.text_classification.train import ModelArguments, load_model, tokenize

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lsam.files import write_atomically
+from hf_lsam.spread import mean_and_deviation
 from recipes.common.card import exchanged_bytes
-from recipes.common.results import write_atomically, write_json
+from recipes.common.results import write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 
 OWN_TO_A_RUN = ("seed", "output_dir")
@@ -72,8 +74,8 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "eval_examples": first["eval_examples"],
                 "trainable_parameters": first["trainable_parameters"],
                 "metric": metric,
-                f"eval_{metric}": _mean_and_deviation([run[f"eval_{metric}"] for run in runs]),
-                "train_runtime_s": _mean_and_deviation([run["train_runtime_s"] for run in runs]),
+                f"eval_{metric}": _spread([run[f"eval_{metric}"] for run in runs]),
+                "train_runtime_s": _spread([run["train_runtime_s"] for run in runs]),
                 "bytes_exchanged": statistics.fmean(exchanged_bytes(run) for run in runs),
                 "hardware": first["hardware"],
                 "versions": first["versions"],
@@ -163,8 +165,9 @@ def around(readme: Path, marker: str) -> tuple[str, str]:
     return head + begin, end + tail
 
 
-def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    mean, deviation = mean_and_deviation(values)
+    return {"mean": mean, "std": deviation}
 
 
 def main(arguments: Sequence[str]) -> None:

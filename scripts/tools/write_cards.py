@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_lsam.card import CardFacts, model_card, provenance_line
+from hf_lsam.files import write_atomically
 from recipes.common.card import METHOD_NAMES
 from recipes.common.recipe import load
-from recipes.common.results import REPOSITORY, write_atomically
+from recipes.common.results import REPOSITORY
 from recipes.common.tables import mean_and_spread
 from scripts.common.results import load_results
 from scripts.tools.summarize_results import method_label
