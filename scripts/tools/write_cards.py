@@ -112,9 +112,11 @@ def of_quickstart(path: Path) -> Iterator[CardFacts]:
 def of_recipe(path: Path) -> Iterator[CardFacts]:
     """One card a method of what measure_recipe.py has measured."""
     recipe, summaries = path.parents[1].name, load_results(path)
+    tried = (path.parent / "trials.json").exists()
     against = (
-        "All were trained for as many steps of as many examples, with the settings of the recipe, which were not tuned "
-        "for any of them. `ddp` is plain data parallelism with the same AdamW."
+        "All were trained for as many steps of as many examples, with the settings of the recipe"
+        + (", each with the best of the learning rates that all had tried" if tried else ", tuned for none of them")
+        + ". `ddp` is plain data parallelism with the same AdamW."
     )
     for row in summaries:
         if method_label(row) == row["method"]:
