@@ -335,7 +335,7 @@ def test_every_recipe_is_a_configuration_of_this_script():
 
 def test_files_of_packages_are_found_without_importing_them():
     assert Path(resolve("package://evaluate/config.py")).is_file()
-    with pytest.raises(ValueError, match=r"'no_such_package' is not installed.*hf-lsam\[recipes\]"):
+    with pytest.raises(ValueError, match=r"'no_such_package' is not installed.*pip install -e '.\[recipes\]'"):
         resolve("package://no_such_package/model")
     with pytest.raises(ValueError, match="'evaluate' has no 'no_such_file'"):
         resolve("package://evaluate/no_such_file")
