@@ -1680,6 +1680,7 @@ def trainer_of_trl(name: str) -> type:
     if hasattr(trl, name):
         return getattr(trl, name)
     folder = {"OnlineDPOTrainer": "online_dpo", "IWOPDTrainer": "iw_opd", "AsyncGRPOTrainer": "async_grpo"}
+    folder |= {f"{kind}DistillationTrainer": f"{kind.lower()}_distillation" for kind in ("Server", "Async")}
     return getattr(
         importlib.import_module(f"trl.experimental.{folder.get(name, name.removesuffix('Trainer').lower())}"), name
     )
@@ -1691,6 +1692,7 @@ def trainer_of_trl(name: str) -> type:
     [
         *("GRPOTrainer", "RLOOTrainer", "DistillationTrainer", "GKDTrainer", "GOLDTrainer", "OnlineDPOTrainer"),
         *("GMPOTrainer", "AsyncGRPOTrainer", "SDFTTrainer", "SDPOTrainer", "A2POTrainer", "IWOPDTrainer"),
+        *("ServerDistillationTrainer", "AsyncDistillationTrainer"),
     ],
 )
 def test_trainers_that_generate_inside_the_step_are_refused(tmp_path, name):
