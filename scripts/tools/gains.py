@@ -87,10 +87,9 @@ class Gains:
             method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
             for row in measured
         }
-        others = {"lsam without SAM": "without SAM", "lsam without SAM, NesterovAdamW": "with NesterovAdamW"}
-        asynchronous = [of["lsam"], *(f"{said} {of[label]}" for label, said in others.items() if label in of)]
+        without = f"without SAM {of['lsam without SAM']}; with NesterovAdamW {of['lsam without SAM, NesterovAdamW']}"
         plain = f"{of['ddp']}; with SAM {of['ddp_sam']}; with NesterovAdamW {of['ddp, NesterovAdamW']}"
-        return what, "; ".join(asynchronous), plain
+        return what, f"{of['lsam']}; {without}", plain
 
     def straggler(self) -> tuple[str, ...]:
         slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}
