@@ -20,7 +20,13 @@ from torch import Tensor
 
 from .coupling import blocks
 
-OPTIMIZERS = ("sgd", "nesterov", "adam")
+_BUFFERS = {"sgd": 0, "nesterov": 1, "adam": 2}
+OPTIMIZERS = tuple(_BUFFERS)
+
+
+def vectors_kept(optimizer: str, momentum_correction: float) -> int:
+    """How many vectors of d values an `Anchor` with these keeps, beside y."""
+    return _BUFFERS[optimizer] + (momentum_correction != 0)
 
 
 class Anchor:

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from .algorithms import ALGORITHMS, ServerSettings, WorkerSettings
+from . import conflicts
+from .algorithms import ALGORITHMS, ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
 from .anchor import OPTIMIZERS
 from .batchnorm import STATISTICS
 from .compression import BITS
-from .coupling import anchor_lr_bound, drift_slowdown
+from .coupling import drift_slowdown
 from .fields import Rule, by_name, check_fields, help_from_docstring, number, one_of, whole
 from .identity import SERVER_ADDRESS as SERVER_ADDRESS_VARIABLE
-from .identity import WORKER, Identity, pin
+from .identity import Identity, pin
 from .joining import Timeouts
 from .optimizers import momentum_coefficient, momentum_of, normalises_steps
 from .server.service import ServiceSettings
-from .transport.ownership import missing_here
 from .transport.peer import HEARTBEAT
 
 if TYPE_CHECKING:
@@ -36,14 +36,6 @@ if TYPE_CHECKING:
     from transformers.training_args import OptimizerNames
 
 SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out
-
-_SHARDING_VARIABLES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
-_SHARDING_FIELDS = ("fsdp", "deepspeed", "parallelism_config")  # of TrainingArguments
 
 if TYPE_CHECKING:
 
@@ -68,7 +60,6 @@ if TYPE_CHECKING:
 else:
     _MixedIn = object
 
-SHARED_MEMORY = "/dev/shm"
 SERVER_ADDRESS = Rule(
     "the folder of a running server",
     "Start one first: python -m hf_lsam.server --run_dir DIR",
@@ -234,7 +225,7 @@ class LSAMArguments(_MixedIn):
     scale_learning_rate: bool | None = None
     share_steps: bool = False
     num_workers: Annotated[int | None, whole(1, "Leave it out to take as many as the launcher starts.")] = None
-    shared_memory_dir: str = SHARED_MEMORY
+    shared_memory_dir: str = "/dev/shm"
     server_address: Annotated[str | None, SERVER_ADDRESS] = None
     server_port: Annotated[int, PORT] = 0
     server_timeout: Annotated[float, number("(0, inf)", "120 leaves time to start a server again by hand.")] = 120.0
@@ -267,7 +258,7 @@ class LSAMArguments(_MixedIn):
         self._saving_own_state = False
         self.validate()
         super().__post_init__()
-        for conflict in self._conflicts_with_trainer():
+        for conflict in conflicts.with_trainer(self):
             raise ValueError(conflict)
         from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -342,7 +333,7 @@ class LSAMArguments(_MixedIn):
             workers: n of the launch.
         """
         alone = workers == 1 and self.server_address is None
-        kept = self.momentum_at == "worker" or any(self._needs_momentum_at_workers())
+        kept = self.momentum_at == "worker" or any(conflicts.of_momentum_at_the_anchor(self))
         return 0.0 if alone or kept else momentum_of(optimizer)
 
     def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
@@ -351,7 +342,7 @@ class LSAMArguments(_MixedIn):
         Args:
             shared_momentum: see the method of that name.
         """
-        moving_rate = self.coupling_strength if self.algorithm == "easgd" else 0.0
+        moving_rate = self.coupling_strength if self.server_half.moves_elastically else 0.0
         settings = by_name(ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate)
         if shared_momentum:
             settings = replace(settings, anchor_optimizer="nesterov", anchor_momentum=shared_momentum**sync_steps)
@@ -363,9 +354,14 @@ class LSAMArguments(_MixedIn):
         return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
 
     @property
-    def has_stepwise_coupling(self) -> bool:
-        """Whether LSAM's workers are coupled to the anchor at every step, as in the paper's Algorithm 2."""
-        return self.algorithm == "lsam" and self.coupling != "merge"
+    def worker_half(self) -> type[WorkerHalf]:
+        """What these fields make a worker do."""
+        return ALGORITHMS[self.algorithm].worker_half(self.coupling)
+
+    @property
+    def server_half(self) -> type[ServerHalf]:
+        """What these fields make the server do."""
+        return ALGORITHMS[self.algorithm].server_half
 
     def learning_rate_factor(self, sync_steps: int, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
         """What the optimizer's learning rate is multiplied with: `compensate_coupling`, `scale_learning_rate` and
@@ -381,9 +377,9 @@ class LSAMArguments(_MixedIn):
         """
         scaled = self.scale_learning_rate
         if scaled is None:
-            scaled = self.algorithm == "lsam" and normalises_steps(optimizer)
+            scaled = self.server_half.adds_up and normalises_steps(optimizer)
         factor = math.sqrt(workers) if scaled else 1.0
-        if self.has_stepwise_coupling and self.compensate_coupling:
+        if self.worker_half.brakes and self.compensate_coupling:
             in_score = self.coupling == "score"
             momentum = momentum_coefficient(optimizer)
             factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
@@ -397,7 +393,7 @@ class LSAMArguments(_MixedIn):
 
     def kernel_precision(self, sync_steps: int) -> float:
         """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""
-        if self.algorithm != "lsam" or not self.learning_rate:
+        if not self.server_half.adds_up or not self.learning_rate:
             return 0.0
         return self.coupling_strength / (self.learning_rate * sync_steps)
 
@@ -412,150 +408,10 @@ class LSAMArguments(_MixedIn):
         if self.server_address is None:
             self.server_address = os.environ.get(SERVER_ADDRESS_VARIABLE)
         check_fields(LSAMArguments, self)
-        for conflict in self._conflicts():
+        for conflict in conflicts.of_fields(self, self.sync_steps or min(SYNC_STEPS)):
             raise ValueError(conflict)
 
     def refuse_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises ValueError where the optimizer does not go with `coupling` or `sam_direction`."""
-        sgd = "nesterov" in optimizer.param_groups[0]
-        if self.sam_rho and self.sam_direction == "momentum" and sgd and not optimizer.param_groups[0]["momentum"]:
-            raise ValueError(
-                "sam_direction='momentum' perturbs along the optimizer's momentum, and SGD keeps none: every step "
-                "would be a plain one. Give it a momentum (optim_args='momentum=0.9'), or use sam_direction='gradient'."
-            )
-        if self.momentum_at == "anchor" and not momentum_of(optimizer):
-            raise ValueError(
-                f"momentum_at='anchor' takes the momentum from the workers' optimizer, and "
-                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} has none that could be taken from it. "
-                "Use SGD with momentum (optim_args='momentum=0.9') and no dampening, Adam or AdamW, or "
-                "momentum_at='worker'."
-            )
-        if self.has_stepwise_coupling and self.coupling == "score" and not sgd:
-            raise ValueError(
-                f"coupling='score' puts the coupling inside the gradient, and "
-                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} would rescale it per coordinate: the "
-                "kernel would no longer be Gaussian. Use coupling='merge' or 'decoupled', or SGD (optim='sgd')."
-            )
-
-    def _needs_momentum_at_workers(self) -> Iterator[str]:
-        """What else is asked for that momentum_at='anchor' does not go with."""
-        if not (self.algorithm == "lsam" and self.coupling == "merge"):
-            yield (
-                f"momentum_at='anchor' needs workers that hand in what they have moved: algorithm='lsam' with "
-                f"coupling='merge', got algorithm={self.algorithm!r} and coupling={self.coupling!r}. Use those, or "
-                "momentum_at='worker'."
-            )
-        if self.anchor_optimizer != "sgd":
-            yield (
-                f"momentum_at='anchor' gives the anchor its momentum, got anchor_optimizer={self.anchor_optimizer!r} "
-                "beside it. Leave that out, or use momentum_at='worker'."
-            )
-        if self.sam_rho and self.sam_direction == "momentum":
-            yield (
-                "sam_direction='momentum' perturbs along the worker's momentum, and with momentum_at='anchor' it has "
-                "none. Use sam_direction='gradient' or 'anchor', or momentum_at='worker'."
-            )
-
-    def _conflicts(self) -> Iterator[str]:
-        """What fields, each of which is in range, cannot be together, under this launcher or on this machine."""
-        launched = self.identity.meets_others and self.server_address is None
-        if self.identity.comes_and_goes and self.server_address is None:
-            yield (
-                f"{WORKER} says that this is one of {self.identity.num_workers} workers that are started one by one, "
-                f"and there is no server that they could meet at. Set {SERVER_ADDRESS_VARIABLE} or `server_address`, "
-                f"or unset {WORKER}."
-            )
-        scheme = (self.server_address or "").rpartition("://")[0]
-        if (launched or (self.server_address is not None and scheme in ("", "file"))) and (missing := missing_here()):
-            yield missing
-        folder = self.shared_memory_dir  # whose default is asked for where it is used: not every system has it
-        if (launched or folder != SHARED_MEMORY) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            yield (
-                f"`shared_memory_dir` must be a folder this process may write to, got {folder!r}. Use a folder on a "
-                "local disk where there is no /dev/shm."
-            )
-        if self.sam_direction != "gradient" and self.sam_ascent_fraction != 1:
-            yield (
-                f"`sam_ascent_fraction` must be 1 with sam_direction={self.sam_direction!r}, which has no pass for the "
-                f"ascent, got {self.sam_ascent_fraction!r}. Use sam_direction='gradient' to make that pass cheaper."
-            )
-        if self.momentum_at == "anchor":
-            yield from self._needs_momentum_at_workers()
-        at_once = self.algorithm == "easgd" or (self.algorithm == "lsam" and self.coupling == "merge")
-        sync_steps = self.sync_steps or SYNC_STEPS[1]  # the shortest, for which the bounds are the lowest
-        if at_once and self.coupling_strength > 1:
-            yield (
-                "`coupling_strength` must be at most 1 where it is a worker's whole move at an exchange "
-                f"(coupling='merge', algorithm='easgd'), got {self.coupling_strength!r}. Beyond, it would move past "
-                "the anchor. EASGD's paper uses 0.9 / n."
-            )
-        if not at_once and self.coupling_strength > sync_steps / 2:
-            yield (
-                f"`coupling_strength` must be at most half of sync_steps ({sync_steps}), got "
-                f"{self.coupling_strength!r}. Beyond, a step takes more than half of a worker's distance to the anchor "
-                "away, and nothing that it learns lasts. Use a smaller one, or raise sync_steps."
-            )
-        # Merging workers hand in what they have moved, which an offset from the anchor is no part of; Adam's step does
-        # not scale with the distance. In neither can distances feed on themselves.
-        if self.has_stepwise_coupling and self.anchor_optimizer != "adam":
-            momentum = self.anchor_momentum if self.anchor_optimizer == "nesterov" else 0.0
-            bound = anchor_lr_bound(self.coupling_strength, sync_steps, self.anchor_momentum_correction, momentum)
-            if self.anchor_lr >= bound:
-                yield (
-                    f"anchor_lr={self.anchor_lr} with coupling_strength={self.coupling_strength}, "
-                    f"sync_steps={sync_steps}, anchor_momentum_correction={self.anchor_momentum_correction} and "
-                    f"anchor_optimizer={self.anchor_optimizer!r} is outside the stability region (anchor_lr < "
-                    f"{bound:.4g}): the distance between workers and anchor would grow from period to period until it "
-                    f"is NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "
-                    "anchor_momentum_correction."
-                )
-        sharding = [name for key, name in _SHARDING_VARIABLES.items() if os.environ.get(key, "").lower() == "true"]
-        for asked in sharding + [name for name in _SHARDING_FIELDS if getattr(self, name, None)]:
-            yield (
-                f"LSAM cannot be combined with {asked} yet: a worker must hold whole parameters, or its norm, its "
-                "perturbation and its differences would be those of a shard. Launch without it (`--multi_gpu`); to "
-                "save memory train a LoRA adapter, or use gradient checkpointing and gradient accumulation."
-            )
-
-    def _conflicts_with_trainer(self) -> Iterator[str]:
-        """What fields of TrainingArguments cannot be together with LSAM."""
-        from transformers.trainer_pt_utils import AcceleratorConfig
-        from transformers.trainer_utils import SchedulerType
-        from transformers.training_args import OptimizerNames
-
-        optim, schedule = OptimizerNames(self.optim).value, SchedulerType(self.lr_scheduler_type).value
-        assert isinstance(self.accelerator_config, AcceleratorConfig)  # whatever form it was given in
-        several = self.identity.num_workers > 1
-        if self.landscape_points and self.identity.comes_and_goes:
-            yield (
-                f"`landscape_points` must be 0 where workers come and go ({WORKER} is set), got "
-                f"{self.landscape_points}: worker 0 would have to wait for what each of them has found. Measure the "
-                "landscape in a launch."
-            )
-        if "layerwise" in optim or "lomo" in optim:
-            yield (
-                f"optim={optim!r} steps inside the backward pass, where SAM's first gradient is not yet "
-                "known: pass 1 would already change the weights. Use an optimizer that steps after the backward pass, "
-                "for example optim='adamw_torch'."
-            )
-        if schedule in ("reduce_lr_on_plateau", "greedy"):
-            yield (
-                f"lr_scheduler_type={schedule!r} follows evaluation results, which only worker 0 "
-                "has: the workers' learning rates would drift apart. Use a schedule of the step, for example 'linear' "
-                "or 'cosine'."
-            )
-        if self.algorithm != "lsam" and self.identity.num_machines > 1:
-            yield (
-                f"algorithm={self.algorithm!r} works on one machine only: between machines sums of differences cross, "
-                "and that is no exchange of this algorithm. Use algorithm='lsam', or one machine."
-            )
-        if self.auto_find_batch_size and several:
-            yield (
-                "auto_find_batch_size starts training over in the worker that ran out of memory, while the others go "
-                "on: the run would lose it. Set per_device_train_batch_size to a size that fits."
-            )
-        if not self.accelerator_config.use_seedable_sampler and several:
-            yield (
-                "accelerator_config.use_seedable_sampler=False lets each worker shuffle from a generator of its own, "
-                "without a process group to agree on one: their shares of an epoch would overlap. Leave it True."
-            )
+        """Raises ValueError where the workers' optimizer does not go with these fields."""
+        for conflict in conflicts.with_optimizer(self, optimizer):
+            raise ValueError(conflict)

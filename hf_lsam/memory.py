@@ -6,18 +6,14 @@ is evaluated or saved, for the worker's own parameters.
 
 from __future__ import annotations
 
-from .algorithms import ServerSettings, WorkerSettings
+from .algorithms import ALGORITHMS, ServerSettings, WorkerSettings
 
 VECTOR = 4  # bytes of a value
 
 
 def server_bytes(settings: ServerSettings) -> int:
     """Of a server's own: the anchor, what is pending, and what the anchor's step keeps."""
-    vectors = 1
-    if settings.algorithm == "lsam":
-        vectors += 1 + {"sgd": 0, "nesterov": 1, "adam": 2}[settings.anchor_optimizer]
-        vectors += settings.anchor_momentum_correction != 0
-    return VECTOR * vectors
+    return VECTOR * (1 + ALGORITHMS[settings.algorithm].server_half.vectors(settings))
 
 
 def worker_bytes(settings: WorkerSettings, alone: ServerSettings | None = None, accelerator: bool = False) -> int:
@@ -29,14 +25,11 @@ def worker_bytes(settings: WorkerSettings, alone: ServerSettings | None = None, 
         accelerator: whether vectors cross to the host beside training: the next anchor has a place of its own then, and
             so has the last push where the next is gathered step by step, unless the worker is alone.
     """
-    merges = settings.coupling == "merge"
-    vectors = 1  # what is to be pushed
-    vectors += settings.algorithm == "lsam" and merges  # r
-    vectors += 2 * settings.keeps_anchor_move
+    half = ALGORITHMS[settings.algorithm].worker_half(settings.coupling)
+    vectors = 1 + half.vectors + 2 * settings.keeps_anchor_move  # the first is what is to be pushed
     if alone is not None:
         return VECTOR * vectors + server_bytes(alone)
-    gathers = settings.algorithm == "lsam" and not merges
-    return VECTOR * (vectors + 1 + accelerator * (1 + gathers))
+    return VECTOR * (vectors + 1 + accelerator * (1 + half.gathers))
 
 
 def shared_bytes(workers: int) -> int:

@@ -169,7 +169,7 @@ class Session:
         Raises:
             ValueError: if they differ, and the algorithm has no mean to weigh in.
         """
-        if len(set(rows_per_step)) > 1 and self.arguments.algorithm != "lsam":
+        if len(set(rows_per_step)) > 1 and not self.arguments.server_half.adds_up:
             raise ValueError(
                 f"The workers train on {rows_per_step} rows a step, and algorithm={self.arguments.algorithm!r} counts "
                 "each worker alike: it has no mean to weigh them in. Use as many rows in every worker (smaller batches "

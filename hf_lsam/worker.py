@@ -55,7 +55,9 @@ class Worker:
 
         self.anchor = vector() if link.anchor_in_place is None else link.anchor_in_place  # y, [d]
         self._total = vector()  # what is to be pushed, [d]
-        self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings, self.parameters)
+        self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings.coupling)(
+            settings, self.parameters
+        )
         # On an accelerator vectors are copied beside the training stream: the next y while it comes needs a place of
         # its own, and so does the last push while it goes, where the next is gathered step by step.
         at_once = device.type == "cpu" or link.anchor_in_place is not None

@@ -31,6 +31,7 @@ ROOMS = [
     "timm_models",
     "vision",
     "arguments",
+    "conflicts",
     "failure_signatures",
     "signals",
     "run",

@@ -10,13 +10,15 @@
 | paper             | arXiv 2509.03110                  | arXiv 1412.6651          | arXiv 1905.10395            |
 
 The gradient is another choice: `sam_rho = 0` is SGD's, as in the papers of EASGD and LSGD. All read y from shared
-memory when it is there, and wait for nobody. A new method is a file with a `worker_half` and a `server_half` (see
-`base`), and its name in `ALGORITHMS`.
+memory when it is there, and wait for nobody. What a method cannot do, such as work on several machines, its halves say.
+A new one is a file with a `worker_half` and a `server_half` (see `base`), and its name in `ALGORITHMS`.
+
+Local SGD and DiLoCo are corners of LSAM's merge, without their barrier (see `lsam`): settings, and no files.
 """
 
 from . import easgd, lsam, lsgd
-from .base import ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
+from .base import Algorithm, ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
 
-ALGORITHMS = {"lsam": lsam, "easgd": easgd, "lsgd": lsgd}
+ALGORITHMS: dict[str, Algorithm] = {"lsam": lsam, "easgd": easgd, "lsgd": lsgd}
 
-__all__ = ["ALGORITHMS", "ServerHalf", "ServerSettings", "WorkerHalf", "WorkerSettings"]
+__all__ = ["ALGORITHMS", "Algorithm", "ServerHalf", "ServerSettings", "WorkerHalf", "WorkerSettings"]

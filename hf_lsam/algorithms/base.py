@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -87,7 +88,11 @@ class WorkerHalf:
     weight = 1.0
     gathers = False  # whether `push` grows at every step, and not only when it is handed in
     hands_in_a_part = True  # whether a period that the run's end cuts short is handed in
+    hands_in_movement = False  # whether that is what it has moved by itself, and not where it stands
+    moves_at_once = False  # whether coupling_strength is its whole move at an exchange
+    brakes = False  # whether it is drawn at every step to an anchor that follows the workers' mean, and slows it down
     wants_loss = False  # whether the server is told the mean loss
+    vectors = 0  # of d values that it keeps
 
     def __init__(self, settings: WorkerSettings, x: Sequence[Tensor]):
         self.settings = settings
@@ -135,17 +140,24 @@ class ServerHalf:
         settings: see `ServerSettings`.
 
     Attributes:
-        adds_up: pushes are added up, and the sum is looked at before it moves the anchor: that a push is finite may be
-            taken on its sender's word.
+        adds_up: pushes are added up, and their mean moves the anchor: they can be weighed, a relay can add them up for
+            another machine, and since the sum is looked at, that a push is finite may be taken on its sender's word.
+        moves_elastically: the anchor moves at a push as far as the worker does: `moving_rate` is its coupling strength.
 
     Process: the server's.
     """
 
     adds_up = False
+    moves_elastically = False
 
     def __init__(self, anchor: Anchor, settings: ServerSettings):
         self.anchor = anchor
         self.settings = settings
+
+    @staticmethod
+    def vectors(settings: ServerSettings) -> int:
+        """Of d values that it and the anchor's step keep, beside y."""
+        return 0
 
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes what one worker hands in.
@@ -171,3 +183,14 @@ class ServerHalf:
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_tensors` gave."""
+
+
+class Algorithm(Protocol):
+    """What a method's file has."""
+
+    def worker_half(self, coupling: str) -> type[WorkerHalf]:
+        """What a worker does with this `coupling`, where the method leaves a choice."""
+
+    @property
+    def server_half(self) -> type[ServerHalf]:
+        """What the server does."""

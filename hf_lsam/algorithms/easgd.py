@@ -18,6 +18,7 @@ class ElasticWorker(WorkerHalf):
     """Moves only when it hands in: both sides move, or neither."""
 
     hands_in_a_part = False
+    moves_at_once = True
 
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
         """push = x - y, and x <- x - alpha (x - y)."""
@@ -28,10 +29,17 @@ class ElasticWorker(WorkerHalf):
 class ElasticServer(ServerHalf):
     """Every push moves the anchor, whoever sends it."""
 
+    moves_elastically = True
+
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes x - y of one worker at one step."""
         self.anchor.vector.add_(vector, alpha=self.settings.moving_rate)
         self.anchor.version += 1
 
 
-worker_half, server_half = ElasticWorker, ElasticServer
+def worker_half(coupling: str) -> type[WorkerHalf]:
+    """It has one, whatever `coupling` says."""
+    return ElasticWorker
+
+
+server_half = ElasticServer

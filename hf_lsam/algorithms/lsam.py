@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..anchor import Anchor
+from ..anchor import Anchor, vectors_kept
 from ..coupling import add_coupling_to_gradient, blocks, couple_and_accumulate, is_finite
 from .base import ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
 
@@ -40,6 +40,7 @@ class StepwiseCoupling(WorkerHalf):
     """Algorithm 2's worker: coupled to y at every step, hands in the sum of x - y over its steps."""
 
     gathers = True
+    brakes = True
 
     def before_step(self, x: Sequence[Tensor], y: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
         """Adds lambda (x - y) to the gradient, lambda = lambda0 / (eta tau), where `coupling` is "score".
@@ -71,6 +72,10 @@ class Merge(WorkerHalf):
 
     State: r, the last point of its path that it has handed in, moved along with its merges.
     """
+
+    hands_in_movement = True
+    moves_at_once = True
+    vectors = 1
 
     def __init__(self, settings: WorkerSettings, x: Sequence[Tensor]):
         super().__init__(settings, x)
@@ -113,9 +118,9 @@ class Merge(WorkerHalf):
             known.copy_(part.view_as(known))
 
 
-def worker_half(settings: WorkerSettings, x: Sequence[Tensor]) -> WorkerHalf:
-    """The worker's half that `settings.coupling` asks for; x is read, not kept."""
-    return (Merge if settings.coupling == "merge" else StepwiseCoupling)(settings, x)
+def worker_half(coupling: str) -> type[WorkerHalf]:
+    """The worker's half that `coupling` asks for."""
+    return Merge if coupling == "merge" else StepwiseCoupling
 
 
 class MeanDifference(ServerHalf):
@@ -125,6 +130,10 @@ class MeanDifference(ServerHalf):
     """
 
     adds_up = True
+
+    @staticmethod
+    def vectors(settings: ServerSettings) -> int:
+        return 1 + vectors_kept(settings.anchor_optimizer, settings.anchor_momentum_correction)
 
     def __init__(self, anchor: Anchor, settings: ServerSettings):
         super().__init__(anchor, settings)

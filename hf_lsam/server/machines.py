@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..algorithms import ServerSettings
+from ..algorithms import ALGORITHMS, ServerSettings
 from ..transport.mailbox import RunFolder
 from ..transport.messages import ANY_NUMBER
 
@@ -45,7 +45,7 @@ def machine_settings(folder: RunFolder) -> MachineSettings:
         RuntimeError: if the algorithm of the run needs more than sums of differences from other machines.
     """
     algorithm = folder.run["settings"]["algorithm"]
-    if algorithm != "lsam":
+    if not ALGORITHMS[algorithm].server_half.adds_up:
         raise RuntimeError(
             f"algorithm={algorithm!r} works on one machine only: relays add differences up, and that is no exchange of "
             "this algorithm. Use algorithm='lsam', or start all workers on one machine."

@@ -426,11 +426,11 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._own = None
         self.session.prepare(self.model, self.optimizer)
-        if self.args.algorithm == "easgd" and max_steps < self.session.sync_steps:
+        if not self.args.worker_half.hands_in_a_part and max_steps < self.session.sync_steps:
             raise ValueError(
                 f"A worker makes {max_steps} steps and would exchange after {self.session.sync_steps} (`sync_steps`): "
-                "EASGD's anchor would be the model that training began with, whatever was learnt. Set sync_steps to "
-                f"{max(1, max_steps // 4)}, or train for longer."
+                f"the anchor of algorithm={self.args.algorithm!r} would be the model that training began with, "
+                f"whatever was learnt. Set sync_steps to {max(1, max_steps // 4)}, or train for longer."
             )
         server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
         if server_state is not None and not server_state.exists():
