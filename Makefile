@@ -22,11 +22,8 @@ quickstart: .venv/.recipes  ## Fine-tunes MiniLM with two asynchronous workers a
 test: .venv/.test  ## Runs the tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Those that start no launcher and take no time: 19 seconds of one core in all.
-FAST := algorithms arguments arithmetic landscape project record simulation
-
-test-fast: .venv/.test  ## Runs the tests of the inner loop (under a minute)
-	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py) -k "not lock_step"
+test-fast: .venv/.test  ## Runs the tests of the inner loop: those that start no launcher (under a minute)
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit -k "not lock_step"
 
 test-versions: .venv/.test  ## Tries the lowest and the newest versions of what it builds on (15 minutes; several GB)
 	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/tools/try_versions.py

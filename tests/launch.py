@@ -18,6 +18,10 @@ from pathlib import Path
 
 import psutil
 
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+# What a script needs on its PYTHONPATH to import what tests share.
+PATHS = f"{TESTS}{os.pathsep}{ROOT}"
 SHARED_MEMORY = Path("/dev/shm")
 # What must happen on an idle machine within a second may take this long on one that is busy.
 TIMEOUT = 240.0

@@ -28,8 +28,8 @@ from scripts.tools.summarize_results import write_between
 TRIED = ("torch", "transformers", "accelerate", "peft")
 SETS = ("lowest", "newest")
 TESTS = {
-    "exact cases": ["tests/test_exact_cases.py"],
-    "two workers through Trainer": ["tests/test_trainer_distributed.py", "-k", "half_precision"],
+    "exact cases": ["tests/integration/test_exact_cases.py"],
+    "two workers through Trainer": ["tests/integration/test_trainer_distributed.py", "-k", "half_precision"],
 }
 RESULTS = REPOSITORY / "benchmarks/versions.json"
 PAGE = REPOSITORY / "docs/combinations.md"

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from launch import TESTS
 from lockstep import ETA, MOMENTUM, RHO, LockstepNet, batch_generator, draw, loss_of
 from torch import nn
 
@@ -63,7 +63,7 @@ def test_4_equal_workers_without_latency_are_processes_in_lock_step_bit_for_bit(
     run = {"fingerprint": layout.fingerprint.hex(), "settings": ServerSettings(TAU).as_dict()}
     folder = RunFolder.create(path, start, workers, layout.manifest, run)
     server = start_server(folder.path, tmp_path / "server.log")
-    script = Path(__file__).with_name("lockstep.py")
+    script = TESTS / "lockstep.py"
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(path), str(rank), "0.7", coupling],

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from launch import SESSION, SHARED_MEMORY, own_processes, own_shared_memory, wait_until
+from launch import ROOT, SESSION, SHARED_MEMORY, own_processes, own_shared_memory, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
 # Makes the folder of a run, as a launch's first worker does, and holds it until it is killed. Nobody's child.
 HOLDER = """
 import os, sys, time

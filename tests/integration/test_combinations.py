@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from launch import free_port, write_script
+from launch import PATHS, free_port, write_script
 from models import CLASSES, FEATURES, Rows, arguments, blobs, net, texts, tiny_gpt2, vector
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -268,8 +267,7 @@ def test_other_launchers_and_two_trainers_of_a_launch_of_which_one_trains_twice(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*command, script, tmp_path] if launcher == "torchrun" else []
     command = command or [sys.executable, script, tmp_path, str(free_port())]
-    tests = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

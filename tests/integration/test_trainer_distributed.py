@@ -16,12 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import TIMEOUT, accelerate_launch, write_script
+from launch import PATHS, ROOT, TIMEOUT, accelerate_launch, write_script
 from safetensors.torch import load_file
 
 from hf_lsam.checkpoint import is_sealed, newest_sealed
 
-TESTS = Path(__file__).parent
 PREAMBLE = """
 import hashlib, json, os, sys
 from pathlib import Path
@@ -53,8 +52,7 @@ def launch(tmp_path: Path, script: str, *arguments: str, num_processes: int = 2,
     for old in tmp_path.glob("rank*.json"):
         old.unlink()
     path = write_script(tmp_path / "script.py", PREAMBLE + script)
-    paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    options = {"num_processes": num_processes, "fork": True, "PYTHONPATH": paths, **options}
+    options = {"num_processes": num_processes, "fork": True, "PYTHONPATH": PATHS, **options}
     run = accelerate_launch(path, str(tmp_path), *arguments, **options)
     reports = [tmp_path / f"rank{rank}.json" for rank in range(num_processes)]
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
@@ -584,7 +582,7 @@ def test_an_option_of_the_script_is_not_the_launchers(tmp_path):
     source = "from hf_lsam.identity import Identity\nprint('started', Identity.from_environment().num_workers)"
     script = write_script(tmp_path / "script.py", source)
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script), "--num_processes", "8"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.stdout == "started 1\n", run.stderr
 

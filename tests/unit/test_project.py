@@ -14,8 +14,8 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from launch import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_lsam"
 
 # Top to bottom; each room imports only from rooms below it.

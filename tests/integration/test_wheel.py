@@ -8,7 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from launch import ROOT
+
 SCRIPT = """
 import sys
 from pathlib import Path

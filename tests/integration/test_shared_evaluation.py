@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
-from launch import accelerate_launch, free_port, write_script
+from launch import PATHS, accelerate_launch, free_port, write_script
 
 from hf_lsam.identity import Identity, LaunchStore
 
-TESTS = Path(__file__).parent
 SCRIPT = """
 import hashlib, json, os, sys, time
 from dataclasses import dataclass
@@ -327,8 +325,7 @@ def reports(tmp_path_factory):
     """What each of two workers saw in one launch."""
     folder = tmp_path_factory.mktemp("evaluation")
     script = write_script(folder / "script.py", SCRIPT)
-    paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    accelerate_launch(script, str(folder), fork=True, PYTHONPATH=paths)
+    accelerate_launch(script, str(folder), fork=True, PYTHONPATH=PATHS)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

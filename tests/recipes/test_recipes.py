@@ -13,7 +13,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from launch import accelerate_launch, run_launcher, run_script
+from launch import ROOT, accelerate_launch, run_launcher, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -45,7 +45,6 @@ from recipes.token_classification import train as token_classification
 from scripts.tools import write_tables
 from scripts.tools.summarize_results import method_label
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 LLAMA = {
     "model_type": "llama",

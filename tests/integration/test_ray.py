@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
-from launch import SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
+from launch import ROOT, SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
 
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.cli.monitor import run_state
@@ -34,7 +34,6 @@ from hf_lsam.cli.doctor_ray import _room
 from hf_lsam.ray import launch
 from hf_lsam.ray.cluster import Needs, Node
 
-ROOT = Path(__file__).resolve().parent.parent
 NODES = 3
 STORE = 80 * 2**20  # of objects, in /dev/shm, bytes: Ray takes no less, and nothing of ours is ever in it
 RECONNECT_SECONDS = "3"  # for which Ray waits for a head that is gone

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import accelerate_launch, wait_until, write_script
+from launch import PATHS, accelerate_launch, wait_until, write_script
 from models import arguments, blobs, net
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
@@ -23,8 +23,6 @@ from hf_lsam.data import BatchesInTurn, share_unevenly
 from hf_lsam.record import read_record
 from hf_lsam.server.lifetime import start_server
 
-TESTS = Path(__file__).parent
-PATHS = f"{TESTS}{os.pathsep}{TESTS.parent}"
 PREAMBLE = """
 import json, os, sys, time
 from pathlib import Path

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import accelerate_launch, run_script
+from launch import ROOT, accelerate_launch, run_script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -27,8 +27,7 @@ from recipes.text_classification.train import KEYS, ModelArguments, run
 from scripts.experiments import simulate_text
 from scripts.tools import summarize_results
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT = REPOSITORY / "recipes/text_classification/train.py"
+SCRIPT = ROOT / "recipes/text_classification/train.py"
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "song", "very", "quite", "the", "was"]
 RHO, LEARNING_RATE = 0.5, 0.1
 
@@ -327,7 +326,7 @@ def test_a_missing_or_malformed_configuration_is_an_error(tmp_path):
 
 
 def test_every_recipe_is_a_configuration_of_this_script():
-    recipes = sorted((REPOSITORY / "recipes/text_classification").glob("*.yaml"))
+    recipes = sorted((ROOT / "recipes/text_classification").glob("*.yaml"))
     assert "quickstart.yaml" in [path.name for path in recipes]
     for path in recipes:
         assert parse("--config", path)["model_name_or_path"]
@@ -500,7 +499,7 @@ def test_methods_are_tuned_alike_on_training_sentences_and_compared_over_seeds(f
     words += ["--num_workers", "2", "--sam_rho", "0.03", "--max_steps", "8", "--eval_strategy", "no", "--seeds", "2"]
     words += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path), "--readme", str(readme)]
 
-    done = run_script(REPOSITORY / "scripts/experiments/compare_text.py", *words)
+    done = run_script(ROOT / "scripts/experiments/compare_text.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "tiny.json").read_text())
     tried = {method: [t for t in report["trials"] if t["method"] == method] for method in ("lsam", "ddp_sam", "ddp")}
@@ -531,7 +530,7 @@ def test_fine_tuning_is_simulated_with_labels_that_are_wrong(folder, tmp_path):
     words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
     words += [f"--validation_file={folder / 'held_out.csv'}", "--steps=4", "--seeds=1", "--processes=1", "--quiet"]
     words += [f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}", "--wrong_labels=0.4", "--name=noise"]
-    done = run_script(REPOSITORY / "scripts/experiments/simulate_text.py", *words)
+    done = run_script(ROOT / "scripts/experiments/simulate_text.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     assert done.stdout.endswith((tmp_path / "noise.md").read_text())

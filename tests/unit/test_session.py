@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from models import arguments, blobs, net, vector
-from test_loop import LSAM_FIELDS, batches, network, train
 from torch import nn
+from toy_loop import LSAM_FIELDS, batches, network, train
 from transformers import TrainerCallback
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer

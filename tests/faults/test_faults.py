@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TIMEOUT, accelerate_launch, wait_until, write_script
+from launch import PATHS, TIMEOUT, accelerate_launch, wait_until, write_script
 from lockstep import SYNC_STEPS, LockstepProblem, digest, initial_parameters
 from models import arguments, blobs, net, vector
 from torch import nn
@@ -47,7 +47,6 @@ from scripts.stress.chaos import Cluster, Fault, processes, run_schedule
 # Forked children run neither autograd nor threads of the parent.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 CPU = torch.device("cpu")
-TESTS = Path(__file__).parent
 NUMEL = 5
 SETTINGS = ServerSettings(sync_steps=4, anchor_momentum_correction=0.0)
 
@@ -721,8 +720,7 @@ def test_an_output_dir_that_cannot_be_written_is_an_error_before_training(tmp_pa
     folder.mkdir()
     inside = 'mount -t tmpfs -o ro tmpfs "$1" && exec "$2" "$3" "$1"'
     command = ["unshare", "-m", "sh", "-c", inside, "sh", str(folder), sys.executable, str(script)]
-    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True, check=False)
     assert "trained with no" in run.stdout
     assert "trained with steps" not in run.stdout
     assert f"Nothing can be written to output_dir={folder}" in run.stderr
@@ -819,8 +817,7 @@ if FAULT == "frozen beyond the end" and RANK == 1:
 
 def launch(tmp_path: Path, fault: str, *extra: str):
     script = write_script(tmp_path / "script.py", LAUNCHED)
-    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    run = accelerate_launch(script, str(tmp_path), fault, check=False, extra=extra, PYTHONPATH=path)
+    run = accelerate_launch(script, str(tmp_path), fault, check=False, extra=extra, PYTHONPATH=PATHS)
     wait_until(lambda: not list((tmp_path / "shared").iterdir()))
     reports = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
     return run, [json.loads(report.read_text()) for report in reports if report.exists()]
@@ -879,8 +876,7 @@ def test_sigterm_to_a_launch_ends_all_of_it_with_a_checkpoint(tmp_path, moment):
 
 def test_what_a_launch_leaves_that_was_killed_with_all_its_processes_is_removed_by_the_next(tmp_path):
     script = write_script(tmp_path / "script.py", LAUNCHED)
-    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    run = accelerate_launch(script, str(tmp_path), "all", check=False, PYTHONPATH=path)
+    run = accelerate_launch(script, str(tmp_path), "all", check=False, PYTHONPATH=PATHS)
     assert run.returncode == -signal.SIGKILL
     shared = tmp_path / "shared"
     (left,) = shared.iterdir()

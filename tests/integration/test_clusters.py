@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from launch import ROOT
 
 from hf_lsam.identity import Identity
 from recipes.causal_lm import train as causal_lm
 from recipes.common.configuration import parse_configuration
 
-ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "docs/clusters"
 MACHINES, GPUS = 2, 8
 

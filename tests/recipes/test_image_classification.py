@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from launch import accelerate_launch, run_script, write_script
-from PIL import Image
+from images import write_images
+from launch import ROOT, accelerate_launch, run_script, write_script
 from safetensors.torch import load_model
 
 from hf_lsam import vision
@@ -23,23 +20,7 @@ from recipes.common.image_data import ImageDataArguments
 from scripts.experiments import simulate_images
 from scripts.tools.gains import Gains
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
-
-
-def write_images(path: Path, count: int, seed: int) -> Path:
-    """Squares of one colour each with noise; the colour is the label."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = [number % 3 for number in range(count)]
-    images = []
-    for label in labels:
-        pixels = torch.randint(0, 90, (16, 16, 3), generator=generator)
-        pixels[:, :, label] += 150
-        stream = io.BytesIO()
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(stream, "PNG")
-        images.append({"bytes": stream.getvalue(), "path": None})
-    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": labels}), path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_image_classification import write_images
+from images import write_images
 
 from hf_lsam.parameters import data_parallel_bytes
 from recipes.common.configuration import parse_configuration

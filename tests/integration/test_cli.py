@@ -22,7 +22,7 @@ import yaml
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from launch import accelerate_launch, free_port, wait_until, write_script
+from launch import PATHS, ROOT, accelerate_launch, free_port, wait_until, write_script
 from models import arguments, blobs, net, sentences, tiny_bert
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -30,9 +30,6 @@ from hf_lsam.card import facts_of_run, is_hub_name, megabytes, model_card
 from hf_lsam.cli import COMMANDS, main
 from hf_lsam.loading import saved_model
 from hf_lsam.record import read_record, worker_state
-
-TESTS = Path(__file__).parent
-PATHS = f"{TESTS}{os.pathsep}{TESTS.parent}"
 
 # A run of two workers: sys.argv are its folder, its number of steps, seconds a step, and the trackers.
 RUN = """
@@ -134,7 +131,7 @@ def test_help_loads_nothing_that_a_command_needs():
 def test_the_entry_point_is_the_group():
     import tomllib
 
-    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"hf-lsam": "hf_lsam.cli:main"}
 
 
@@ -477,6 +474,6 @@ def test_the_published_cards_are_valid_and_up_to_date(tmp_path):
 
     write_cards.main(tmp_path)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    published = {path.name: path.read_text() for path in (TESTS.parent / "model_cards").glob("*-*.md")}
+    published = {path.name: path.read_text() for path in (ROOT / "model_cards").glob("*-*.md")}
     assert written == published
     assert all(valid(ModelCard(text)).eval_results for text in written.values())

@@ -10,56 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launch import accelerate_launch, write_script
+from launch import PATHS, ROOT, TESTS, accelerate_launch, write_script
 from schedulefree import AdamWScheduleFree
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from toy_loop import LSAM_FIELDS, Network, batches, data, network, train
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
-
-PATHS = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
-LSAM_FIELDS = {"sam_rho": 0.1, "sync_steps": 4, "coupling_strength": 0.5}
-
-
-class Network(nn.Module):
-    def __init__(self, normalised: bool = False):
-        super().__init__()
-        norm = nn.BatchNorm1d(16) if normalised else nn.Identity()
-        self.layers = nn.Sequential(nn.Linear(6, 16), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
-
-    def forward(self, x, labels=None):
-        logits = self.layers(x)
-        return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
-
-
-def network(normalised: bool = False) -> Network:
-    torch.manual_seed(0)
-    return Network(normalised)
-
-
-def data(size: int = 96) -> TensorDataset:
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(size, 6, generator=generator)
-    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long())
-
-
-def batches(steps: int, size: int = 8):
-    x, labels = data().tensors
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (size,), generator=generator)
-        yield x[rows], labels[rows]
-
-
-def train(model, optimizer, steps=24, **options):
-    lsam = LSAM(model, optimizer, **{**LSAM_FIELDS, **options})
-    losses = []
-    torch.manual_seed(5)
-    with lsam:
-        for x, labels in batches(steps):
-            losses.append(lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels)))
-        own = lsam.worker.own_parameters
-    return lsam, own, torch.stack(losses)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +302,7 @@ SCRIPT = """
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
     sys.path.insert(0, {folder!r})
-    from test_loop import LSAM_FIELDS, data, network
+    from toy_loop import LSAM_FIELDS, data, network
     from hf_lsam import LSAM
 
     order = sys.argv[1]
@@ -396,7 +353,7 @@ SCRIPT = """
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
-    source = SCRIPT.format(folder=str(Path(__file__).parent), output=str(tmp_path))
+    source = SCRIPT.format(folder=str(TESTS), output=str(tmp_path))
     run = accelerate_launch(write_script(tmp_path / "loop.py", source), order)
     reports = [json.loads(line.split("REPORT")[1]) for line in run.stdout.splitlines() if "REPORT" in line]
     first, second = sorted(reports, key=lambda report: report["rank"])
@@ -512,7 +469,7 @@ def test_a_server_whose_log_cannot_be_written_is_an_error_that_leaves_nothing_be
     (tmp_path / "file").touch()
     script = write_script(tmp_path / "script.py", NO_LOG)
     words = (str(tmp_path / "shared"), str(tmp_path / "file" / "out"))
-    run = accelerate_launch(script, *words, check=False, PYTHONPATH=str(Path(__file__).parents[1]))
+    run = accelerate_launch(script, *words, check=False, PYTHONPATH=str(ROOT))
     assert run.returncode != 0
     assert "file/out/server.log cannot be written (Not a directory)" in run.stderr
     assert "Set output_dir to a folder that can be written to." in run.stderr
@@ -597,7 +554,10 @@ import json, sys
 from pathlib import Path
 
 import torch
-from test_loop import LSAM, LSAM_FIELDS, batches, network, nn
+from torch import nn
+from toy_loop import LSAM_FIELDS, batches, network
+
+from hf_lsam import LSAM
 
 out, again = Path(sys.argv[1]), sys.argv[2] == "again"
 model = network()

@@ -13,12 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launch import run_script
+from launch import ROOT, run_script
 from netns import why_not
 
 from recipes.common.image_data import write_example_images
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts/benchmarks"
 
 

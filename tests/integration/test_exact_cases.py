@@ -7,10 +7,10 @@ import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launch import TESTS
 from lockstep import SYNC_STEPS, LockstepProblem, digest, initial_parameters
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -255,7 +255,7 @@ def test_4_processes_in_lock_step_are_one_process_that_simulates_them_bit_for_bi
         path, torch.cat([p.detach().flatten() for p in initial_parameters()]), workers, layout.manifest, run
     )
     server = start_server(folder.path, tmp_path / "server.log")
-    script = Path(__file__).with_name("lockstep.py")
+    script = TESTS / "lockstep.py"
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(path), str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -9,12 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from launch import write_script
-
-TESTS = Path(__file__).parent
+from launch import PATHS, write_script
 
 SCRIPT = """
 import json, os, runpy, socket, sys
@@ -104,9 +101,8 @@ report = dict(
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("platforms")
-    paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
     command = [sys.executable, "-W", "ignore", write_script(folder / "script.py", SCRIPT), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "report.json").read_text())
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import nbclient
 import nbformat
-from launch import free_port
+from launch import ROOT, free_port
 
 from hf_lsam.record import read_record
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "recipes/quickstart.ipynb"
+NOTEBOOK = ROOT / "recipes/quickstart.ipynb"
 
 
 def test_the_notebook_trains_two_workers_and_shows_the_report(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TIMEOUT, free_port, wait_until, write_script
+from launch import PATHS, ROOT, TIMEOUT, free_port, wait_until, write_script
 from netns import Machine, machines, why_not
 from wiretap import Wiretap
 
@@ -46,7 +46,6 @@ from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 
-TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
 NUMEL, TAU = 5, 4
 SETTINGS = ServerSettings(sync_steps=TAU, anchor_momentum_correction=0.0)
@@ -582,7 +581,7 @@ class Launches:
         memory = folder / "memory"  # a machine that is killed leaves its run folder behind
         memory.mkdir()
         fields["shared_memory_dir"] = str(memory)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
         self.processes = []
         for machine in range(count):
             command = [] if on is None else list(on[machine].prefix)
@@ -847,7 +846,7 @@ def test_a_machine_that_was_added_by_hand_starts_again_and_joins_by_the_same_com
     (tmp_path / "worker.py").write_text(BY_HAND)
     secret = tmp_path / "secret"
     new_secret(secret)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def start(machine: Machine, log: str, *words: str) -> subprocess.Popen:
         with (tmp_path / log).open("a") as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from click.testing import CliRunner, Result
-from launch import accelerate_launch, write_script
+from launch import PATHS, accelerate_launch, write_script
 from models import arguments, blobs, net, vector
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
@@ -21,8 +20,6 @@ from hf_lsam.cli import main
 from hf_lsam.cli.charts import Series, line_chart, ticks
 from hf_lsam.cli.report import mean_and_spread, read_run
 from hf_lsam.spread import mean_and_deviation
-
-TESTS = Path(__file__).parent
 
 # A run of two workers: sys.argv are its folder, its seed and its sync_steps. For a plane through them and the anchor,
 # none may have merged with it at its last step, and it may not be their mean.
@@ -48,10 +45,9 @@ def runs(tmp_path_factory) -> list[Path]:
     """The folders of three runs of two workers each: two seeds, and another sync_steps."""
     folder = tmp_path_factory.mktemp("runs")
     script = write_script(folder / "script.py", RUN)
-    paths = f"{TESTS}{os.pathsep}{TESTS.parent}"
     cases = {"one <&> seed": (1, 4), "another": (2, 4), "slower": (1, 8)}
     for name, (seed, sync_steps) in cases.items():
-        accelerate_launch(script, str(folder / name), str(seed), str(sync_steps), fork=True, PYTHONPATH=paths)
+        accelerate_launch(script, str(folder / name), str(seed), str(sync_steps), fork=True, PYTHONPATH=PATHS)
     return [folder / name for name in cases]
 
 
