@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 class Copier:
     """One copy under way at a time.
 
+    Attributes:
+        pinned: which of the shared tensors are.
+
     Args:
         device: where the worker's vectors live.
         shared: mapped tensors that will take part in copies; registered as pinned memory on CUDA.
@@ -32,7 +35,7 @@ class Copier:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._event: torch.cuda.Event | None = None
         self._squared_norm = torch.tensor(0.0 if was_finite else torch.inf, pin_memory=self._stream is not None)
-        self._pinned: list[Tensor] = []
+        self.pinned: list[Tensor] = []
         if self._stream is not None:
             for tensor in shared:
                 status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
@@ -43,7 +46,7 @@ class Copier:
                     with suppress(RuntimeError):  # takes the error away, which the next kernel would raise
                         torch.zeros(1, device=device)
                     break
-                self._pinned.append(tensor)
+                self.pinned.append(tensor)
 
     def start(self, target: Tensor, source: Tensor, check: bool = False) -> None:
         """Begins target <- source, both float32 [d]. Neither may be written before `finished`.
@@ -90,6 +93,6 @@ class Copier:
     def close(self) -> None:
         """Ends copies under way and unpins the shared memory."""
         self.wait()
-        for tensor in self._pinned:
+        for tensor in self.pinned:
             torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        self._pinned.clear()
+        self.pinned.clear()

@@ -62,6 +62,11 @@ class SharedMemoryLink(Link):
     A thread tells the server that the process lives, whatever the training thread does: evaluates, saves, compiles. One
     that was stopped for so long that the run has ended without it finds the final anchor still in its memory.
 
+    Attributes:
+        mailbox: what the server reads a push from, float32 [d] in shared memory. To push it is to hand it in as it is.
+        outgoing, incoming: the copies into the mailbox, and out of the shared slots.
+        process: a random number by which a server knows again whose pushes it has counted.
+
     Args:
         folder: the run folder.
         worker: this worker's number, or `ANY_NUMBER` to be given one.
@@ -100,14 +105,14 @@ class SharedMemoryLink(Link):
         self._revive = revive
         self._left = threading.Event()
         self._heartbeat: threading.Thread | None = None
-        self._process = secrets.randbits(63)  # by which a server knows again whose pushes it has counted
+        self.process = secrets.randbits(63)
         self._pushes = 0
         self._push_frame: Push | None = None  # of the push that has no answer yet
         self._push_sent = False
         self._pushed_version = 0
-        self._mailbox: Tensor | None = None
-        self._outgoing = Copier(device, [])
-        self._incoming = Copier(device, [folder.slot(0), folder.slot(1)])
+        self.mailbox: Tensor | None = None
+        self.outgoing = Copier(device, [])
+        self.incoming = Copier(device, [folder.slot(0), folder.slot(1)])
         self._pulling: int | None = None  # version whose copy is under way
         self._channel: Channel | None = None
         self._away_since = time.monotonic()
@@ -145,9 +150,14 @@ class SharedMemoryLink(Link):
         self._folder.begin_step(self._worker)
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
-        assert self._mailbox is not None, "a push before the server has welcomed this worker"
-        self._outgoing.start(self._mailbox, total, check=True)
-        self._announce(steps, version, loss, total.nbytes)
+        assert self.mailbox is not None, "a push before the server has welcomed this worker"
+        if total is not self.mailbox:
+            self.outgoing.start(self.mailbox, total, check=True)
+        self._pushes += 1
+        self._push_frame = Push(self._pushes, steps, loss, True)
+        self._push_sent = False
+        self._pushed_version = version
+        self._status = self._status.after_push(total.nbytes)
 
     def poll(self, held: int, incoming: Tensor) -> int | None:
         self._progress(0.0)
@@ -155,7 +165,7 @@ class SharedMemoryLink(Link):
         if self._pulling is None and self._folder.version != held:
             self._start_pull(incoming)
         version = None
-        while self._pulling is not None and self._incoming.finished():
+        while self._pulling is not None and self.incoming.finished():
             if self._folder.is_whole(self._pulling):
                 version, self._pulling = self._pulling, None
                 break
@@ -166,7 +176,7 @@ class SharedMemoryLink(Link):
         return version
 
     def settle(self) -> None:
-        self._outgoing.wait()
+        self.outgoing.wait()
         while self._final is None and (self._push_frame is not None or not self._status.connected):
             self._progress(1.0)
             self._raise_if_gone()
@@ -183,10 +193,10 @@ class SharedMemoryLink(Link):
                 waited_from += 30
                 logger.info("worker %d: waiting for the other workers to finish", self._worker)
         version = self._start_pull(incoming)
-        self._incoming.wait()
+        self.incoming.wait()
         while not self._folder.is_whole(version):
             version = self._start_pull(incoming)
-            self._incoming.wait()
+            self.incoming.wait()
         self._pulling = None
         self._status = replace(self._status, finished=True)
         return FinalAnchor(version, self._final.best_step)
@@ -214,8 +224,8 @@ class SharedMemoryLink(Link):
         self._left.set()
         if self._heartbeat is not None:
             self._heartbeat.join()
-        self._outgoing.close()
-        self._incoming.close()
+        self.outgoing.close()
+        self.incoming.close()
         self._hang_up()
 
     # --- what each poll does ---
@@ -224,8 +234,8 @@ class SharedMemoryLink(Link):
         """Looks for the server if there is none, sends what waits, handles what came; waits `timeout` s at most."""
         if not self._status.connected:
             self._try_to_return()
-        elif self._push_frame is not None and not self._push_sent and self._outgoing.finished():
-            self._push_frame = replace(self._push_frame, finite=self._outgoing.is_finite)
+        elif self._push_frame is not None and not self._push_sent and self.outgoing.finished():
+            self._push_frame = replace(self._push_frame, finite=self.outgoing.is_finite)
             self._push_sent = self._send(self._push_frame)
         if self._channel is None:
             if timeout:
@@ -236,17 +246,9 @@ class SharedMemoryLink(Link):
             self._handle(message)
             message = self._receive(0.0)
 
-    def _announce(self, steps: int, version: int, loss: float = 0.0, size: int = 0) -> None:
-        """The mailbox holds, or will, a push that the next polls hand in."""
-        self._pushes += 1
-        self._push_frame = Push(self._pushes, steps, loss, True)
-        self._push_sent = False
-        self._pushed_version = version
-        self._status = self._status.after_push(size)
-
     def _start_pull(self, incoming: Tensor) -> int:
         self._pulling = version = self._folder.version
-        self._incoming.start(incoming, self._folder.slot(version))
+        self.incoming.start(incoming, self._folder.slot(version))
         self._status = self._status.after_pull(incoming.nbytes)
         return version
 
@@ -323,7 +325,7 @@ class SharedMemoryLink(Link):
             self._hang_up()
 
     def _join_frame(self) -> Join:
-        return Join(self._worker, self._layout.numel, self._process, self._layout.fingerprint)
+        return Join(self._worker, self._layout.numel, self.process, self._layout.fingerprint)
 
     def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
         """Connects and waits for the welcome. An external worker's server may be killed meanwhile and started again."""
@@ -402,7 +404,7 @@ class SharedMemoryLink(Link):
 
     def _welcome(self, message: Welcome) -> None:
         """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
-        if self._mailbox is not None:
+        if self.mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
         try:
             mailbox = self._folder.mailbox(message.mailbox)
@@ -410,9 +412,9 @@ class SharedMemoryLink(Link):
             self._hang_up()
             return
         self._worker = message.worker
-        self._outgoing.close()  # waits for a copy into the old mailbox, if there is one
-        before, self._mailbox = self._mailbox, mailbox
-        self._outgoing = Copier(self._device, [mailbox], self._outgoing.is_finite)
+        self.outgoing.close()  # waits for a copy into the old mailbox, if there is one
+        before, self.mailbox = self.mailbox, mailbox
+        self.outgoing = Copier(self._device, [mailbox], self.outgoing.is_finite)
         self._status = replace(self._status, connected=True)
         if self._push_frame is None:
             return

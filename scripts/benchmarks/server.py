@@ -66,7 +66,8 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float, pipe: Connecti
     # One file for all: as many vectors again as there are mailboxes would not fit a small machine.
     vector = torch.from_file(str(run_dir / VECTOR), shared=True, size=folder.numel)
     link = SharedMemoryLink(folder, worker, layout_of(folder.numel), torch.device("cpu"))
-    link._mailbox.copy_(vector)
+    assert link.mailbox is not None  # it has been welcomed
+    link.mailbox.copy_(vector)
     accepted = []
     pipe.send("ready")
     end = pipe.recv()
@@ -77,13 +78,12 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float, pipe: Connecti
             if mode == "end to end":
                 link.push(vector, SYNC_STEPS, 0)
             else:
-                # What `push` does, less the copy into the mailbox.
-                link._announce(SYNC_STEPS if mode == "absorb" else 1, 0)
+                link.push(link.mailbox, SYNC_STEPS if mode == "absorb" else 1, 0)  # which is there already
             link.settle()
             accepted.append(time.monotonic())
     if link.status.refused:
         raise RuntimeError(f"the server refused {link.status.refused} pushes of sender {worker}")
-    link.finish(False, -1, link._mailbox)  # which nobody needs any longer
+    link.finish(False, -1, link.mailbox)  # which nobody needs any longer
     link.close()
     pipe.send(accepted)
 

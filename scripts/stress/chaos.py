@@ -129,7 +129,7 @@ def work(run_dir: Path, log: Path, number: int, steps: int, faults: list[Fault],
         link = worker.link.status
         counts = {"accepted": link.accepted, "refused": link.refused, "skipped": worker.skipped_pushes}
         increasing = all(later > earlier for earlier, later in itertools.pairwise(versions))
-        report = {"worker": number, "process": worker.link._process, "fell_back": fell_back, "increasing": increasing}
+        report = {"worker": number, "process": worker.link.process, "fell_back": fell_back, "increasing": increasing}
         pipe.send(("report", {**report, **counts, "version": worker.version}))
     finally:
         run.leave()

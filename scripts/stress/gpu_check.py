@@ -217,8 +217,8 @@ def check_side_stream() -> str:
         try:
             worker = run.join(named, WorkerSettings(sync_steps=4), settings)
             link, folder = worker.link, run.transport.folder
-            require(len(link._outgoing._pinned) == 1, "the mailbox is not pinned")
-            require(len(link._incoming._pinned) == 2, "the anchor slots are not pinned")
+            require(len(link.outgoing.pinned) == 1, "the mailbox is not pinned")
+            require(len(link.incoming.pinned) == 2, "the anchor slots are not pinned")
             sent: list[Tensor] = []
             push = link.push
 
@@ -227,7 +227,7 @@ def check_side_stream() -> str:
                 push(total, steps, version, loss)
 
             link.push = noted_push
-            mailbox = link._mailbox
+            mailbox = link.mailbox
             worker.adopt_anchor()
             rates = [1e-3] * len(named)
             for step in range(400):
@@ -245,7 +245,7 @@ def check_side_stream() -> str:
                 pulls += worker.version > version
                 # The mailbox keeps a push until the next is written, and none is in the second step of a period.
                 if sent and step % 4 == 1:
-                    link._outgoing.wait()
+                    link.outgoing.wait()
                     require(torch.equal(mailbox, sent[-1].cpu()), f"push {len(sent)} arrived changed")
                     compared_pushes += 1
                 if worker.version > version:

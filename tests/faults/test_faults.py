@@ -301,7 +301,7 @@ def test_a_push_that_a_killed_server_had_not_counted_is_handed_in_again(tmp_path
         link.settle()
         assert link.status.accepted == 2
         assert finish(link).tolist() == [4.0] * NUMEL  # 1 + 12 / 4, neither 1 nor 7
-        assert load_tensors(tmp_path / "first.safetensors")["counted"].tolist() == [[link._process, 1]]
+        assert load_tensors(tmp_path / "first.safetensors")["counted"].tolist() == [[link.process, 1]]
 
 
 def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_in_again(tmp_path):
@@ -323,7 +323,7 @@ def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_
 
 def snapshot_holds(run: Served, link: SharedMemoryLink) -> bool:
     path = run.folder.snapshot_path
-    return path.exists() and load_tensors(path)["counted"].tolist() == [[link._process, 1]]
+    return path.exists() and load_tensors(path)["counted"].tolist() == [[link.process, 1]]
 
 
 @pytest.mark.parametrize("with_snapshot", [True, False])
