@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,9 @@ from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.simulated import SimulatedRuns, make_run
 
-# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor. An
-# exchange every 8 steps takes as many bytes as one every 2 steps in 8 bits.
+# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor; with
+# `nesterov` the momentum is by Nesterov's rule, as it is at LSAM's anchor. An exchange every 8 steps takes as many
+# bytes as one every 2 steps in 8 bits.
 AT_WORKERS = {"lsam": {"momentum_at": "worker"}}
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
@@ -73,6 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "data-parallel SAM": {"sam": True, "data_parallel": True},
     "data-parallel SGD": {"data_parallel": True},
+    "data-parallel Nesterov SGD": {"data_parallel": True, "nesterov": True},
     "local SGD": {"barrier": True, **AT_WORKERS},
     "local SGD with SAM": {"sam": True, "barrier": True, **AT_WORKERS},
     "DiLoCo": {
@@ -89,7 +91,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LSGD": {"lsam": {"sync_steps": 8, "exchange_bits": 32, "algorithm": "lsgd", "coupling_strength": 0.9}},
 }
 # The methods of the experiments with fewer of them.
-FOUR = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel SGD")
+FIVE = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel Nesterov SGD", "data-parallel SGD")
 # What a trial tries, of each method alike.
 RATES = tuple({"learning_rate": rate} for rate in (0.05, 0.1, 0.2, 0.4))
 TRIAL_SEEDS = (100, 101)
@@ -175,8 +177,8 @@ class Task:
         batches = self.batches(rank, len(self._run.machines))
         return itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
 
-    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, self._run.learning_rate, MOMENTUM, weight_decay=5e-4)
+    def optimizer(self, parameters: Sequence[nn.Parameter], nesterov: bool = False) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, self._run.learning_rate, MOMENTUM, weight_decay=5e-4, nesterov=nesterov)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Of the whole run: a warm-up of 5 %, and a cosine to zero."""
@@ -223,7 +225,7 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
     made, sync_steps = make_run(
         None if method.get("data_parallel") else LoopArguments(**method.get("lsam", {})),
         task.model,
-        task.optimizer,
+        partial(task.optimizer, nesterov=method.get("nesterov", False)),
         loss,
         [Machine(**fields) for fields in run.machines],
         Gradient(run.sam_rho if method.get("sam") else 0.0),
@@ -320,9 +322,9 @@ def methods(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 def long(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """A run three times as long; three trials of that length with one seed, over higher rates than short runs have."""
     higher = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.4)]
-    tried, best = tuned(runs, FOUR, LONG, lambda name: higher, seeds=TRIAL_SEEDS[:1])
+    tried, best = tuned(runs, FIVE, LONG, lambda name: higher, seeds=TRIAL_SEEDS[:1])
     made, table = table_of(
-        runs, {name: [Run(name, LONG, **best[name], seed=seed) for seed in range(seeds)] for name in FOUR}
+        runs, {name: [Run(name, LONG, **best[name], seed=seed) for seed in range(seeds)] for name in FIVE}
     )
     return [*tried, *made], table
 
@@ -332,11 +334,11 @@ def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     images, batch_size = len(images_of(runs.data, False).train_labels), 128
     plan = [
         Run(name, 30 * images // (4 * batch_size), learning_rate=0.2, batch_size=batch_size, seed=seed, moments=5)
-        for name, seed in itertools.product(FOUR, range(seeds))
+        for name, seed in itertools.product(FIVE, range(seeds))
     ]
     made = runs.results(plan)
     rows = []
-    for index, name in enumerate(FOUR):
+    for index, name in enumerate(FIVE):
         own = [result["points"] for result in made[index * seeds : (index + 1) * seeds]]
         errors = (mean_and_spread([point["error"] for point in moment]) for moment in zip(*own, strict=True))
         rows.append((name, *errors, f"{own[0][-1]['bytes'] / 1e6:,.0f}"))
@@ -345,7 +347,7 @@ def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
 def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     """150 epochs of a few images; six trials a method, in which SAM's gradient has its radius to find as well."""
-    plan = [(name, 150) for name in FOUR]
+    plan = [(name, 150) for name in FIVE]
     return by_heart(runs, seeds, plan, (0.1, 0.2, 0.4), (0.05, 0.1, 0.15, 0.2, 0.3, 0.4), (0.05, 0.1))
 
 
@@ -354,7 +356,7 @@ def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
     The plain gradient also trains for half as long, in which it learns less of what is wrong.
     """
-    plan = [*((name, 100) for name in FOUR), (FOUR[-1], 50)]
+    plan = [*((name, 100) for name in FIVE), (FIVE[-1], 50)]
     rates = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     return by_heart(runs, seeds, plan, (0.2, 0.4, 0.8), rates, (0.1, 0.2), wrong_labels=0.4)
 
@@ -393,7 +395,7 @@ def by_heart(
     errors = {label: [run["points"][-1]["error"] for run in made] for label, made in finished.items()}
     for label, made in finished.items():
         run, points = made[0]["run"], [each["points"][-1] for each in made]
-        ahead = mean_and_spread([b - a for a, b in zip(errors[label], errors[FOUR[-1]], strict=True)])
+        ahead = mean_and_spread([b - a for a, b in zip(errors[label], errors[FIVE[-1]], strict=True)])
         rows.append(
             (
                 label,
@@ -401,12 +403,12 @@ def by_heart(
                 f"{run['sam_rho']:g}" if METHODS[run["method"]].get("sam") else "-",
                 mean_and_spread([point["train_error"] for point in points]),
                 mean_and_spread(errors[label]),
-                "-" if label == FOUR[-1] else ahead,
+                "-" if label == FIVE[-1] else ahead,
                 f"{points[0]['bytes'] / 1e6:,.0f}",
                 str(seeds),
             )
         )
-    heads = ("", "learning rate", "rho", "training error, %", "test error, %", f"ahead of {FOUR[-1]}", "MB exchanged")
+    heads = ("", "learning rate", "rho", "training error, %", "test error, %", f"ahead of {FIVE[-1]}", "MB exchanged")
     return everything, markdown_table((*heads, "seeds"), rows)
 
 
@@ -417,13 +419,13 @@ def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
     batch_sizes = {"32 a worker": lambda n: 32, "128 in all": lambda n: 128 // n}
     plan = [
         Run(name, **best[name], seed=seed, batch_size=batch_size(n), machines=[{}] * n)
-        for batch_size, name, n, seed in itertools.product(batch_sizes.values(), FOUR, numbers, range(seeds))
+        for batch_size, name, n, seed in itertools.product(batch_sizes.values(), FIVE, numbers, range(seeds))
     ]
     made = runs.results(plan)
     errors = (result["points"][-1]["error"] for result in made)
     rows = [
         (f"{name}, {label}", *(mean_and_spread(list(itertools.islice(errors, seeds))) for _ in numbers))
-        for label, name in itertools.product(batch_sizes, FOUR)
+        for label, name in itertools.product(batch_sizes, FIVE)
     ]
     return made, markdown_table(("error, %", *(f"n = {n}" for n in numbers)), rows)
 
