@@ -59,6 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LSAM without SAM": {},
     "LSAM, momentum at the workers": {"sam": True, **AT_WORKERS},
     "LSAM without SAM, momentum at the workers": AT_WORKERS,
+    "LSAM without SAM, 32 bits": {"lsam": {"exchange_bits": 32}},
     "LSAM without SAM, 4 bits": {"lsam": {"exchange_bits": 4}},
     "LSAM, 32 bits, tau = 8": {"sam": True, "lsam": {"sync_steps": 8, "exchange_bits": 32}},
     "LSAM as in the paper": {

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from hf_lsam.files import write_atomically
 from hf_lsam.loop import LoopArguments
+from hf_lsam.nesterov import NesterovAdamW
 from hf_lsam.simulation import Gradient, Machine
 from recipes.common.arguments import pick
 from recipes.common.configuration import parse_configuration, resolve
@@ -40,12 +41,14 @@ from scripts.common.simulated import SimulatedRuns, make_run
 
 Collate = Callable[[list], dict[str, torch.Tensor]]
 
-# The direction of the perturbation, if there is one.
+# The direction of the perturbation, if there is one, and whether workers step with NesterovAdamW.
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"direction": "gradient"},
     "LSAM, one pass": {"direction": "momentum"},
     "LSAM without SAM": {},
+    "LSAM without SAM, NesterovAdamW": {"nesterov": True},
     "data-parallel SAM": {"direction": "gradient", "data_parallel": True},
+    "data-parallel NesterovAdamW": {"data_parallel": True, "nesterov": True},
     "data-parallel AdamW": {"data_parallel": True},
 }
 PLAIN = "data-parallel AdamW"  # whose accuracy with the same seed is subtracted from the others'
@@ -134,7 +137,8 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         return lambda: model(**batch).loss
 
     def optimizer(parameters):
-        return torch.optim.AdamW(parameters, run.learning_rate, weight_decay=0.0)
+        kind = NesterovAdamW if method.get("nesterov") else torch.optim.AdamW
+        return kind(parameters, run.learning_rate, weight_decay=0.0)
 
     def share(step: int) -> float:
         warm = max(1, run.steps // 10)

@@ -179,11 +179,17 @@ class Gains:
             return mean_and_spread([figure(run) for run in of_method(runs, method)], 1)
 
         own = "" if of_method(runs, "LSAM") else AT_WORKERS
-        return (
-            what + own,
-            f"{of(f'LSAM{own}')}; without SAM {of(f'LSAM without SAM{own}')}",
-            f"{of(f'data-parallel {plain}')}; with SAM {of('data-parallel SAM')}",
-        )
+        lsam = [of(f"LSAM{own}"), f"without SAM {of(f'LSAM without SAM{own}')}"]
+        data_parallel = [of(f"data-parallel {plain}"), f"with SAM {of('data-parallel SAM')}"]
+        # Nesterov's rule, which LSAM's anchor has: in data-parallel training, and at LSAM's workers.
+        for row, method, optimizer in (
+            (lsam, "LSAM without SAM, NesterovAdamW", "NesterovAdamW"),
+            (data_parallel, "data-parallel NesterovAdamW", "NesterovAdamW"),
+            (data_parallel, "data-parallel Nesterov SGD", "Nesterov"),
+        ):
+            if of_method(runs, method):
+                row.append(f"with {optimizer} {of(method)}")
+        return what + own, "; ".join(lsam), "; ".join(data_parallel)
 
 
 def simulated(folder: str, name: str) -> Runs:
