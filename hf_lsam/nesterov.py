@@ -44,7 +44,16 @@ class NesterovAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Moves all parameters that have a gradient; returns the loss, where a `closure` computes it."""
+        """Moves all parameters that have a gradient; returns the loss, where a `closure` computes it.
+
+        Raises:
+            ValueError: if something has set the first of a group's betas, which is its `momentum` here.
+        """
+        if any(group["betas"][0] for group in self.param_groups):
+            raise ValueError(
+                "NesterovAdamW keeps its momentum in each group's 'momentum', and something has set betas[0] as well: "
+                "the gradient would be averaged twice. Schedule 'momentum' instead (OneCycleLR: cycle_momentum=False)."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -283,6 +283,20 @@ def test_nesterov_adamw_takes_a_closure_and_leaves_alone_what_has_no_gradient():
     assert left not in optimizer.state
 
 
+def test_nesterov_adamw_refuses_a_schedule_of_betas():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = NesterovAdamW([parameter], 0.1)
+    parameter.grad = torch.ones(3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+    other = NesterovAdamW([parameter], 0.1)
+    torch.optim.lr_scheduler.OneCycleLR(other, 0.1, total_steps=10, cycle_momentum=False)
+    other.step()
+    assert not torch.equal(parameter, torch.ones(3))
+
+
 # --- parameters.py ---
 
 
