@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..batchnorm import frozen_statistics, normalising_by_the_batch
 from ..checkpoint import load_tensors, save_tensors
+from ..files import write_atomically
 from ..generators import forked
 from ..landscape import scan
 from ..record import FOLDER, read_record
@@ -53,9 +54,7 @@ class LandscapeScan(TrainerPart):
                 "batchnorm": bool(self.session.batchnorm),
                 **self._scanned(workers, args.kernel_precision(self.session.sync_steps)),
             }
-            beside = folder / ".landscape.json"
-            beside.write_text(json.dumps(measured))
-            beside.replace(folder / "landscape.json")
+            write_atomically(folder / "landscape.json", json.dumps(measured))
         except (OSError, ValueError) as error:
             logger.warning(f"The landscape is not in the record: {error}")
 
