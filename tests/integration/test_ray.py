@@ -19,10 +19,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from filelock import FileLock
 from launch import ROOT, SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
 
 from hf_lsam.checkpoint import load_tensors
+from hf_lsam.cli import main
 from hf_lsam.cli.monitor import run_state
 from hf_lsam.record import read_record
 from hf_lsam.transport.ownership import dead_launches
@@ -203,10 +205,14 @@ def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path
     assert driver.process.wait() == 0, driver.logs()
     record = read_record(driver.out)
     assert {rank: entries[-1]["error"] for rank, entries in record.workers.items()} == {0: None, 1: None}
-    steps = [entries[-1]["step"] for entries in record.workers.values()]
+    steps = [record.workers[rank][-1]["step"] for rank in range(2)]
     assert 200 <= sum(steps) < 300  # shared, but for those that were made while a count crossed
     assert run_state(record) == "finished"
     assert re.search(r"worker [01]: step \d+, loss [\d.]+, anchor \d+", driver.log)
+    shown = CliRunner().invoke(main, ["monitor", str(driver.out), "--once"])
+    assert shown.exit_code == 0
+    rows = re.findall(r"^ *([01]) +finished +(\d+) ", shown.output, re.MULTILINE)  # a line a worker
+    assert [(rank, int(step)) for rank, step in rows] == [("0", steps[0]), ("1", steps[1])]
     snapshot = driver.snapshot()
     assert snapshot["pushes"].tolist()[0] > 0
     weight, bias = torch.load(driver.out / "model.pt").values()
