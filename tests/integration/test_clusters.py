@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,8 +23,10 @@ CLUSTERS = ROOT / "docs/clusters"
 MACHINES, GPUS = 2, 8
 
 # What the cluster's commands do: srun starts a process a machine, with its number.
+SAY = 'python3 -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"'
 COMMANDS = {
-    "accelerate": 'python3 -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"',
+    "accelerate": SAY,
+    "python": SAY,
     "scontrol": 'test "$*" = "show hostnames node[7-8]" && printf "node7\\nnode8\\n"',
     "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
 }
@@ -62,23 +65,26 @@ def kubernetes() -> list[tuple[str, dict[str, str]]]:
     return [(container["args"][0], {**given, "JOB_COMPLETION_INDEX": rank}) for rank in range(MACHINES)]
 
 
+def said_by(script: str, variables: dict[str, str | int], folder: Path) -> list[list[str]]:
+    """What the stand-ins got, each time, when the shell runs a script with these variables."""
+    for name, text in COMMANDS.items():
+        command = folder / name
+        command.write_text(f"#!/bin/bash\n{text}\n")
+        command.chmod(0o755)
+    environment = {name: str(value) for name, value in variables.items()}
+    environment["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    (folder / "script").write_text(script)
+    command = ["bash", "-eu", folder / "script"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("cluster", "first_machine"), [(slurm, "node7"), (skypilot, "10.0.0.7"), (kubernetes, "lsam-0.lsam")]
 )
 def test_a_launcher_a_machine_that_makes_one_run(tmp_path, monkeypatch, cluster, first_machine):
-    for name, text in COMMANDS.items():
-        command = tmp_path / name
-        command.write_text(f"#!/bin/bash\n{text}\n")
-        command.chmod(0o755)
-    launched = []
-    for text, variables in cluster():
-        environment = {name: str(value) for name, value in variables.items()}
-        environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-        script = tmp_path / "script"
-        script.write_text(text)
-        done = subprocess.run(["bash", "-eu", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        launched += [json.loads(line) for line in done.stdout.splitlines()]
+    launched = [words for text, variables in cluster() for words in said_by(text, variables, tmp_path)]
     ports = set()
     for rank, (launch, *words) in enumerate(launched):
         assert launch == "launch"
@@ -103,15 +109,38 @@ def test_a_launcher_a_machine_that_makes_one_run(tmp_path, monkeypatch, cluster,
     assert next(iter(ports)) > 1023
 
 
+def test_a_machine_that_is_queued_again_joins_by_the_same_commands(tmp_path, monkeypatch):
+    text = (CLUSTERS / "slurm_requeue.sbatch").read_text()
+    variables = {"SLURM_GPUS_ON_NODE": GPUS, "SLURM_ARRAY_JOB_ID": 31234, "SLURM_ARRAY_TASK_ID": 3}
+    # They run beside each other.
+    relay, launch = sorted(said_by(text, {**variables, "SERVER": "node1:29400", "SECRET": "secret"}, tmp_path))
+    folder = "/tmp/lsam-31234-3"
+    assert relay[:2] == ["-m", "hf_lsam.server"]
+    assert relay[2:] == ["--run_dir", folder, "--connect", "node1:29400", "--secret_file", "secret"]
+    options = launch_command_parser().parse_args(launch[1:])
+    assert (options.num_machines, options.num_processes, options.multi_gpu) == (1, GPUS, True)
+    monkeypatch.chdir(ROOT)
+    values = parse_configuration(causal_lm.KEYS, options.training_script_args)
+    assert (values["num_workers"], values["server_address"], values["seed"]) == (GPUS, folder, 3)
+
+
 def test_the_manifest_is_one_that_kubernetes_takes():
     validator = pytest.importorskip("kubernetes_validate")
     for document in documents("kubernetes.yaml"):
         validator.validate(document, validator.latest_version(), strict=True)
 
 
-def test_sbatch_reads_its_options_before_the_first_command():
-    lines = (CLUSTERS / "slurm.sbatch").read_text().splitlines()
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [
+        ("slurm.sbatch", {"nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "8"}),
+        ("slurm_requeue.sbatch", {"nodes": "1", "array": "1-4", "gpus-per-node": "8", "requeue": ""}),
+    ],
+)
+def test_sbatch_reads_its_options_before_the_first_command(script, asked):
+    lines = (CLUSTERS / script).read_text().splitlines()
     before = lines[: next(i for i, line in enumerate(lines) if line and not line.startswith("#"))]
-    options = dict(line.removeprefix("#SBATCH --").split("=") for line in before if line.startswith("#SBATCH"))
-    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("2", "1", "8")
+    given = [line.removeprefix("#SBATCH --").partition("=") for line in before if line.startswith("#SBATCH")]
+    options = {name: value for name, _, value in given}
+    assert options | asked == options
     assert sum(line.startswith("#SBATCH") for line in lines) == len(options)
