@@ -264,6 +264,46 @@ def test_full_fine_tuning_is_algorithm_1(tmp_path):
     assert (expected.x[-1] - vector(net())).norm() > 0.1  # far beyond the tolerance
 
 
+@pytest.mark.parametrize("wrong", [{"in_norm": 2}, {"perturbed": 2}])
+def test_tied_embeddings_count_once_in_the_norm_and_are_perturbed_once(tmp_path, wrong):
+    """In float64, against SAM written out with the embeddings' two uses; a reference that is `wrong` is told apart."""
+    rho, lr = 0.1, 0.05
+
+    def sam(in_norm: int = 1, perturbed: int = 1) -> Tensor:
+        """x after four steps, where the tied parameter counts so often in the norm and is perturbed so often."""
+        model = tiny_gpt2().double()
+        assert model.lm_head.weight is model.transformer.wte.weight
+        named = dict(model.named_parameters())
+        tied = "transformer.wte.weight"
+
+        def gradient(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss  # as Trainer counts them
+            return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+        for batch in batches_of(texts())[:4]:
+            first = gradient(batch)
+            square = sum(g.square().sum() * (in_norm if name == tied else 1) for name, g in first.items())
+            moves = {name: rho * g / square.sqrt() * (perturbed if name == tied else 1) for name, g in first.items()}
+            with torch.no_grad():
+                for name, p in named.items():
+                    p += moves[name]
+            second = gradient(batch)
+            with torch.no_grad():
+                for name, p in named.items():
+                    p -= moves[name] + lr * second[name]
+        return vector(model)
+
+    model = tiny_gpt2().double()
+    trainer = train(tmp_path, model, texts(), sam_rho=rho, learning_rate=lr, coupling_strength=0.0, max_steps=4)
+    ours, right = trainer.recorder.x[-1], sam()
+    assert ours.dtype == torch.float64
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert trainer.worker.anchor.numel() == len(right) == sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(ours, right, rtol=0, atol=1e-12)
+    assert (right - vector(tiny_gpt2().double())).abs().max() > 0.01
+    assert (right - sam(**wrong)).abs().max() > 1e-5
+
+
 def test_gradient_accumulation_perturbs_each_micro_batch(tmp_path):
     # 9 batches an epoch in steps of 4: the last step of the epoch has one.
     rows = blobs(72)
