@@ -338,19 +338,20 @@ results = {}
 for name in ("plain", "dataloader_num_workers", "model_init"):
     args = arguments(
         LSAMConfig, OUT / name, max_steps=12, dataloader_num_workers=2 if name == "dataloader_num_workers" else 0,
-        **{**LSAM, "train_sampling_strategy": "random"},
+        eval_strategy="steps", eval_steps=6, **{**LSAM, "train_sampling_strategy": "random"},
     )
     # From model_init each worker makes the model with Trainer's seed, wherever its own generator is.
     torch.manual_seed(100 + RANK if name == "model_init" else args.seed)
     given = dict(model_init=model) if name == "model_init" else dict(model=model())
     in_turn = InTurn(name)
-    trainer = Watched(args=args, train_dataset=rows, callbacks=[in_turn], **given)
+    trainer = Watched(args=args, train_dataset=rows, eval_dataset=blobs(8, seed=5), callbacks=[in_turn], **given)
     trainer.in_turn, in_turn.trainer = in_turn, trainer
     trainer.train()
     results[name] = dict(
         first=in_turn.first, x=in_turn.x, drawn=in_turn.drawn, versions=in_turn.versions,
         loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        end=digest(vector(trainer.model)),
+        evaluated=[[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e],
+        end=digest(vector(trainer.model)), final=trainer.evaluate()["eval_loss"],
     )
 report(**results)
 """
@@ -376,6 +377,15 @@ def test_workers_that_take_turns_exchange(in_turn):
     for epoch in (slice(0, 8), slice(8, 12)):
         drawn = [index for worker in (first, second) for batch in worker["drawn"][epoch] for index in batch]
         assert len(set(drawn)) == len(drawn) == 8 * len(first["drawn"][epoch])
+
+
+def test_worker_0_alone_evaluates_while_training_also_at_the_last_step(in_turn):
+    first, second = (report["plain"] for report in in_turn)
+    assert [step for step, _ in first["evaluated"]] == [6, 12]
+    assert second["evaluated"] == []
+    losses = [loss for _, loss in first["evaluated"]]
+    assert losses[0] > losses[1] > first["final"] > 0  # the last push of worker 1 comes after the last of these
+    assert first["final"] == second["final"]
 
 
 @pytest.mark.parametrize("name", ["dataloader_num_workers", "model_init"])
