@@ -111,6 +111,49 @@ def texts(rows: int = 64, length: int = 8, seed: int = 0) -> Rows:
     return Rows([{"input_ids": row, "labels": row} for row in ids])
 
 
+BASES = {
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    # As for FSDP: what looks like a weight in bfloat16 is 4-bit numbers, packed.
+    "4 bits in bfloat16": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    "8 bits": {"load_in_8bit": True},
+}
+
+
+def saved_llama(folder: Path) -> str:
+    """A folder with a Llama of one layer, 64 wide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=32, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def adapter():
+    """LoRA on two layers of the Llama: 512 values."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
+
+
+def quantised(folder: Path | str, base: str):
+    """The model in `folder` as one of `BASES`, with the adapter."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**BASES[base]))
+    torch.manual_seed(1)
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    return get_peft_model(model, adapter())
+
+
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The bytes of what must stay as it is."""
+    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+    return {name: tensor.detach().clone().flatten().view(torch.uint8) for name, tensor in tensors.items()}
+
+
 def arguments(kind: type, output_dir: Path, **fields: Any):
     """A config of class `kind` for a short quiet CPU run whose batches come in the order of the rows."""
     defaults = {

@@ -282,6 +282,118 @@ def test_each_worker_logs_its_own_exchange(data_runs):
     assert 2 <= versions.pop() <= 13
 
 
+# --- what does not change the run: processes that load the data, a model made by each worker ---
+
+IN_TURN = """
+import time
+
+
+class InTurn(TrainerCallback):
+    \"\"\"Worker 1 makes each step between two of worker 0's, so that each always sees the same of the other.\"\"\"
+
+    def __init__(self, name):
+        self.name, self.x, self.drawn, self.versions = name, [], [], []
+
+    def wait_for(self, rank, step):
+        while step and not (OUT / f"{self.name}-{rank}-{step}").exists():
+            time.sleep(0.002)
+
+    def on_train_begin(self, args, state, control, model=None, **keywords):
+        self.first = [digest(vector(model)), digest(self.trainer.worker.anchor)]
+        torch.manual_seed(RANK)  # what model_init draws, worker 0's dropout would not
+
+    def on_step_begin(self, args, state, control, **keywords):
+        self.wait_for(1 - RANK, state.global_step + RANK)
+
+    def on_step_end(self, args, state, control, model=None, **keywords):
+        worker = self.trainer.worker
+        worker.link.settle()
+        worker.pull_newest()
+        self.x.append(digest(vector(model)))
+        self.versions.append(worker.version)
+        (OUT / f"{self.name}-{RANK}-{state.global_step}").touch()
+        if state.global_step == state.max_steps:
+            self.wait_for(1, state.max_steps)  # nobody leaves before
+
+
+class Indexed(Net):
+    def forward(self, x, labels=None, index=None):
+        return super().forward(x, labels)
+
+
+class Watched(LSAMTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.in_turn.drawn.append(inputs["index"].tolist())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def model():
+    return Indexed(dropout=0.2)
+
+
+rows = blobs(64)
+for i, row in enumerate(rows.rows):
+    row["index"] = torch.tensor(i)
+results = {}
+for name in ("plain", "dataloader_num_workers", "model_init"):
+    args = arguments(
+        LSAMConfig, OUT / name, max_steps=12, dataloader_num_workers=2 if name == "dataloader_num_workers" else 0,
+        eval_strategy="steps", eval_steps=6, **{**LSAM, "train_sampling_strategy": "random"},
+    )
+    # From model_init each worker makes the model with Trainer's seed, wherever its own generator is.
+    torch.manual_seed(100 + RANK if name == "model_init" else args.seed)
+    given = dict(model_init=model) if name == "model_init" else dict(model=model())
+    in_turn = InTurn(name)
+    trainer = Watched(args=args, train_dataset=rows, eval_dataset=blobs(8, seed=5), callbacks=[in_turn], **given)
+    trainer.in_turn, in_turn.trainer = in_turn, trainer
+    trainer.train()
+    results[name] = dict(
+        first=in_turn.first, x=in_turn.x, drawn=in_turn.drawn, versions=in_turn.versions,
+        loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        evaluated=[[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e],
+        end=digest(vector(trainer.model)), final=trainer.evaluate()["eval_loss"],
+    )
+report(**results)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory):
+    _, reports = launch(tmp_path_factory.mktemp("in_turn"), IN_TURN)
+    assert len(reports) == 2
+    return reports
+
+
+def test_workers_that_take_turns_exchange(in_turn):
+    """So that equal runs mean something."""
+    first, second = (report["plain"] for report in in_turn)
+    assert first["first"] == second["first"]
+    assert first["end"] == second["end"]
+    assert len(first["x"]) == len(second["x"]) == 12
+    assert not set(first["x"]) & set(second["x"])
+    for worker in (first, second):
+        assert worker["versions"] == sorted(worker["versions"])
+        assert worker["versions"][-1] >= 2
+    for epoch in (slice(0, 8), slice(8, 12)):
+        drawn = [index for worker in (first, second) for batch in worker["drawn"][epoch] for index in batch]
+        assert len(set(drawn)) == len(drawn) == 8 * len(first["drawn"][epoch])
+
+
+def test_worker_0_alone_evaluates_while_training_also_at_the_last_step(in_turn):
+    first, second = (report["plain"] for report in in_turn)
+    assert [step for step, _ in first["evaluated"]] == [6, 12]
+    assert second["evaluated"] == []
+    losses = [loss for _, loss in first["evaluated"]]
+    assert losses[0] > losses[1] > first["final"] > 0  # the last push of worker 1 comes after the last of these
+    assert first["final"] == second["final"]
+
+
+@pytest.mark.parametrize("name", ["dataloader_num_workers", "model_init"])
+def test_two_workers_train_bit_for_bit_as_without(in_turn, name):
+    for report in in_turn:
+        assert report[name] == report["plain"]
+
+
 # --- stopping, the best model, a worker that breaks ---
 
 STOPPING = """
