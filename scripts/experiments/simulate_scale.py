@@ -3,12 +3,12 @@
     python scripts/experiments/simulate_scale.py --dataset parquet --train_file train.parquet --eval_file test.parquet
 
 A perceptron with one hidden layer (6,506 parameters) on CIFAR-10 at 8x8 pixels, batches of 8, SGD with momentum 0.9; a
-step takes one second, give or take a fifth. LSAM with the plain gradient, float32 exchanges and the workers' own
-momentum, so that n is all that changes. A table a question:
+step takes one second, give or take a fifth. LSAM with the plain gradient and float32 exchanges, so that n is all that
+changes. A table a question:
 
     steps     each worker makes as many steps, whatever n is
     samples   all workers together see as many samples: the more workers, the fewer steps each
-    knobs     64 workers, with other values of sync_steps, coupling_strength and anchor_lr, one at a time
+    knobs     64 workers, with other values of sync_steps, coupling_strength, anchor_lr and momentum_at, one at a time
     server    64 workers and a server that takes a time for each push; at the rate that they have in `steps`
     adamw     the same with AdamW, at many rates: which does LSAM need to go where data-parallel training goes?
 
@@ -48,17 +48,18 @@ from scripts.common.simulated import SimulatedRuns, make_run
 LSAM, DATA_PARALLEL = METHODS = ("LSAM", "data-parallel SGD")
 WORKERS = (1, 4, 16, 64, 256, 1024)
 STEPS, SAMPLES, BATCH, MOMENTUM = 64, 32_768, 8, 0.9
-RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
+RATES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 TRIAL_SEED = 100
 FEW_SEEDS = 1024  # workers from which on one seed has to do
 MANY = 64  # workers of the questions `knobs` and `server`
 # The priors: exchanges at every step if it costs that workers stand apart, rarer ones if not; half the
 # coupling strength, which leaves them apart; and a longer stride of the anchor, as the mean of many is less noisy.
-KNOBS: tuple[dict[str, float], ...] = (
+KNOBS: tuple[dict[str, Any], ...] = (
     {"sync_steps": 1},
     {"sync_steps": 8},
     {"coupling_strength": 0.5},
     {"anchor_lr": 1.5},
+    {"momentum_at": "worker"},
 )
 # With AdamW, at every rate; errors on held-out training images.
 WITH_ADAM = ("LSAM, AdamW", "data-parallel AdamW")
@@ -88,7 +89,7 @@ class Run:
     learning_rate: float = 0.0
     seed: int = 0
     validation: bool = False
-    lsam: dict[str, float] = field(default_factory=dict)
+    lsam: dict[str, Any] = field(default_factory=dict)
     load: float = 0.0
 
 
@@ -130,8 +131,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
     arguments = None
     if run.method.startswith(LSAM):  # the learning rate is the one that is tried
-        fixed = {"exchange_bits": 32, "scale_learning_rate": False, "momentum_at": "worker"}
-        arguments = LoopArguments(**{**fixed, **run.lsam})
+        arguments = LoopArguments(**{"exchange_bits": 32, "scale_learning_rate": False, **run.lsam})
     begin = time.perf_counter()
     made, sync_steps = make_run(
         arguments,
@@ -268,7 +268,7 @@ def knobs(runs: Sequence[dict[str, Any]]) -> str:
     plan = Run(LSAM, MANY, STEPS)
     lines = [("the defaults", plan)]
     lines += [
-        (", ".join(f"{key} = {value:g}" for key, value in knob.items()), replace(plan, lsam=knob)) for knob in KNOBS
+        (", ".join(f"{key} = {value}" for key, value in knob.items()), replace(plan, lsam=knob)) for knob in KNOBS
     ]
     rows = []
     for label, each in [*lines, (DATA_PARALLEL, replace(plan, method=DATA_PARALLEL))]:
