@@ -2,12 +2,12 @@
 
     python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
-Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it
-also both with NesterovAdamW. The keys are those of the
-recipe's script and hold for all methods. With `--learning_rates` each method tries every one of them, judged on a part
-of the training data that is held out for it, and takes its best; else all have the recipe's. A run that has finished is
-kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, goes to recipes/RECIPE/results; the
-tables replace what stands between the markers `methods` and `trials` of its README.md.
+Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it also both
+with NesterovAdamW. The keys are those of the recipe's script and hold for all methods. With `--learning_rates` each
+method tries every one of them, judged on a part of the training data that is held out for it, and takes its best; else
+all have the recipe's. A run that has finished is kept in `--runs_dir` and not made again. The JSON, methods.json and
+trials.json, goes to recipes/RECIPE/results; the tables replace what stands between the markers `methods` and `trials`
+of its README.md. For data of your own name an `--output_dir`, which need not have a README.md.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="tried with each method before")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/measure_recipe")
-    parser.add_argument("--recipes", type=Path, default=REPOSITORY / "recipes", help="whose README and JSON to write")
+    parser.add_argument("--output_dir", type=Path, help="default: the folder of the recipe")
     add_runs(parser)
     arguments, words = parser.parse_known_args()
     if arguments.runs is not None:
@@ -74,7 +74,11 @@ def main() -> None:
     if not hasattr(load(arguments.recipe), "TRAINERS"):
         parser.error(f"{arguments.recipe} does not train through Trainer; reproduce.py compares its methods")
     recipe, rates = arguments.recipe, arguments.learning_rates
-    defaults, folder = parse_configuration(load(recipe).KEYS, []), arguments.recipes / recipe
+    defaults, folder = (
+        parse_configuration(load(recipe).KEYS, []),
+        arguments.output_dir or REPOSITORY / "recipes" / recipe,
+    )
+    readme = folder / "README.md"
 
     def results(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
         runs = [in_folder_of_its_own({"recipe": recipe, **each}, arguments.runs_dir, defaults) for each in planned]
@@ -83,11 +87,13 @@ def main() -> None:
     def publish(made: list[dict[str, Any]], name: str) -> None:
         summaries = summarize(made)
         write_json(folder / f"results/{name}.json", summaries)
-        write_between(folder / "README.md", name, table(summaries))
+        if readme.exists():
+            write_between(readme, name, table(summaries))
         print(table(summaries))
 
     for name in ("trials", "methods") if rates else ("methods",):
-        around(folder / "README.md", name)  # an hour before the tables are there
+        if readme.exists():
+            around(readme, name)  # an hour before the tables are there
     methods = configurations(recipe, words)
     if rates:
         held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}

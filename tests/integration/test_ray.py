@@ -101,9 +101,12 @@ def cluster() -> Iterator[Cluster]:
         finally:
             started += psutil.Process().children(recursive=True)
             cluster.shutdown()
-            for process in started:  # what a raylet that was killed has left
+            for (
+                process
+            ) in started:  # what a raylet that was killed has left; other tests need multiprocessing's servers
                 with suppress(psutil.NoSuchProcess):
-                    process.kill()
+                    if not any(word.startswith("from multiprocessing.") for word in process.cmdline()):
+                        process.kill()
 
 
 def processes_of_runs() -> list[psutil.Process]:

@@ -655,7 +655,7 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     readme = tmp_path / "causal_lm/README.md"
     readme.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("trials", "methods")))
     words = ["causal_lm", "--seeds", "2", "--learning_rates", "0.001", "0.1"]
-    words += ["--runs_dir", str(tmp_path / "runs"), "--recipes", str(tmp_path)]
+    words += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(readme.parent)]
     words += ["--max_steps", "4", "--train_file", str(text), "--model_config", json.dumps(LLAMA)]
     words += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
     done = run_script(ROOT / "scripts/experiments/measure_recipe.py", *words)
