@@ -73,7 +73,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def seal(folder: Path) -> None:
     """Flushes a checkpoint of several files to the disk, and then says in one more file that it is complete."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != SEAL]
+    # Nor is what a process that was killed while it wrote the seal has left beside it part of the checkpoint.
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(SEAL)]
     for path in files:
         flush(path)
     flush(folder)

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
-from hf_lsam.checkpoint import SERVER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
+from hf_lsam.checkpoint import SEAL, SERVER_STATE, is_sealed, load_tensors, newest_sealed, save_tensors, seal
 from hf_lsam.identity import Identity
 from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
@@ -499,6 +499,7 @@ def test_only_a_checkpoint_that_is_complete_is_taken_for_the_newest(tmp_path):
         folder = tmp_path / f"checkpoint-{number}"
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "weights").write_bytes(bytes(100))
+        (folder / f"{SEAL}.partial").write_text("{")  # a process was killed while it sealed this folder
         seal(folder)
     assert newest_sealed(tmp_path) == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-11").mkdir()
