@@ -29,8 +29,8 @@ class NesterovAdamW(torch.optim.AdamW):
         betas: the momentum, and AdamW's second decay rate.
         keywords: AdamW's other arguments.
 
-    State of a parameter: AdamW's, and b as `momentum_buffer`, of its shape and dtype. While it steps it holds a copy of
-    all parameters.
+    State of a parameter: AdamW's, with b where AdamW has the mean gradient (`exp_avg`). While it steps it holds a copy
+    of all parameters.
     """
 
     def __init__(
@@ -60,11 +60,13 @@ class NesterovAdamW(torch.optim.AdamW):
                 loss = closure()
         moved = [(p, group["momentum"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [parameter.clone() for parameter, _ in moved]
+        buffers = [self.state[parameter].get("exp_avg", torch.zeros_like(parameter)) for parameter, _ in moved]
+        for parameter, _ in moved:
+            if self.state[parameter]:
+                self.state[parameter]["exp_avg"] = parameter.grad  # as which AdamW would keep it, with beta1 = 0
         super().step()
-        for (parameter, momentum), start in zip(moved, before, strict=True):
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
+        for (parameter, momentum), start, buffer in zip(moved, before, buffers, strict=True):
             step = start - parameter
-            nesterov_step(parameter.copy_(start), state["momentum_buffer"], step, 1.0, 1 - momentum, momentum)
+            nesterov_step(parameter.copy_(start), buffer, step, 1.0, 1 - momentum, momentum)
+            self.state[parameter]["exp_avg"] = buffer
         return loss

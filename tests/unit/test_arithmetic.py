@@ -262,8 +262,11 @@ def test_nesterov_adamw_is_nesterovs_rule_on_the_steps_of_adamw_without_beta1_al
             u = rate * (decay * x + g / ((v / (1 - beta2**number)).sqrt() + eps))
             b.mul_(momentum).add_(u)
             x.sub_((1 - momentum) * (u + momentum * b))
-    for p, x in zip(parameters, expected, strict=True):
+    for p, x, b, g in zip(parameters, expected, buffers, gradients[-1], strict=True):
         torch.testing.assert_close(p.detach(), x)
+        assert torch.equal(p.grad, g)
+        assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}  # no more than AdamW keeps
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], b)
 
 
 def test_nesterov_adamw_takes_a_closure_and_leaves_alone_what_has_no_gradient():
