@@ -14,6 +14,7 @@ from transformers.optimization import Adafactor
 
 from hf_lsam import LSAM, LSAMArguments, LSAMConfig
 from hf_lsam.identity import Identity
+from hf_lsam.loop import LoopArguments
 
 
 def config(tmp_path, **fields):
@@ -328,6 +329,8 @@ def test_several_machines_are_told_apart_by_the_launcher_or_refused(tmp_path, mo
     assert config(tmp_path).identity == Identity(3, 1, 4, machine=1, num_machines=2, local_workers=2)
     with pytest.raises(ValueError, match="algorithm='easgd' works on one machine only"):
         config(tmp_path, algorithm="easgd")
+    with pytest.raises(ValueError, match="algorithm='lsgd' works on one machine only"):
+        LoopArguments(algorithm="lsgd")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(ValueError, match=r"--max_restarts is set, and with several machines.*Leave it out"):
         config(tmp_path)
