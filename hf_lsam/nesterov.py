@@ -60,10 +60,12 @@ class NesterovAdamW(torch.optim.AdamW):
                 loss = closure()
         moved = [(p, group["momentum"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [parameter.clone() for parameter, _ in moved]
-        buffers = [self.state[parameter].get("exp_avg", torch.zeros_like(parameter)) for parameter, _ in moved]
+        buffers = []
         for parameter, _ in moved:
-            if self.state[parameter]:
-                self.state[parameter]["exp_avg"] = parameter.grad  # as which AdamW would keep it, with beta1 = 0
+            state = self.state[parameter]
+            buffers.append(state["exp_avg"] if state else torch.zeros_like(parameter))
+            if state:
+                state["exp_avg"] = parameter.grad  # as which AdamW would keep it, with beta1 = 0
         super().step()
         for (parameter, momentum), start, buffer in zip(moved, before, buffers, strict=True):
             step = start - parameter
