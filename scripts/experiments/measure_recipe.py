@@ -74,10 +74,8 @@ def main() -> None:
     if not hasattr(load(arguments.recipe), "TRAINERS"):
         parser.error(f"{arguments.recipe} does not train through Trainer; reproduce.py compares its methods")
     recipe, rates = arguments.recipe, arguments.learning_rates
-    defaults, folder = (
-        parse_configuration(load(recipe).KEYS, []),
-        arguments.output_dir or REPOSITORY / "recipes" / recipe,
-    )
+    defaults = parse_configuration(load(recipe).KEYS, [])
+    folder = arguments.output_dir or REPOSITORY / "recipes" / recipe
     readme = folder / "README.md"
 
     def results(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
