@@ -18,9 +18,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # As many test processes run as there are cores: threads that wait for each other would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch import SESSION, SHARED_MEMORY, own_processes, own_shared_memory
+from launch import SESSION, SHARED_MEMORY, STARTUP, own_processes, own_shared_memory
 
 os.environ[SESSION] = f"{os.getpid()} {time.time()}"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STARTUP), os.environ.get("PYTHONPATH"))))
 # Set once by libraries at their first use and then left alone.
 LIBRARY_VARIABLES = ("ACCELERATE_", "PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "MPLBACKEND", "TF_", "CUDA_MODULE_")
 # Pools that a library starts once for the whole process.

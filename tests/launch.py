@@ -20,8 +20,9 @@ import psutil
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+STARTUP = TESTS / "startup"  # of every process that tests start: sitecustomize, and what the fork server imports
 # What a script needs on its PYTHONPATH to import what tests share.
-PATHS = f"{TESTS}{os.pathsep}{ROOT}"
+PATHS = os.pathsep.join(map(str, (STARTUP, TESTS, ROOT)))
 SHARED_MEMORY = Path("/dev/shm")
 # What must happen on an idle machine within a second may take this long on one that is busy.
 TIMEOUT = 240.0
@@ -95,7 +96,7 @@ def free_port() -> int:
 # Importing what a worker needs takes 6 CPU seconds. A launch may be forked from a process that has done so, which the
 # first one starts, and torchrun's own options have its workers forked from it.
 fork_server = multiprocessing.get_context("forkserver")
-fork_server.set_forkserver_preload(["accelerate.commands.launch", "torch.distributed.run", "hf_lsam.trainer"])
+fork_server.set_forkserver_preload(["preloaded"])
 FORK_WORKERS = {"PET_START_METHOD": "fork", "PET_RUN_PATH": "1"}
 
 

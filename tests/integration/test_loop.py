@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launch import PATHS, ROOT, TESTS, accelerate_launch, write_script
+from launch import PATHS, TESTS, accelerate_launch, write_script
 from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.utils.data import DataLoader
@@ -469,7 +469,7 @@ def test_a_server_whose_log_cannot_be_written_is_an_error_that_leaves_nothing_be
     (tmp_path / "file").touch()
     script = write_script(tmp_path / "script.py", NO_LOG)
     words = (str(tmp_path / "shared"), str(tmp_path / "file" / "out"))
-    run = accelerate_launch(script, *words, check=False, PYTHONPATH=str(ROOT))
+    run = accelerate_launch(script, *words, check=False, PYTHONPATH=PATHS)
     assert run.returncode != 0
     assert "file/out/server.log cannot be written (Not a directory)" in run.stderr
     assert "Set output_dir to a folder that can be written to." in run.stderr

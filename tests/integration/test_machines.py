@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import PATHS, ROOT, TIMEOUT, free_port, wait_until, write_script
+from launch import PATHS, TIMEOUT, free_port, wait_until, write_script
 from netns import Machine, machines, why_not
 from wiretap import Wiretap
 
@@ -846,7 +846,7 @@ def test_a_machine_that_was_added_by_hand_starts_again_and_joins_by_the_same_com
     (tmp_path / "worker.py").write_text(BY_HAND)
     secret = tmp_path / "secret"
     new_secret(secret)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
     def start(machine: Machine, log: str, *words: str) -> subprocess.Popen:
         with (tmp_path / log).open("a") as file:

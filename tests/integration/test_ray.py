@@ -21,7 +21,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
-from launch import ROOT, SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
+from launch import PATHS, SHARED_MEMORY, own_processes, own_shared_memory, wait_until, write_script
 
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.cli import main
@@ -87,7 +87,7 @@ def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray-") as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", scratch)
         patch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", RECONNECT_SECONDS)
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", PATHS)
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         Path(scratch, "ray").mkdir()
         size = {"object_store_memory": STORE}

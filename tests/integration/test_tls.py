@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import ROOT, TIMEOUT, free_port, wait_until
+from launch import PATHS, TIMEOUT, free_port, wait_until
 from netns import machines, why_not
 from wiretap import Wiretap
 
@@ -126,7 +126,7 @@ def node(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
         role: str, address: tuple[str, int], numel: int = NUMEL, prefix: tuple[str, ...] = ()
     ) -> subprocess.Popen:
         command = [*prefix, sys.executable, str(script), role, address[0], str(address[1]), str(numel)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         started.append(process)
         return process
@@ -714,7 +714,7 @@ def test_a_process_that_forgets_to_close_ends_without_a_crash(listener, node, tm
     )
     with serving(listener):
         command = [sys.executable, str(script), str(listener.address[1]), str(NUMEL)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": PATHS}
         run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (run.returncode, run.stderr) == (0, "")
 

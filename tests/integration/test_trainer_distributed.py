@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import PATHS, ROOT, TIMEOUT, accelerate_launch, write_script
+from launch import PATHS, TIMEOUT, accelerate_launch, write_script
 from safetensors.torch import load_file
 
 from hf_lsam.checkpoint import is_sealed, newest_sealed
@@ -694,7 +694,7 @@ def test_an_option_of_the_script_is_not_the_launchers(tmp_path):
     source = "from hf_lsam.identity import Identity\nprint('started', Identity.from_environment().num_workers)"
     script = write_script(tmp_path / "script.py", source)
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script), "--num_processes", "8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PATHS}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.stdout == "started 1\n", run.stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from images import write_images
-from launch import ROOT, accelerate_launch, run_script, write_script
+from launch import PATHS, ROOT, accelerate_launch, run_script, write_script
 from safetensors.torch import load_model
 
 from hf_lsam import vision
@@ -97,7 +97,7 @@ def test_data_parallel_sam_against_its_equations(tmp_path, ascent_sync):
     """w <- w - eta mean_i grad f_i(w + eps_i), eps_i = rho g_i / |g_i|; with ascent_sync all use g = mean_i g_i."""
     out = tmp_path / "parameters"
     source = SAM_OF_TWO.format(ascent_sync=ascent_sync, out=str(out))
-    accelerate_launch(write_script(tmp_path / "sam.py", source), PYTHONPATH=str(ROOT))
+    accelerate_launch(write_script(tmp_path / "sam.py", source), PYTHONPATH=PATHS)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     parameters = list(model.parameters())

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from launch import ROOT, SESSION, SHARED_MEMORY, own_processes, own_shared_memory, wait_until
+from launch import PATHS, SESSION, SHARED_MEMORY, own_processes, own_shared_memory, wait_until
 
 # Makes the folder of a run, as a launch's first worker does, and holds it until it is killed. Nobody's child.
 HOLDER = """
@@ -31,7 +31,7 @@ time.sleep(1000)
 @contextmanager
 def holder(session: str) -> Iterator[tuple[int, Path]]:
     """The id of a process of that test session, and the folder it holds."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), SESSION: session}
+    environment = {**os.environ, "PYTHONPATH": PATHS, SESSION: session}
     command = [sys.executable, "-c", HOLDER, str(SHARED_MEMORY)]
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     process, folder = int(said[0]), Path(said[1])
