@@ -18,6 +18,9 @@ from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_erro
 from scripts.tools.summarize_results import method_label
 
 Runs = list[dict[str, Any]]
+# What was measured, then with LSAM and with data-parallel training: what differs from PLAIN there, and the figure.
+Compared = tuple[str, dict[str, str], dict[str, str]]
+PLAIN, SAM = "", "with SAM"  # the gradient; the optimizer is the one that the row is of
 HEADER = ("", "LSAM", "data-parallel training")
 IMAGES = {
     "epochs": "CIFAR-10 at 16x16, a small ResNet-20, 30 epochs, 4 workers",
@@ -33,7 +36,6 @@ RECIPES = {  # folder: (what is measured, digits, scale)
     "token_classification": ("F1, %, tags, MiniLM, 2 workers", 1, 100),
     "image_classification": ("accuracy, %, a small ViT, half an epoch of CIFAR-10, 2 workers", 1, 100),
 }
-AT_WORKERS = ", momentum at the workers"  # in runs from before the anchor had it
 SENTENCES = "TREC, 1,000 questions, MiniLM with LoRA, 2 workers"
 STEPS = {
     "lsam": "a step with SAM's two passes, in plain steps of Trainer",
@@ -70,16 +72,16 @@ class Gains:
         for cluster in CLUSTERS:
             yield cluster, *(time_and_error(self._until_level(method, cluster)) for method in CLOCKED[:2])
 
-    def sentences(self, name: str, what: str, figure: Callable[[dict[str, Any]], float]) -> tuple[str, ...]:
+    def sentences(self, name: str, what: str, figure: Callable[[dict[str, Any]], float]) -> Compared:
         return self._compared(what, self._questions[name], figure, "AdamW")
 
-    def images(self, name: str) -> tuple[str, ...]:
+    def images(self, name: str) -> Compared:
         runs = self._images[name]
         steps = max(run["run"]["steps"] for run in runs)
         whole = [run for run in runs if run["run"]["steps"] == steps]
         return self._compared(f"error, %, {IMAGES[name]}", whole, lambda run: run["points"][-1]["error"])
 
-    def recipe(self, folder: str) -> tuple[str, ...]:
+    def recipe(self, folder: str) -> Compared:
         """Of real processes."""
         what, digits, scale = RECIPES[folder]
         measured = load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
@@ -87,9 +89,10 @@ class Gains:
             method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
             for row in measured
         }
-        without = f"without SAM {of['lsam without SAM']}; with NesterovAdamW {of['lsam without SAM, NesterovAdamW']}"
-        plain = f"{of['ddp']}; with SAM {of['ddp_sam']}; with NesterovAdamW {of['ddp, NesterovAdamW']}"
-        return what, f"{of['lsam']}; {without}", plain
+        lsam = {PLAIN: of["lsam without SAM"], SAM: of["lsam"]}
+        lsam["with NesterovAdamW"] = of["lsam without SAM, NesterovAdamW"]
+        plain = {PLAIN: of["ddp"], SAM: of["ddp_sam"], "with NesterovAdamW": of["ddp, NesterovAdamW"]}
+        return what, lsam, plain
 
     def straggler(self) -> tuple[str, ...]:
         slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}
@@ -102,21 +105,26 @@ class Gains:
             yield what, f"{ratios[variant]:.2f}", "1" if variant == "lsam" else ""
 
     def short(self) -> str:
-        """README.md's: what a user gains, a line each."""
+        """README.md's: what a user gains, a line each; the plain gradient, and SAM's."""
+        compared = (
+            self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
+            self.images("epochs"),
+            *map(self.recipe, RECIPES),
+        )
         rows = [
             self.bytes_exchanged(),
             *((f"time until level, {what}", *times) for what, *times in self.clocked()),
-            self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
-            self.images("epochs"),
-            *map(self.recipe, ("causal_lm", "token_classification")),
+            *(
+                (what, *(in_one_cell({how: of[how] for how in (PLAIN, SAM)}) for of in both))
+                for what, *both in compared
+            ),
             *self.steps(),
         ]
         return markdown_table(HEADER, rows)
 
     def whole(self) -> str:
         """All of it, and where it comes from."""
-        rows = [
-            self.bytes_exchanged(),
+        compared = (
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
             self.sentences("trec", "the same, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]),
             self.sentences("trec_wrong_labels", "the same, 40 % of the labels wrong", lambda run: run["accuracy"]),
@@ -124,7 +132,11 @@ class Gains:
                 "trec_wrong_labels", "these, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]
             ),
             *map(self.images, IMAGES),
-            *(self.recipe(name) for name in RECIPES if (REPOSITORY / f"recipes/{name}/results/methods.json").exists()),
+            *map(self.recipe, RECIPES),
+        )
+        rows = [
+            self.bytes_exchanged(),
+            *((what, *map(in_one_cell, both)) for what, *both in compared),
             *((f"time until level, {what}", *times) for what, *times in self.clocked()),
             self.straggler(),
             *self.steps(),
@@ -172,15 +184,12 @@ class Gains:
         return [run for run in own if run["run"]["steps"] == longest]
 
     @staticmethod
-    def _compared(
-        what: str, runs: Runs, figure: Callable[[dict[str, Any]], float], plain: str = "SGD"
-    ) -> tuple[str, ...]:
+    def _compared(what: str, runs: Runs, figure: Callable[[dict[str, Any]], float], plain: str = "SGD") -> Compared:
         def of(method: str) -> str:
             return mean_and_spread([figure(run) for run in of_method(runs, method)], 1)
 
-        own = "" if of_method(runs, "LSAM") else AT_WORKERS
-        lsam = [of(f"LSAM{own}"), f"without SAM {of(f'LSAM without SAM{own}')}"]
-        data_parallel = [of(f"data-parallel {plain}"), f"with SAM {of('data-parallel SAM')}"]
+        lsam = {PLAIN: of("LSAM without SAM"), SAM: of("LSAM")}
+        data_parallel = {PLAIN: of(f"data-parallel {plain}"), SAM: of("data-parallel SAM")}
         # Nesterov's rule, which LSAM's anchor has: in data-parallel training, and at LSAM's workers.
         for row, method, optimizer in (
             (lsam, "LSAM without SAM, NesterovAdamW", "NesterovAdamW"),
@@ -188,14 +197,18 @@ class Gains:
             (data_parallel, "data-parallel Nesterov SGD", "Nesterov"),
         ):
             if of_method(runs, method):
-                row.append(f"with {optimizer} {of(method)}")
-        return what + own, "; ".join(lsam), "; ".join(data_parallel)
+                row[f"with {optimizer}"] = of(method)
+        return what, lsam, data_parallel
 
 
 def simulated(folder: str, name: str) -> Runs:
     """The runs of an experiment of simulate_images.py or simulate_text.py that are not trials."""
     report = load_results(REPOSITORY / f"recipes/{folder}/results/simulated/{name}.json")
     return [run for run in report["runs"] if not run["run"]["validation"]]
+
+
+def in_one_cell(methods: dict[str, str]) -> str:
+    return "; ".join(f"{how} {figure}".strip() for how, figure in methods.items())
 
 
 def of_method(runs: Runs, method: str) -> Runs:
