@@ -4,9 +4,10 @@
 
 MiniLM with AdamW, two workers. Each method has four trials: over the learning rate, and those with a perturbation over
 its radius as well. They are judged on a tenth of the training sentences, held out for them with their right labels; the
-table is of the validation file, and of the same models with their weights in few bits. Runs are kept in `--runs_dir`,
-and one that has finished is not made again. `--output_dir` receives NAME.json and NAME.md. The keys of
-recipes/text_classification/train.py that choose data and adapter are taken as well.
+table is of the validation file, of the same models with their weights in few bits, and of `--other_file`, sentences
+from elsewhere with the same labels. Runs are kept in `--runs_dir`, and one that has finished is not made again.
+`--output_dir` receives NAME.json and NAME.md. The keys of recipes/text_classification/train.py that choose data and
+adapter are taken as well.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Run:
         batch_size: of one worker.
         seed: of the head's weights, order and dropout.
         validation: judge on a tenth of the training sentences, which is not trained on.
+        other_file: with sentences from elsewhere, to judge on as well.
     """
 
     method: str
@@ -79,19 +81,24 @@ class Run:
     batch_size: int = 16
     seed: int = 0
     validation: bool = False
+    other_file: str | None = None
 
 
 @lru_cache(maxsize=4)
 def sentences_of(
-    data: str, validation: bool, wrong_labels: float
-) -> tuple[list, list, list[str], DataCollatorWithPadding]:
-    """Training and held-out sentences as token ids and labels, the labels' names, what makes a batch of them."""
+    data: str, validation: bool, wrong_labels: float, other_file: str | None
+) -> tuple[list, list, list, list[str], DataCollatorWithPadding]:
+    """Sentences to train on, held out and from elsewhere as token ids and labels; the labels' names; makes a batch."""
     values = json.loads(data)
+    parts = []
+    if other_file:
+        parts.append(load_examples(pick(DataArguments, values | {"validation_file": other_file}))[1])
     if validation:
         values |= {"validation_file": None, "eval_size": 0.1}
-    train, held_out, names = load_examples(pick(DataArguments, values))
+    *own, names = load_examples(pick(DataArguments, values))
     tokenizer = AutoTokenizer.from_pretrained(resolve(values["model_name_or_path"]))
-    sets = [list(tokenize(part, tokenizer, names, values["max_length"])) for part in (train, held_out)]
+    sets = [list(tokenize(part, tokenizer, names, values["max_length"])) for part in (*own, *parts)]
+    sets += [[]] * (3 - len(sets))
     wrong = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(sets[0]), generator=wrong)[: round(wrong_labels * len(sets[0]))].tolist()
     for index in chosen:
@@ -125,7 +132,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    train, held_out, names, collate = sentences_of(data, run.validation, run.wrong_labels)
+    train, held_out, elsewhere, names, collate = sentences_of(data, run.validation, run.wrong_labels, run.other_file)
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
     model, _ = load_model(pick(ModelArguments, json.loads(data)), names)
@@ -159,6 +166,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         "run": asdict(run),
         "sync_steps": sync_steps,
         "accuracy": accuracy(model, held_out, collate),
+        **({"accuracy_elsewhere": accuracy(model, elsewhere, collate)} if elsewhere else {}),
         "accuracy_in_few_bits": {str(bits): accuracy(in_few_bits(model, bits), held_out, collate) for bits in (8, 4)},
         "bytes": end.bytes,
         "dispersion": end.dispersion,
@@ -201,14 +209,12 @@ def trials(method: str, learning_rate: float, rho: float) -> list[dict[str, floa
     return [{"learning_rate": learning_rate * rate} for rate in (0.25, 0.5, 1.0, 2.0)]
 
 
-def experiment(
-    runs: SimulatedRuns, wrong_labels: float, steps: int, learning_rate: float, rho: float, seeds: int
-) -> tuple[list[dict[str, Any]], str]:
+def experiment(runs: SimulatedRuns, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """The trials, the runs of the best of each method, and a table of them: a line a method."""
     plans = [
-        Run(method, steps=steps, wrong_labels=wrong_labels, seed=100, validation=True, **own)
-        for method in METHODS
-        for own in trials(method, learning_rate, rho)
+        Run(method, steps=asked.steps, wrong_labels=asked.wrong_labels, seed=100, validation=True, **own)
+        for method in asked.methods
+        for own in trials(method, asked.learning_rate, asked.sam_rho)
     ]
     tried = runs.results(plans)
     chosen: dict[str, Run] = {}
@@ -218,7 +224,11 @@ def experiment(
             chosen[plan.method], accuracies[plan.method] = plan, result["accuracy"]
     # Seed by seed, so that what an interruption leaves is a smaller experiment.
     made = runs.results(
-        [replace(best, seed=seed, validation=False) for seed in range(seeds) for best in chosen.values()]
+        [
+            replace(best, seed=seed, validation=False, other_file=asked.other_file)
+            for seed in range(asked.seeds)
+            for best in chosen.values()
+        ]
     )
     rows = []
     plain = [result["accuracy"] for result in made if result["run"]["method"] == PLAIN]
@@ -231,8 +241,12 @@ def experiment(
         cells.append("-" if method == PLAIN else mean_and_spread(ahead, 1))
         for bits in ("8", "4"):
             cells.append(mean_and_spread([result["accuracy_in_few_bits"][bits] for result in own], 1))
+        if asked.other_file:
+            cells.append(mean_and_spread([result["accuracy_elsewhere"] for result in own], 1))
         rows.append((*cells, f"{own[0]['bytes'] / 1e6:,.0f}"))
-    header = ("", "learning rate", "rho", "accuracy, %", "ahead, by seed", "8-bit weights", "4-bit", "MB exchanged")
+    header = ["", "learning rate", "rho", "accuracy, %", "ahead, by seed", "8-bit weights", "4-bit", "MB exchanged"]
+    if asked.other_file:
+        header.insert(-1, "sentences from elsewhere")
     return [*tried, *made], markdown_table(header, rows)
 
 
@@ -240,6 +254,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_quiet(parser)
     parser.add_argument("--name", default="sentences", help="of the files in --output_dir")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--other_file", help="sentences from elsewhere, to judge on as well")
     parser.add_argument("--wrong_labels", type=float, default=0.0, help="share of the training labels to replace")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=160, help="of each worker")
@@ -262,9 +278,7 @@ def main() -> None:
             "accuracy is to be measured on others"
         )
     runs = SimulatedRuns(simulate, accuracy_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
-    found, table = experiment(
-        runs, arguments.wrong_labels, arguments.steps, arguments.learning_rate, arguments.sam_rho, arguments.seeds
-    )
+    found, table = experiment(runs, arguments)
     write_json(arguments.output_dir / f"{arguments.name}.json", {"experiment": arguments.name, "runs": found})
     write_atomically(arguments.output_dir / f"{arguments.name}.md", table + "\n")
     print(table)

@@ -497,18 +497,21 @@ def test_fine_tuning_is_simulated_with_labels_that_are_wrong(folder, tmp_path):
     words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
     words += [f"--validation_file={folder / 'held_out.csv'}", "--steps=4", "--seeds=1", "--processes=1", "--quiet"]
     words += [f"--runs_dir={tmp_path / 'runs'}", f"--output_dir={tmp_path}", "--wrong_labels=0.4", "--name=noise"]
+    methods = ["LSAM", "LSAM, one pass", "LSAM without SAM, NesterovAdamW", "data-parallel AdamW"]
+    words += [f"--other_file={folder / 'held_out.csv'}", "--methods", *methods]
     done = run_script(ROOT / "scripts/experiments/simulate_text.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     assert done.stdout.endswith((tmp_path / "noise.md").read_text())
     report = json.loads((tmp_path / "noise.json").read_text())
-    methods = [*simulate_text.METHODS]
     tried, final = report["runs"][: 4 * len(methods)], report["runs"][4 * len(methods) :]
     assert [run["run"]["method"] for run in tried] == [method for method in methods for _ in range(4)]
     assert all(run["run"]["validation"] and run["run"]["wrong_labels"] == 0.4 for run in tried)
     assert all(run["train_examples"] <= 86 for run in tried)  # a tenth, and its like, is held out for them
     assert [(run["run"]["method"], run["run"]["wrong_labels"]) for run in final] == [(each, 0.4) for each in methods]
     assert {run["train_examples"] for run in final} == {96}
+    assert all(run["accuracy_elsewhere"] == run["accuracy"] for run in final)  # the other file is the same one
+    assert not any("accuracy_elsewhere" in run for run in tried)
     for result in final:
         own, method = result["run"], result["run"]["method"]
         chosen = max((t for t in tried if t["run"]["method"] == method), key=lambda trial: trial["accuracy"])["run"]
@@ -521,7 +524,9 @@ def test_wrong_labels_are_other_labels_and_as_many_as_asked_for(folder):
     words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
     words += [f"--validation_file={folder / 'held_out.csv'}"]
     data = json.dumps(parse_configuration((ModelArguments, DataArguments), words))
-    (right, held_out, *_), (wrong, same, *_) = (simulate_text.sentences_of(data, False, part) for part in (0.0, 0.4))
+    (right, held_out, *_), (wrong, same, *_) = (
+        simulate_text.sentences_of(data, False, part, None) for part in (0.0, 0.4)
+    )
     assert held_out == same
     assert sum(a["label"] != b["label"] for a, b in zip(right, wrong, strict=True)) == round(0.4 * 96)
     assert {example["label"] for example in wrong} == {0, 1}
