@@ -26,8 +26,6 @@ IMAGES = {
     "epochs": "CIFAR-10 at 16x16, a small ResNet-20, 30 epochs, 4 workers",
     "long": "the same, 7,680 images, 1,440 steps",
     "methods": "the same, 480 steps",
-    "overfit": "the same, 2,560 images, 150 epochs",
-    "wrong": "the same, 2,560 images, 100 epochs, 40 % of the labels wrong",
 }
 RECIPES = {  # folder: (what is measured, digits, scale)
     "causal_lm": ("loss, a Llama from scratch on bytes, 2 workers", 3, 1),
