@@ -124,19 +124,6 @@ def test_a_machine_that_is_queued_again_joins_by_the_same_commands(tmp_path, mon
     assert (values["num_workers"], values["server_address"], values["seed"]) == (GPUS, folder, 3)
 
 
-def test_the_task_is_one_that_skypilot_takes(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))  # where it keeps who asks
-    sky = pytest.importorskip("sky")
-    task = sky.Task.from_yaml(str(CLUSTERS / "skypilot.yaml"))
-    (resources,) = task.resources
-    assert (task.num_nodes, resources.accelerators) == (MACHINES, {"H100": GPUS})
-    assert list(task.storage_mounts) == ["/runs"]
-    unknown = tmp_path / "unknown.yaml"
-    unknown.write_text((CLUSTERS / "skypilot.yaml").read_text().replace("num_nodes", "num_machines"))
-    with pytest.raises(ValueError, match="num_machines"):
-        sky.Task.from_yaml(str(unknown))
-
-
 def test_the_manifest_is_one_that_kubernetes_takes():
     validator = pytest.importorskip("kubernetes_validate")
     for document in documents("kubernetes.yaml"):
