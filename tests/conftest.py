@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,11 +29,11 @@ LIBRARY_VARIABLES = ("ACCELERATE_", "PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON
 LIBRARY_THREADS = ("tqdm", "pyarrow", "fsspec", "ThreadPoolExecutor", "asyncio", "TMonitor", "InductorSubproc")
 
 
-def _state() -> dict[str, set]:
+def _state(known: set[Path]) -> dict[str, set]:
     return {
         "process": {f"{pid} {command}" for pid, command in own_processes()},
         "thread": {thread for thread in threading.enumerate() if not thread.name.startswith(LIBRARY_THREADS)},
-        "shared-memory file": own_shared_memory(),
+        "shared-memory file": own_shared_memory(known),
         "environment variable": {
             (name, value) for name, value in os.environ.items() if not name.startswith(LIBRARY_VARIABLES)
         },
@@ -42,11 +43,12 @@ def _state() -> dict[str, set]:
 @pytest.fixture(autouse=True)
 def nothing_leaks():
     """Fails a test that leaves something behind."""
-    before = {**_state(), "shared-memory file": set(SHARED_MEMORY.iterdir())}
+    known = set(SHARED_MEMORY.iterdir())
+    before = _state(known)
     yield
     deadline = time.monotonic() + 60  # what is being shut down may take a moment to go
     while True:
-        after = _state()
+        after = _state(known)
         left = {what: after[what] - before[what] for what in before if after[what] - before[what]}
         if not left or time.monotonic() > deadline:
             break
