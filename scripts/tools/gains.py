@@ -106,7 +106,7 @@ class Gains:
         """README.md's: what a user gains, a line each; the plain gradient, and SAM's."""
         compared = (
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
-            self.images("epochs"),
+            *map(self.images, ("epochs", "long")),
             *map(self.recipe, RECIPES),
         )
         rows = [
