@@ -277,6 +277,8 @@ def main() -> None:
             "name a train_file and a validation_file: what is held out of the training file chooses the settings, so "
             "accuracy is to be measured on others"
         )
+    if arguments.other_file:  # which the trials do not read
+        load_examples(pick(DataArguments, data | {"validation_file": arguments.other_file}))
     runs = SimulatedRuns(simulate, accuracy_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
     found, table = experiment(runs, arguments)
     write_json(arguments.output_dir / f"{arguments.name}.json", {"experiment": arguments.name, "runs": found})
