@@ -314,6 +314,8 @@ class InTurn(TrainerCallback):
         (OUT / f"{self.name}-{RANK}-{state.global_step}").touch()
         if state.global_step == state.max_steps:
             self.wait_for(1, state.max_steps)  # nobody leaves before
+            while RANK and "worker 0 finished" not in (OUT / self.name / "server.log").read_text():
+                time.sleep(0.002)  # so that the last pushes, too, come in one order
 
 
 class Indexed(Net):
