@@ -86,19 +86,15 @@ class Run:
 
 @lru_cache(maxsize=4)
 def sentences_of(
-    data: str, validation: bool, wrong_labels: float, other_file: str | None
-) -> tuple[list, list, list, list[str], DataCollatorWithPadding]:
-    """Sentences to train on, held out and from elsewhere as token ids and labels; the labels' names; makes a batch."""
+    data: str, validation: bool, wrong_labels: float
+) -> tuple[list, list, list[str], DataCollatorWithPadding]:
+    """Training and held-out sentences as token ids and labels, the labels' names, what makes a batch of them."""
     values = json.loads(data)
-    parts = []
-    if other_file:
-        parts.append(load_examples(pick(DataArguments, values | {"validation_file": other_file}))[1])
     if validation:
         values |= {"validation_file": None, "eval_size": 0.1}
-    *own, names = load_examples(pick(DataArguments, values))
+    train, held_out, names = load_examples(pick(DataArguments, values))
     tokenizer = AutoTokenizer.from_pretrained(resolve(values["model_name_or_path"]))
-    sets = [list(tokenize(part, tokenizer, names, values["max_length"])) for part in (*own, *parts)]
-    sets += [[]] * (3 - len(sets))
+    sets = [list(tokenize(part, tokenizer, names, values["max_length"])) for part in (train, held_out)]
     wrong = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(sets[0]), generator=wrong)[: round(wrong_labels * len(sets[0]))].tolist()
     for index in chosen:
@@ -132,7 +128,10 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    train, held_out, elsewhere, names, collate = sentences_of(data, run.validation, run.wrong_labels, run.other_file)
+    train, held_out, names, collate = sentences_of(data, run.validation, run.wrong_labels)
+    elsewhere: list = []
+    if run.other_file:
+        _, elsewhere, *_ = sentences_of(json.dumps(json.loads(data) | {"validation_file": run.other_file}), False, 0.0)
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
     model, _ = load_model(pick(ModelArguments, json.loads(data)), names)
@@ -277,6 +276,8 @@ def main() -> None:
             "name a train_file and a validation_file: what is held out of the training file chooses the settings, so "
             "accuracy is to be measured on others"
         )
+    if PLAIN not in arguments.methods:
+        parser.error(f"--methods must name {PLAIN!r}: the others' accuracies are told against its")
     if arguments.other_file:  # which the trials do not read
         load_examples(pick(DataArguments, data | {"validation_file": arguments.other_file}))
     runs = SimulatedRuns(simulate, accuracy_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)

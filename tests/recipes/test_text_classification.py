@@ -524,9 +524,7 @@ def test_wrong_labels_are_other_labels_and_as_many_as_asked_for(folder):
     words = [f"--model_name_or_path={folder / 'base'}", f"--train_file={folder / 'train.csv'}"]
     words += [f"--validation_file={folder / 'held_out.csv'}"]
     data = json.dumps(parse_configuration((ModelArguments, DataArguments), words))
-    (right, held_out, *_), (wrong, same, *_) = (
-        simulate_text.sentences_of(data, False, part, None) for part in (0.0, 0.4)
-    )
+    (right, held_out, *_), (wrong, same, *_) = (simulate_text.sentences_of(data, False, part) for part in (0.0, 0.4))
     assert held_out == same
     assert sum(a["label"] != b["label"] for a, b in zip(right, wrong, strict=True)) == round(0.4 * 96)
     assert {example["label"] for example in wrong} == {0, 1}
