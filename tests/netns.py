@@ -1,4 +1,4 @@
-"""Machines of a test: network namespaces joined by a switch. Needs root and iproute2."""
+"""Machines of a test: network namespaces joined by a switch. Needs root and iproute2; a router, nftables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Machine:
 
     Args:
         name: of the namespace.
-        address: its IPv4 address in the network of the test.
+        address: its IPv4 address in the network of the test; its router's if it is behind one.
         switch: the namespace in which all links end.
         port: its end of this machine's link there.
     """
@@ -46,10 +46,11 @@ class Machine:
         _ip("-n", self.switch, "link", "set", self.port, "up")
 
 
-def why_not() -> str | None:
-    """Why this host lets no test have a network of its own; None if it does."""
-    if shutil.which("ip") is None:
-        return "NO NETWORK TEST: iproute2 is not installed (apt-get install iproute2)"
+def why_not(behind_a_router: bool = False) -> str | None:
+    """Why this host lets no test have a network of its own, or none with a router; None if it does."""
+    for command, package in (("ip", "iproute2"), *([("nft", "nftables")] if behind_a_router else ())):
+        if shutil.which(command) is None:
+            return f"NO NETWORK TEST: {package} is not installed (apt-get install {package})"
     probe = f"hf-probe-{os.getpid()}"
     try:
         _ip("netns", "add", probe)
@@ -62,31 +63,58 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def machines(count: int) -> Iterator[list[Machine]]:
-    """`count` machines that reach each other; at the end they are gone, with all that still runs on them."""
+def machines(count: int, behind_a_router: bool = False) -> Iterator[list[Machine]]:
+    """`count` machines that reach each other; at the end they are gone, with all that still runs on them.
+
+    Args:
+        behind_a_router: the last one is in a network of its own, whose router translates addresses (NAT): it reaches
+            the others, and none of them reaches it.
+    """
     stem = f"hf-{os.getpid()}"
-    switch = f"{stem}-switch"
+    switch, router = f"{stem}-switch", f"{stem}-router"
     made = [Machine(f"{stem}-{i}", f"10.99.0.{i + 1}", switch, f"port{i}") for i in range(count)]
+    namespaces = [switch, *(machine.name for machine in made), *([router] if behind_a_router else [])]
     try:
-        _ip("netns", "add", switch)
+        for namespace in namespaces:
+            _ip("netns", "add", namespace)
+            _ip("-n", namespace, "link", "set", "lo", "up")
         _ip("-n", switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", switch, "link", "set", "br0", "up")
         for machine in made:
-            _ip("netns", "add", machine.name)
-            link = ("link", "add", machine.port, "type", "veth", "peer", "name", "eth0", "netns", machine.name)
-            _ip("-n", switch, *link)
+            at_the_switch = router if behind_a_router and machine is made[-1] else machine.name
+            _link(switch, machine.port, at_the_switch, f"{machine.address}/24")
             _ip("-n", switch, "link", "set", machine.port, "master", "br0", "up")
-            _ip("-n", machine.name, "address", "add", f"{machine.address}/24", "dev", "eth0")
-            _ip("-n", machine.name, "link", "set", "eth0", "up")
-            _ip("-n", machine.name, "link", "set", "lo", "up")
+        if behind_a_router:
+            _link(router, "inside", made[-1].name, "192.168.99.2/24")
+            _ip("-n", router, "address", "add", "192.168.99.1/24", "dev", "inside")
+            _ip("-n", router, "link", "set", "inside", "up")
+            _ip("-n", made[-1].name, "route", "add", "default", "via", "192.168.99.1")
+            translate = (
+                "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"
+            )
+            _in(router, "nft", translate)
+            _in(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         yield made
     finally:
-        for name in [machine.name for machine in made] + [switch]:
-            inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+        for namespace in namespaces:
+            inside = subprocess.run(
+                ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
+            ).stdout
             for process in inside.split():
                 with suppress(ProcessLookupError):
                     os.kill(int(process), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+def _link(here: str, name: str, there: str, address: str) -> None:
+    """A cable from `name` in the namespace `here` to eth0 in `there`, which gets the address."""
+    _ip("-n", here, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", there)
+    _ip("-n", there, "address", "add", address, "dev", "eth0")
+    _ip("-n", there, "link", "set", "eth0", "up")
+
+
+def _in(namespace: str, *words: str) -> None:
+    _ip("netns", "exec", namespace, *words)
 
 
 def _ip(*words: str) -> None:

@@ -16,6 +16,7 @@ import argparse
 import copy
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -211,16 +212,19 @@ def trials(method: str, learning_rate: float, rho: float) -> list[dict[str, floa
 def experiment(runs: SimulatedRuns, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """The trials, the runs of the best of each method, and a table of them: a line a method."""
     plans = [
-        Run(method, steps=asked.steps, wrong_labels=asked.wrong_labels, seed=100, validation=True, **own)
+        Run(method, steps=asked.steps, wrong_labels=asked.wrong_labels, validation=True, **own)
         for method in asked.methods
         for own in trials(method, asked.learning_rate, asked.sam_rho)
     ]
-    tried = runs.results(plans)
+    seeds = range(100, 100 + asked.trial_seeds)
+    tried = runs.results([replace(plan, seed=seed) for plan in plans for seed in seeds])
     chosen: dict[str, Run] = {}
     accuracies: dict[str, float] = {}
-    for plan, result in zip(plans, tried, strict=True):
-        if result["accuracy"] > accuracies.get(plan.method, -1.0):
-            chosen[plan.method], accuracies[plan.method] = plan, result["accuracy"]
+    for index, plan in enumerate(plans):
+        own = tried[index * len(seeds) : (index + 1) * len(seeds)]
+        mean = statistics.fmean(result["accuracy"] for result in own)
+        if mean > accuracies.get(plan.method, -1.0):
+            chosen[plan.method], accuracies[plan.method] = plan, mean
     # Seed by seed, so that what an interruption leaves is a smaller experiment.
     made = runs.results(
         [
@@ -256,6 +260,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--other_file", help="sentences from elsewhere, to judge on as well")
     parser.add_argument("--wrong_labels", type=float, default=0.0, help="share of the training labels to replace")
+    parser.add_argument("--trial_seeds", type=int, default=1, help="of each trial, which its mean accuracy judges")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=160, help="of each worker")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="around which trials are made")
