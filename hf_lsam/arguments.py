@@ -27,7 +27,7 @@ from .fields import Rule, by_name, check_fields, help_from_docstring, number, on
 from .identity import SERVER_ADDRESS as SERVER_ADDRESS_VARIABLE
 from .identity import Identity, pin
 from .joining import Timeouts
-from .optimizers import momentum_coefficient, momentum_of, normalises_steps
+from .optimizers import momentum_of, normalises_steps
 from .server.service import ServiceSettings
 from .transport.peer import HEARTBEAT
 
@@ -258,8 +258,7 @@ class LSAMArguments(_MixedIn):
         self._saving_own_state = False
         self.validate()
         super().__post_init__()
-        for conflict in conflicts.with_trainer(self):
-            raise ValueError(conflict)
+        conflicts.refuse_first(conflicts.with_trainer(self))
         from transformers.trainer_pt_utils import AcceleratorConfig
 
         assert isinstance(self.accelerator_config, AcceleratorConfig)  # whatever form it was given in
@@ -277,13 +276,7 @@ class LSAMArguments(_MixedIn):
                 asked for.
         """
         identity = Identity.from_environment()
-        if self.num_workers is not None and identity.num_workers != self.num_workers:
-            raise ValueError(
-                f"num_workers={self.num_workers}, but {identity.num_workers} were started: the run would not be the "
-                f"one that was configured. Launch with `accelerate launch --multi_gpu --num_processes "
-                f"{self.num_workers}` (on CPU too, with use_cpu=True: without --multi_gpu only one process starts "
-                "there), or set num_workers to what you want."
-            )
+        identity.require_workers(self.num_workers)
         return identity
 
     @cached_property
@@ -380,9 +373,8 @@ class LSAMArguments(_MixedIn):
             scaled = self.server_half.adds_up and normalises_steps(optimizer)
         factor = math.sqrt(workers) if scaled else 1.0
         if self.worker_half.brakes and self.compensate_coupling:
-            in_score = self.coupling == "score"
-            momentum = momentum_coefficient(optimizer)
-            factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, momentum)
+            in_score, own = self.coupling == "score", momentum_of(optimizer)
+            factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, own)
         momentum = self.shared_momentum(optimizer, workers)
         factor *= (1 - momentum**sync_steps) / (1 if normalises_steps(optimizer) else 1 - momentum)
         return factor
@@ -408,10 +400,4 @@ class LSAMArguments(_MixedIn):
         if self.server_address is None:
             self.server_address = os.environ.get(SERVER_ADDRESS_VARIABLE)
         check_fields(LSAMArguments, self)
-        for conflict in conflicts.of_fields(self, self.sync_steps or min(SYNC_STEPS)):
-            raise ValueError(conflict)
-
-    def refuse_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises ValueError where the workers' optimizer does not go with these fields."""
-        for conflict in conflicts.with_optimizer(self, optimizer):
-            raise ValueError(conflict)
+        conflicts.refuse_first(conflicts.of_fields(self, self.sync_steps or min(SYNC_STEPS)))

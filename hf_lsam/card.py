@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .files import write_atomically
 from .loading import saved_model
 from .parameters import data_parallel_bytes
-from .record import BYTES, Record, read_record
+from .record import BYTES, Record, is_metric, read_record
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 FACTS = "card.json"  # in the folder of a run
@@ -147,14 +147,10 @@ def facts_of_run(run_dir: Path) -> CardFacts:
 
 def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
     """What the record of a run says, beside the model in `run_dir`."""
-    run, workers = record.run, record.made_once().workers
-    evaluated = [entry for entry in workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
-    timing = ("_runtime", "_per_second", "_preparation_time")
-    metrics = [
-        (name.removeprefix("eval_"), value)
-        for name, value in (evaluated[-1] if evaluated else {}).items()
-        if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(timing)
-    ]
+    record = record.made_once()
+    run, workers = record.run, record.workers
+    newest: dict[str, Any] = next(reversed(record.evaluations()), {})
+    metrics = [(name.removeprefix("eval_"), value) for name, value in newest.items() if is_metric(name, value)]
     last: dict[int, dict[str, Any]] = {
         rank: next((entry for entry in reversed(entries) if "lsam/drift" in entry), {})
         for rank, entries in workers.items()

@@ -26,6 +26,15 @@ _SHARDING_VARIABLES = {
 _SHARDING_FIELDS = ("fsdp", "deepspeed", "parallelism_config")  # of TrainingArguments
 
 
+def refuse_first(conflicts: Iterator[str]) -> None:
+    """
+    Raises:
+        ValueError: for the first of them, if there is one.
+    """
+    if (conflict := next(conflicts, None)) is not None:
+        raise ValueError(conflict)
+
+
 def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
     """Among LSAM's own, under this launcher and on this machine.
 
@@ -99,7 +108,7 @@ def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
 
 def of_momentum_at_the_anchor(args: Any) -> Iterator[str]:
     """What momentum_at='anchor' does not go with."""
-    if not args.worker_half.hands_in_movement:
+    if not args.worker_half.pushes_movement:
         yield (
             f"momentum_at='anchor' needs workers that hand in what they have moved: algorithm='lsam' with "
             f"coupling='merge', got algorithm={args.algorithm!r} and coupling={args.coupling!r}. Use those, or "

@@ -120,6 +120,19 @@ class Identity:
             )
         return identity
 
+    def require_workers(self, num_workers: int | None) -> None:
+        """
+        Raises:
+            ValueError: if a number of workers was configured, and another was started.
+        """
+        if num_workers not in (None, self.num_workers):
+            raise ValueError(
+                f"num_workers={num_workers}, but {self.num_workers} were started: the run would not be the one that "
+                f"was configured. Launch with `accelerate launch --multi_gpu --num_processes {num_workers}` (on CPU "
+                "too, with use_cpu=True: without --multi_gpu only one process starts there), or set num_workers to "
+                "what you want."
+            )
+
 
 def _processes_asked_of_launcher() -> int | None:
     """--num_processes on the command line of the `accelerate launch` that is this process's parent, if it is one."""

@@ -29,7 +29,7 @@ def worker_bytes(settings: WorkerSettings, alone: ServerSettings | None = None, 
     vectors = 1 + half.vectors + 2 * settings.keeps_anchor_move  # the first is what is to be pushed
     if alone is not None:
         return VECTOR * vectors + server_bytes(alone)
-    return VECTOR * (vectors + 1 + accelerator * (1 + half.gathers))
+    return VECTOR * (vectors + 1 + accelerator * (1 + half.accumulates))
 
 
 def shared_bytes(workers: int) -> int:

@@ -38,7 +38,7 @@ class WorkerMetrics:
         self._perturbed_steps.add(self._worker.local_steps)
 
     def since_last_log(self) -> dict[str, float]:
-        """What is logged beside the loss; the only place where it is read back from the device."""
+        """What is logged next to the loss; reads drift and sharpness back from the device."""
         metrics = {"lsam/drift": self._worker.drift(), **self._exchanged_since(self._logged)}
         self._logged = self._worker.link.status
         if self._perturbed_steps:
@@ -57,7 +57,7 @@ class WorkerMetrics:
         return self._worker.local_steps - self._loss_from
 
     def since_last_entry(self) -> dict[str, float]:
-        """What the record gets between log points: what the host knows, and one number from the device."""
+        """What the record gets between log points: what the host knows, and the mean loss, read from the device."""
         metrics = {"loss": self._loss.item() / self.steps_since_last_entry, **self._exchanged_since(self._recorded)}
         self.entry_was_made()
         return metrics

@@ -76,11 +76,6 @@ class StepHooks:
                 self._worker.fell_back = False
 
 
-def momentum_coefficient(optimizer: Optimizer) -> float:
-    """Of SGD; 0 for all others."""
-    return float(optimizer.param_groups[0].get("momentum", 0.0))
-
-
 _ADAM = re.compile(r"(Paged)?AdamW?(\d+bit|Fp8)?")  # those of torch, bitsandbytes and torchao
 
 

@@ -44,6 +44,7 @@ FORMAT = 1
 FOLDER = "lsam"
 BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")  # of a worker since it last joined
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
+_WHAT_IT_TOOK = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of such items of an evaluation
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -198,9 +199,18 @@ class Record:
     run: dict[str, Any]
     workers: dict[int, list[dict[str, Any]]]
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Those of the anchor, in the order in which they were made; see `is_metric`."""
+        return [entry for entry in self.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
+
     def made_once(self) -> Record:
         """Without the lines of steps that a resumed worker has made again; bytes count on from one part to the next."""
         return Record(self.run, {rank: _made_once(entries) for rank, entries in self.workers.items()})
+
+
+def is_metric(name: str, value: Any) -> bool:
+    """Whether an item of an evaluation is what it has measured, and not what it took."""
+    return name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(_WHAT_IT_TOOK)
 
 
 def _made_once(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from .batchnorm import keep_variances_positive, kept_statistics, reestimate, run
 from .budget import StepBudget
 from .buffers import kept_buffers, movable_buffers, moved_since, values_of
 from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
+from .conflicts import refuse_first, with_optimizer
 from .data import Generators
 from .failure_signatures import FailureSignatures
 from .fields import check_field
@@ -114,7 +115,7 @@ class Session:
             ValueError: for a model or an optimizer that LSAM cannot train.
         """
         arguments = self.arguments
-        arguments.refuse_optimizer(optimizer)
+        refuse_first(with_optimizer(arguments, optimizer))
         self._model, self.optimizer = model, optimizer
         self._sam_rho = arguments.sam_rho
         self._named: list[tuple[str, Tensor]] = list(trainable_parameters(model))
@@ -131,8 +132,7 @@ class Session:
         if self._factor != 1 and arguments.identity.rank == 0:
             logger.warning(
                 "The optimizer of each of %d workers steps with %.3g times its learning rate, so that the anchor moves "
-                "as data-parallel training does with it; scale_learning_rate=False and compensate_coupling=False leave "
-                "it as it is.",
+                "as data-parallel training does with it; see scale_learning_rate, compensate_coupling and momentum_at.",
                 workers,
                 self._factor,
             )
@@ -467,7 +467,7 @@ class Session:
         return metrics
 
     def _add_entry(self, step: int, more: dict[str, float]) -> None:
-        """Writes into the record how the worker is, between two log points: nothing is computed for it."""
+        """Writes how the worker is doing into the record, between two log points; reads one number from the device."""
         rates = {"learning_rate": max(self.hooks.learning_rates(), default=0.0)}
         entry = {"between_logs": True, **self.metrics.since_last_entry(), **self._steps_of_all(), **rates, **more}
         self.record.log(step, entry)

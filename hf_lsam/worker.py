@@ -62,7 +62,7 @@ class Worker:
         # its own, and so does the last push while it goes, where the next is gathered step by step.
         at_once = device.type == "cpu" or link.anchor_in_place is not None
         self._incoming = self.anchor if at_once else vector()
-        self._total_in_flight = self._total if at_once or not self._algorithm.gathers else vector()
+        self._total_in_flight = self._total if at_once or not self._algorithm.accumulates else vector()
         self._anchor_views = self.layout.views(self.anchor)
         self._total_views = self.layout.views(self._total)
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
@@ -144,7 +144,7 @@ class Worker:
             the best step that any worker named, or -1.
         """
         self.link.settle()
-        if self.steps_in_total and self._algorithm.hands_in_a_part:
+        if self.steps_in_total and self._algorithm.pushes_a_part:
             self._push()
             self.link.settle()
         self.version, best_step = self.link.finish(stop_all, best_step, self._incoming)
@@ -262,7 +262,7 @@ class Worker:
     def _begin_again(self) -> None:
         """x <- y, D <- 0."""
         self.adopt_anchor()
-        if self._algorithm.gathers:
+        if self._algorithm.accumulates:
             self._total.zero_()
         self._dropped_push = True
         self._loss_sum.zero_()

@@ -86,9 +86,9 @@ class WorkerHalf:
     """
 
     weight = 1.0
-    gathers = False  # whether `push` grows at every step, and not only when it is handed in
-    hands_in_a_part = True  # whether a period that the run's end cuts short is handed in
-    hands_in_movement = False  # whether that is what it has moved by itself, and not where it stands
+    accumulates = False  # whether `push` grows at every step, and not only when it is handed in
+    pushes_a_part = True  # whether a period that the run's end cuts short is handed in
+    pushes_movement = False  # whether that is what it has moved by itself, and not where it stands
     moves_at_once = False  # whether coupling_strength is its whole move at an exchange
     brakes = False  # whether it is drawn at every step to an anchor that follows the workers' mean, and slows it down
     wants_loss = False  # whether the server is told the mean loss

@@ -14,10 +14,10 @@ from ..coupling import exchange_elastically
 from .base import ServerHalf, WorkerHalf
 
 
-class ElasticWorker(WorkerHalf):
+class EASGDWorker(WorkerHalf):
     """Moves only when it hands in: both sides move, or neither."""
 
-    hands_in_a_part = False
+    pushes_a_part = False
     moves_at_once = True
 
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
@@ -26,7 +26,7 @@ class ElasticWorker(WorkerHalf):
         return steps
 
 
-class ElasticServer(ServerHalf):
+class EASGDServer(ServerHalf):
     """Every push moves the anchor, whoever sends it."""
 
     moves_elastically = True
@@ -39,7 +39,7 @@ class ElasticServer(ServerHalf):
 
 def worker_half(coupling: str) -> type[WorkerHalf]:
     """It has one, whatever `coupling` says."""
-    return ElasticWorker
+    return EASGDWorker
 
 
-server_half = ElasticServer
+server_half = EASGDServer

@@ -36,10 +36,10 @@ from .base import ServerHalf, ServerSettings, WorkerHalf, WorkerSettings
 logger = logging.getLogger(__name__)
 
 
-class StepwiseCoupling(WorkerHalf):
+class CoupledWorker(WorkerHalf):
     """Algorithm 2's worker: coupled to y at every step, hands in the sum of x - y over its steps."""
 
-    gathers = True
+    accumulates = True
     brakes = True
 
     def before_step(self, x: Sequence[Tensor], y: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
@@ -67,13 +67,13 @@ class StepwiseCoupling(WorkerHalf):
         torch._foreach_zero_(list(push))
 
 
-class Merge(WorkerHalf):
+class MergingWorker(WorkerHalf):
     """Hands in its own movement; merges with every anchor that comes.
 
     State: r, the last point of its path that it has handed in, moved along with its merges.
     """
 
-    hands_in_movement = True
+    pushes_movement = True
     moves_at_once = True
     vectors = 1
 
@@ -120,7 +120,7 @@ class Merge(WorkerHalf):
 
 def worker_half(coupling: str) -> type[WorkerHalf]:
     """The worker's half that `coupling` asks for."""
-    return Merge if coupling == "merge" else StepwiseCoupling
+    return MergingWorker if coupling == "merge" else CoupledWorker
 
 
 class MeanDifference(ServerHalf):

@@ -18,7 +18,7 @@ from ..coupling import couple
 from .base import ServerHalf, ServerSettings, WorkerHalf
 
 
-class LedWorker(WorkerHalf):
+class LSGDWorker(WorkerHalf):
     """Drawn to the leader after every step, x <- x - c (x - y); hands in x and its loss."""
 
     wants_loss = True
@@ -32,7 +32,7 @@ class LedWorker(WorkerHalf):
         return steps
 
 
-class LeaderServer(ServerHalf):
+class LSGDServer(ServerHalf):
     """Keeps the parameters of whoever leads.
 
     State: the last loss of each worker.
@@ -62,7 +62,7 @@ class LeaderServer(ServerHalf):
 
 def worker_half(coupling: str) -> type[WorkerHalf]:
     """It has one, whatever `coupling` says."""
-    return LedWorker
+    return LSGDWorker
 
 
-server_half = LeaderServer
+server_half = LSGDServer

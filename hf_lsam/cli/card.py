@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ..files import write_atomically
+
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
@@ -41,7 +43,7 @@ def card(
         facts = facts_of_run(run_dir)
         if against:
             facts = replace(facts, **comparison(facts, [facts_of_run(other) for other in against]))
-        output.write_text(str(model_card(facts, license=license_, language=list(language) or None)))
+        write_atomically(output, str(model_card(facts, license=license_, language=list(language) or None)))
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{output}: {len(facts.metrics)} results, {len(facts.configuration)} fields of the configuration")

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..record import BYTES, Record, RecordReader, worker_state
+from ..record import BYTES, Record, RecordReader, is_metric, worker_state
 
 RATE_POINTS = 6  # log points over which a rate is taken
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
@@ -98,10 +98,9 @@ def render(record: Record, now: float) -> Group:
     version = max((point["lsam/anchor_version"] for point in points), default=0)
     lines = [f"{_count(run['num_workers'], 'worker')} on {run['host']}, begun {begun:%Y-%m-%d %H:%M:%S}"]
     lines += [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {total / 1e6:,.1f} MB exchanged"]
-    evaluated = [entry for entry in record.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
-    if evaluated:
-        figures = [f"{name} {value:.4g}" for name, value in evaluated[-1].items() if _is_result(name, value)]
-        lines.append(f"latest evaluation of the anchor, at step {evaluated[-1]['step']:,}: {', '.join(figures)}")
+    if evaluations := record.evaluations():
+        figures = [f"{name} {value:.4g}" for name, value in evaluations[-1].items() if is_metric(name, value)]
+        lines.append(f"latest evaluation of the anchor, at step {evaluations[-1]['step']:,}: {', '.join(figures)}")
     for rank, entries in record.workers.items():
         if entries[-1].get("error"):
             lines.append(f"worker {rank} left with {entries[-1]['error']}")
@@ -200,11 +199,6 @@ def _rate(series: Sequence[tuple[float, float]]) -> float | None:
 def _interval(points: Sequence[dict[str, Any]]) -> float:
     recent = points[-RATE_POINTS:]
     return median(later["time"] - earlier["time"] for earlier, later in pairwise(recent))
-
-
-def _is_result(name: str, value: Any) -> bool:
-    timing = ("_runtime", "_per_second", "_preparation_time")
-    return name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(timing)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 import click
 
 from ..card import without_folder
-from ..record import BYTES, FOLDER, Record, read_record, worker_state
+from ..files import write_atomically
+from ..record import BYTES, FOLDER, Record, is_metric, read_record, worker_state
 from ..spread import mean_and_deviation
 from .charts import Series, absent, line_chart, map_chart, number, table
 
@@ -35,7 +35,6 @@ _NOT_COMPARED = {
     "landscape_points",
     "landscape_batches",
 }
-_NOT_MEASURED = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of an evaluation's other entries
 _OF_A_LANDSCAPE = {"batches", "batchnorm", "distances", "fractions", "lines", "plane", "strength"}
 _MIB = 2**20
 
@@ -61,12 +60,7 @@ def report(run_dirs: tuple[Path, ...], output: Path) -> None:
     """
     try:
         page = render([read_run(run_dir) for run_dir in run_dirs])
-        beside = output.with_name(f".{output.name}.{os.getpid()}")
-        try:
-            beside.write_text(page, encoding="utf-8")
-            beside.replace(output)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_atomically(output, page)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{output}: {len(run_dirs)} run{'' if len(run_dirs) == 1 else 's'}, {len(page) / 1000:,.0f} kB")
@@ -102,13 +96,9 @@ class RunFacts:
         """The log points of a worker."""
         return [entry for entry in self.record.workers.get(rank, []) if "loss" in entry or "lsam/drift" in entry]
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Those of the anchor."""
-        return [entry for entry in self.record.workers.get(0, []) if any(key.startswith("eval_") for key in entry)]
-
     def metrics(self) -> list[str]:
         """What evaluations measure, eval_loss first."""
-        names = {key for entry in self.evaluations() for key, value in entry.items() if _is_metric(key, value)}
+        names = {key for entry in self.record.evaluations() for key, value in entry.items() if is_metric(key, value)}
         return sorted(names, key=lambda name: (name != "eval_loss", name))
 
     def seconds(self, entry: dict[str, Any]) -> float:
@@ -173,10 +163,6 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def _is_metric(name: str, value: Any) -> bool:
-    return name.startswith("eval_") and not name.endswith(_NOT_MEASURED) and isinstance(value, (int, float))
-
-
 # --- comparing ---
 
 
@@ -237,7 +223,7 @@ def loss_of_workers(run: RunFacts) -> Points:
 
 
 def _metric_curve(run: RunFacts, metric: str) -> Points:
-    return [(entry["step"], entry[metric]) for entry in run.evaluations() if metric in entry]
+    return [(entry["step"], entry[metric]) for entry in run.record.evaluations() if metric in entry]
 
 
 # --- the page ---
@@ -332,17 +318,17 @@ def _curves(name: str, run: RunFacts) -> list[str]:
     figures = []
     for slug, label, x in axes:
         series = _of_workers(run, "loss", x)
-        anchor = [(x(entry), entry["eval_loss"]) for entry in run.evaluations() if "eval_loss" in entry]
+        anchor = [(x(entry), entry["eval_loss"]) for entry in run.record.evaluations() if "eval_loss" in entry]
         series += [Series("anchor (eval_loss)", anchor, None)] if anchor else []
         figures.append(line_chart(f"{name}-loss-{slug}", f"Loss against {slug}", label, "loss", series))
     for index, metric in enumerate(metric for metric in run.metrics() if metric != "eval_loss"):
         for slug, label, x in axes:
-            points = [(x(entry), entry[metric]) for entry in run.evaluations() if metric in entry]
+            points = [(x(entry), entry[metric]) for entry in run.record.evaluations() if metric in entry]
             series = [Series("anchor", points, None)]
             figures.append(
                 line_chart(f"{name}-metric{index}-{slug}", f"{metric} against {slug}", label, metric, series)
             )
-    if not run.evaluations():
+    if not run.record.evaluations():
         figures.append(absent("Evaluations of the anchor", "There are none: the run has logged no evaluation."))
     return figures
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compression import encoded_bytes, round_
+from ..coupling import is_finite
 from ..server.core import ServerCore
 from ..transport.base import FinalAnchor, Link, LinkStatus
 from .setting import Machine
@@ -132,7 +133,7 @@ class SimulatedLink(Link):
         self._clock.at(self._clock.now + self.transfer, self._worker, take)
 
     def _rounded(self, total: Tensor) -> Tensor:
-        if self._held_back is None or not torch.isfinite(torch.dot(total, total)):  # the core refuses what is not
+        if self._held_back is None or not is_finite(total):  # the core refuses what is not
             return total
         return round_(self._held_back + total, self._server.bits, rest=self._held_back)
 

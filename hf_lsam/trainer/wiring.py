@@ -35,6 +35,7 @@ from ..budget import RunSchedule
 from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
 from ..data import agree_on_order, share_unevenly
+from ..files import write_atomically
 from ..identity import data_sharding, is_pinned
 from ..parameters import in_stored_types, trainable_parameters
 from ..record import read_record
@@ -330,7 +331,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         )
         kinds = [*_listed(tags), *getattr(self, "_tag_names", []), *_listed(getattr(self.model, "model_tags", None))]
         card = model_card(facts, language=language, license=license, tags=kinds, datasets=names or None)
-        (folder / "README.md").write_text(str(card))
+        write_atomically(folder / "README.md", str(card))
 
     def _settle_batchnorm(self) -> None:
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
@@ -426,7 +427,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._own = None
         self.session.prepare(self.model, self.optimizer)
-        if not self.args.worker_half.hands_in_a_part and max_steps < self.session.sync_steps:
+        if not self.args.worker_half.pushes_a_part and max_steps < self.session.sync_steps:
             raise ValueError(
                 f"A worker makes {max_steps} steps and would exchange after {self.session.sync_steps} (`sync_steps`): "
                 f"the anchor of algorithm={self.args.algorithm!r} would be the model that training began with, "

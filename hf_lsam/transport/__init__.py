@@ -1,1 +1,1 @@
-"""How vectors and messages cross between the processes of one machine."""
+"""How vectors and messages cross between processes, on one machine and between machines."""

@@ -44,20 +44,13 @@ class Channel:
             self._socket.settimeout(0.0)
             self._socket.sendall(WORKER_MESSAGES.pack(message))
 
-    def receive(self) -> Message | None:
-        """The next frame if one is there, else None.
+    def receive(self, timeout: float | None = 0.0) -> Message | None:
+        """The next frame, or None if none has come after `timeout` seconds (None: wait for ever).
 
         Raises:
             ConnectionError: if the peer closed the connection.
             ValueError: if the bytes are no frame.
         """
-        return self._read(0.0)
-
-    def wait(self, timeout: float | None = None) -> Message | None:
-        """The next frame, or None after `timeout` seconds (None: wait for ever). Raises as `receive` does."""
-        return self._read(timeout)
-
-    def _read(self, timeout: float | None) -> Message | None:
         while len(self._unread) < WORKER_MESSAGES.size:
             self._socket.settimeout(timeout)
             try:

@@ -2,14 +2,15 @@
 
 A run folder (mode 0700) holds
 
-    run.json         what the first worker decided: length, fingerprint, settings, process of the server
+    run.json         what the first worker decided: length, fingerprint, settings
     parameters.json  the manifest of names, shapes and dtypes, for the error of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
-    version          int64 [2]: (last version complete, last version begun)
+    version          int64 [4]: last version complete, last version begun, whether it is final, best step
+    between_machines int64 [1]: bytes that this machine's server has sent to and received from others
     steps            int64 [1 + workers]: steps begun elsewhere, by the server; then each worker's, by itself
     mailbox_N        float32 [d], the Nth join's: written by its worker, read by the server
     socket           Unix stream socket; its frames are those of `messages`
-    snapshot.safetensors, lock, create, server.json    the server's last saved state; who serves the folder
+    snapshot.safetensors, lock, create, server.json    the server's last saved state; the process that serves the folder
 
 Who may touch what, and when. A worker writes its mailbox only while the mailbox is its own: from the server's reply to
 one push until it sends the next. The server reads it only in between. The frames cross in order, so neither ever sees

@@ -274,7 +274,7 @@ class SharedMemoryLink(Link):
         if self._channel is None:
             return None
         try:
-            return self._channel.wait(timeout)
+            return self._channel.receive(timeout)
         except (ConnectionError, ValueError):
             self._lose_server()
             return None
@@ -346,7 +346,7 @@ class SharedMemoryLink(Link):
         begin = time.monotonic()
         while not self._status.connected:
             assert self._channel is not None
-            message = self._channel.wait(30.0)
+            message = self._channel.receive(30.0)
             if message is None:
                 waited = time.monotonic() - begin
                 logger.info("worker %d: waiting for the other workers, %.0f s so far", self._worker, waited)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _REFUSALS = {
     Refusal.SECRET: "One of the two does not know the secret of the other. Copy the secret file of the global server "
     "to this machine (scp -p).",
-    Refusal.RUN: "It serves another run. Give all machines of a run the same run id and the address of its server.",
+    Refusal.RUN: "It serves another run. Give this machine the address of its own run's server.",
     Refusal.FINGERPRINT: "The trainable parameters of this machine are not those of the run. Build the same model with "
     "the same frozen parameters on every machine.",
     Refusal.LENGTH: "The vectors of this machine have another length than those of the run. Build the same model with "

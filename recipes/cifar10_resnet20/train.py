@@ -118,11 +118,7 @@ def check(values: dict[str, Any], identity: Identity) -> None:
             f"ascent_sync is for method ddp_sam: a worker of {values['method']} never waits for the gradients of "
             "others. Take it out."
         )
-    if values["num_workers"] not in (None, identity.num_workers):
-        raise ValueError(
-            f"num_workers={values['num_workers']}, but {identity.num_workers} were started. Launch with `accelerate "
-            f"launch --multi_gpu --num_processes {values['num_workers']}`, or set num_workers to what you want."
-        )
+    identity.require_workers(values["num_workers"])
     if values["sam_ascent_fraction"] != 1.0:
         raise ValueError("sam_ascent_fraction is for LSAMTrainer; here pass 1 takes the whole batch. Set it to 1.")
     if values["method"] in ("ddp_sam", "ddp") and values["sam_interval"] != 1:

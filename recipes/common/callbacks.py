@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_lsam.record import is_metric
 from recipes.common.progress import Progress
-
-# Of an evaluation's figures, those that say how long it took.
-NOT_SHOWN = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class StepProgress(TrainerCallback):
@@ -29,7 +27,7 @@ class StepProgress(TrainerCallback):
         self._seen = state.global_step
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        said = (f"{key} {value:.4f}" for key, value in metrics.items() if key.split("_", 1)[-1] not in NOT_SHOWN)
+        said = (f"{key} {value:.4f}" for key, value in metrics.items() if is_metric(key, value))
         line = f"step {state.global_step}: {', '.join(said)}"
         if self._bar is None:
             print(line, flush=True)

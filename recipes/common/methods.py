@@ -78,14 +78,9 @@ def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, t
         raise ValueError(f"`method` must be one of {METHODS}, got {values['method']!r}.")
     if values["output_dir"] is None:
         raise ValueError("`output_dir` is not set: the run would have nowhere to leave the model. Name a folder.")
+    # The arguments of LSAM check this field and sam_rho; the other methods use them as well.
     if values["method"] != "lsam":
-        # The arguments of LSAM check these fields; the other methods use them as well.
-        workers = Identity.from_environment().num_workers
-        if values["num_workers"] not in (None, workers):
-            raise ValueError(
-                f"num_workers={values['num_workers']}, but {workers} were started. Launch with `accelerate launch "
-                f"--multi_gpu --num_processes {values['num_workers']}`, or set num_workers to what you want."
-            )
+        Identity.from_environment().require_workers(values["num_workers"])
     if values["method"] == "ddp_sam":
         if not 0 <= values["sam_rho"] < math.inf:
             raise ValueError(f"`sam_rho` must be finite and >= 0, got {values['sam_rho']}. Use method ddp for none.")

@@ -170,7 +170,7 @@ def test_runs_are_compared_over_seeds(runs, tmp_path):
     rows = text.split("Groups compared")[1].split("</table>")[0].split("<tr>")
     assert "±" in next(row for row in rows if "sync_steps=4" in row)
     assert "±" not in next(row for row in rows if "sync_steps=8" in row)  # its two workers are no two runs
-    finals = [read_run(run).evaluations()[-1]["eval_loss"] for run in runs[:2]]
+    finals = [read_run(run).record.evaluations()[-1]["eval_loss"] for run in runs[:2]]
     points, spread = mean_and_spread([[(0, 1.0), (8, finals[0])], [(4, 2.0), (8, finals[1])]])
     assert points == [(8, pytest.approx(sum(finals) / 2))]
     assert spread == [pytest.approx(abs(finals[0] - finals[1]) / math.sqrt(2))]

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.optimization import Adafactor
 
 from hf_lsam import LSAM, LSAMArguments, LSAMConfig
+from hf_lsam.conflicts import refuse_first, with_optimizer
 from hf_lsam.identity import Identity
 from hf_lsam.loop import LoopArguments
 
@@ -220,10 +221,10 @@ def dampened(parameters, rate):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, dampened, torch.optim.Adamax, torch.optim.Muon])
 def test_momentum_that_cannot_be_taken_from_an_optimizer_is_left_there_and_asking_otherwise_is_an_error(tmp_path, kind):
     optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], 0.1)
-    config(tmp_path).refuse_optimizer(optimizer)
+    refuse_first(with_optimizer(config(tmp_path), optimizer))
     assert config(tmp_path).shared_momentum(optimizer, 4) == 0.0
     with pytest.raises(ValueError, match=r"has none that could be taken from it\. Use SGD with momentum"):
-        config(tmp_path, momentum_at="anchor").refuse_optimizer(optimizer)
+        refuse_first(with_optimizer(config(tmp_path, momentum_at="anchor"), optimizer))
 
 
 def adafactor(parameters, rate):

@@ -141,7 +141,7 @@ def test_what_is_handed_in_stays_as_it_is_until_it_was_taken(algorithm):
     core = ServerCore(torch.zeros(4), ServerSettings(2, algorithm=algorithm, moving_rate=0.1))
     link = Late(core)
     worker = Worker([("x", x)], link, WorkerSettings(2, coupling_strength=0.5, algorithm=algorithm))
-    assert not worker._algorithm.gathers
+    assert not worker._algorithm.accumulates
     worker.adopt_anchor()
     for step in range(1, 41):
         x.data += step

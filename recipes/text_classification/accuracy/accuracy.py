@@ -1,4 +1,4 @@
-"""Accuracy as a local `evaluate` metric: `evaluate.load("recipes/metrics/accuracy")` needs no network."""
+"""Accuracy as a local `evaluate` metric: `evaluate.load("recipes/text_classification/accuracy")` needs no network."""
 
 import datasets
 import evaluate
