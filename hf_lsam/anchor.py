@@ -22,6 +22,7 @@ from .coupling import blocks
 
 _BUFFERS = {"sgd": 0, "nesterov": 1, "adam": 2}
 OPTIMIZERS = tuple(_BUFFERS)
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what torch.optim.Adam keeps
 
 
 def vectors_kept(optimizer: str, momentum_correction: float) -> int:
@@ -120,7 +121,7 @@ class Anchor:
         self._previous = None if previous is None else previous.to(device, copy=True)
         self._buffer = None if buffer is None or not self._momentum else buffer.to(device, copy=True)
         if self._adam is not None:
-            adam = {name.removeprefix("optimizer."): t for name, t in state.items() if name.startswith("optimizer.")}
+            adam = {name: state[f"optimizer.{name}"] for name in _OF_ADAM if f"optimizer.{name}" in state}
             groups = self._adam.state_dict()["param_groups"]
             self._adam.load_state_dict({"state": {0: adam} if adam else {}, "param_groups": groups})
 

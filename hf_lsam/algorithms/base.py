@@ -171,8 +171,8 @@ class ServerHalf:
         """
         raise NotImplementedError
 
-    def leave(self, worker: int, live: int) -> None:
-        """A worker has finished or died; what it pushed stays."""
+    def leave(self, worker: int, gone: int, live: int) -> None:
+        """A worker, or `gone` of those that push as one, have finished or died; what they pushed stays."""
 
     def flush(self) -> None:
         """The run ends."""

@@ -126,6 +126,10 @@ def worker_half(coupling: str) -> type[WorkerHalf]:
 class MeanDifference(ServerHalf):
     """Sums the differences of all workers and moves the anchor once n * tau steps are in.
 
+    n counts the live workers, and those that have left since they pushed into the period under way. At the end of a run
+    each worker pushes what it has left and goes: if n shrank with them, the last few pushes would move the anchor as
+    far as those of all.
+
     State: the step count and sum of the period under way; at 0 steps the sum has no meaning.
     """
 
@@ -139,41 +143,48 @@ class MeanDifference(ServerHalf):
         super().__init__(anchor, settings)
         self._pending = torch.zeros_like(anchor.vector)
         self.pending_steps = 0
+        self._contributors: set[int] = set()  # to the period under way
+        self._departed = 0  # of their workers
 
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes a sum of differences over `steps` local steps."""
         if self.pending_steps:
             self._pending.add_(vector)
-        elif self._is_complete(steps, live):
+        elif steps >= self._period(live):
             self._update(vector, steps)
             return
         else:
             self._pending.copy_(vector)  # a new period; what the last one left behind is written over
         self.pending_steps += steps
+        self._contributors.add(worker)
         self._update_if_complete(live)
 
-    def leave(self, worker: int, live: int) -> None:
-        """n shrinks, which can itself complete a period; what the worker pushed stays."""
+    def leave(self, worker: int, gone: int, live: int) -> None:
+        """n shrinks, which can itself complete a period, unless the period holds a push of who leaves."""
+        if worker in self._contributors:
+            self._departed += gone
         self._update_if_complete(live)
 
     def flush(self) -> None:
         """Ends the run: a last update from a period that was not completed.
 
-        Its sum is divided by a whole period's tau, not by the few steps in it: y moves by the fraction of a period that
-        was seen, instead of jumping to the mean of a handful of samples.
+        Its sum is divided by the steps of a whole period, not by the few in it: y moves by the fraction of a period
+        that was seen, instead of jumping to the mean of a handful of samples.
         """
         if self.pending_steps:
-            self._update(self._pending, max(self.pending_steps, self.settings.sync_steps))
+            self._update(self._pending, max(self.pending_steps, self._period(0)))
 
-    def _is_complete(self, steps: int, live: int) -> bool:
-        return steps >= max(1, live) * self.settings.sync_steps
+    def _period(self, live: int) -> int:
+        """n tau."""
+        return max(1, live + self._departed) * self.settings.sync_steps
 
     def _update_if_complete(self, live: int) -> None:
-        if self._is_complete(self.pending_steps, live):
+        if self.pending_steps >= self._period(live):
             self._update(self._pending, self.pending_steps)
 
     def _update(self, total: Tensor, steps: int) -> None:
-        self.pending_steps = 0
+        self.pending_steps, self._departed = 0, 0
+        self._contributors.clear()
         if is_finite(total):
             self.anchor.update(total, steps, gradient=self._pending)
         else:  # a sender was wrong about what it handed in
@@ -183,8 +194,9 @@ class MeanDifference(ServerHalf):
         return {"pending": self._pending, "pending_steps": torch.tensor(self.pending_steps)}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        self._pending.copy_(state["pending"])
-        self.pending_steps = int(state["pending_steps"])
+        if "pending" in state:  # else it is of another algorithm's server
+            self._pending.copy_(state["pending"])
+            self.pending_steps = int(state["pending_steps"])
 
 
 server_half = MeanDifference

@@ -49,7 +49,7 @@ class LSGDServer(ServerHalf):
             self.anchor.vector.copy_(vector)
             self.anchor.version += 1
 
-    def leave(self, worker: int, live: int) -> None:
+    def leave(self, worker: int, gone: int, live: int) -> None:
         """A worker that is gone no longer leads; the anchor stays until another does."""
         self._losses.pop(worker, None)
 
@@ -57,7 +57,8 @@ class LSGDServer(ServerHalf):
         return {"losses": torch.tensor([*self._losses.items()], dtype=torch.float64).reshape(-1, 2)}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        self._losses = {int(worker): loss for worker, loss in state["losses"].tolist()}
+        if "losses" in state:  # else it is of another algorithm's server
+            self._losses = {int(worker): loss for worker, loss in state["losses"].tolist()}
 
 
 def worker_half(coupling: str) -> type[WorkerHalf]:

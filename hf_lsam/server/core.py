@@ -56,13 +56,14 @@ class ServerCore:
 
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it pushed stays."""
-        self.live.pop(worker, None)
-        self._algorithm.leave(worker, self.live_workers)
+        gone = self.live.pop(worker, 0)
+        self._algorithm.leave(worker, gone, self.live_workers)
 
     def count(self, machine: int, workers: int) -> None:
         """Counts `workers` live workers on `machine`, a number that no worker has."""
-        self.live[machine] = workers
-        self._algorithm.leave(machine, self.live_workers)
+        gone, self.live[machine] = self.live.get(machine, 0) - workers, workers
+        if gone > 0:
+            self._algorithm.leave(machine, gone, self.live_workers)
 
     @property
     def live_workers(self) -> int:
@@ -106,7 +107,7 @@ class ServerCore:
         """Takes over what `state_tensors` gave."""
         self.anchor.load_state_tensors(state)
         self._algorithm.load_state_tensors(state)
-        self.steps_begun = int(state.get("steps_begun", 0))  # older checkpoints do not say
+        self.steps_begun = int(state["steps_begun"])
 
 
 class RelayCore:

@@ -438,7 +438,7 @@ def test_garbage_on_the_socket_changes_nothing(served):
         channel = folder.connect(lambda: True, TIMEOUT)
         channel._socket.sendall(garbage)
         with pytest.raises(ConnectionError):  # the server hangs up
-            channel.wait(TIMEOUT)
+            channel.receive(TIMEOUT)
         channel.close()
     links[0].push(torch.ones(5) * 8, 8, 0)
     links[0].settle()

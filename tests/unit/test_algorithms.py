@@ -373,3 +373,37 @@ def test_a_difference_counts_with_the_rows_that_its_worker_has_seen(coupling):
         for x in xs:
             torch.testing.assert_close(x, anchor)
     torch.testing.assert_close(run([1.0, 1.0])[0], move * 1.5)
+
+
+@pytest.mark.parametrize("steps", [TAU, 1])  # a period's, or what a coupled worker has left of one
+@pytest.mark.parametrize("workers", [2, 4, 8])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov"])
+def test_workers_that_end_one_after_the_other_move_the_anchor_as_those_do_that_end_together(steps, workers, optimizer):
+    """However n shrinks meanwhile: the mean of n counts each worker's last push with 1/n."""
+    ends = []
+    for one_after_the_other in (True, False):
+        core = ServerCore(torch.zeros(2), ServerSettings(TAU, anchor_optimizer=optimizer, anchor_momentum=0.8))
+        for worker in range(workers):
+            core.join(worker)
+        for worker in range(workers):
+            core.push(torch.full((2,), float(steps)), steps, worker)
+            if one_after_the_other:
+                core.leave(worker)
+        for worker in range(workers):
+            core.leave(worker)
+        core.flush()
+        ends.append(core.anchor.vector[0].item())
+    far = (1 + 0.8 * (optimizer == "nesterov")) * steps / TAU
+    assert ends == pytest.approx([far, far])
+    assert core.anchor.version == 1
+
+
+def test_a_worker_that_leaves_without_a_push_in_the_period_completes_it():
+    core = ServerCore(torch.zeros(2), ServerSettings(TAU))
+    core.join(0)
+    core.count(1000, 2)  # two workers of another machine
+    core.push(torch.ones(2) * TAU, TAU, 0)
+    core.count(1000, 1)
+    assert core.anchor.version == 0
+    core.count(1000, 0)
+    assert (core.anchor.version, core.anchor.vector.tolist()) == (1, [1.0, 1.0])
