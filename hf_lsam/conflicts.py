@@ -128,6 +128,12 @@ def of_momentum_at_the_anchor(args: Any) -> Iterator[str]:
 
 def with_optimizer(args: Any, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     """What the workers' optimizer does not go with."""
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        yield (
+            f"{kind} chooses its learning rate by itself (lr=None), and a worker couples, scales and logs by it. Give "
+            "it one: Adafactor(..., lr=1e-3, relative_step=False)."
+        )
     sgd = "nesterov" in optimizer.param_groups[0]
     if args.sam_rho and args.sam_direction == "momentum" and sgd and not optimizer.param_groups[0]["momentum"]:
         yield (
@@ -136,15 +142,13 @@ def with_optimizer(args: Any, optimizer: torch.optim.Optimizer) -> Iterator[str]
         )
     if args.momentum_at == "anchor" and not momentum_of(optimizer):
         yield (
-            f"momentum_at='anchor' takes the momentum from the workers' optimizer, and "
-            f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} has none that could be taken from it. "
-            "Use SGD with momentum (optim_args='momentum=0.9') and no dampening, Adam or AdamW, or "
-            "momentum_at='worker'."
+            f"momentum_at='anchor' takes the momentum from the workers' optimizer, and {kind} has none that could be "
+            "taken from it. Use SGD with momentum (optim_args='momentum=0.9') and no dampening, Adam or AdamW, the "
+            "same in all parameter groups, or momentum_at='worker'."
         )
     if args.worker_half.brakes and args.coupling == "score" and not sgd:
         yield (
-            f"coupling='score' puts the coupling inside the gradient, and "
-            f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} would rescale it per coordinate: the "
+            f"coupling='score' puts the coupling inside the gradient, and {kind} would rescale it per coordinate: the "
             "kernel would no longer be Gaussian. Use coupling='merge' or 'decoupled', or SGD (optim='sgd')."
         )
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -142,6 +143,12 @@ class LSAM:
                     f"{accelerator.gradient_accumulation_steps} in the Accelerator. Set it in one place."
                 )
             gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+        scales = accelerator is not None and accelerator.scaler is not None
+        if scales and not isinstance(optimizer, AcceleratedOptimizer):
+            raise ValueError(
+                "The Accelerator scales the loss (fp16), and the optimizer is not one that it has prepared: steps "
+                "whose gradients overflow would not be skipped. Pass accelerator.prepare(optimizer), or use bf16."
+            )
         self.optimizer = optimizer
         self._model = model
         self._accelerator = accelerator

@@ -28,11 +28,11 @@ class StepHooks:
         optimizer: any torch optimizer, or one that Accelerate has prepared.
         worker: whose parameters it steps; one that is in no parameter group has the learning rate 0.
         factor: see `LSAMArguments.learning_rate_factor`; 1 changes nothing.
-        has_momentum: that it steps with its own momentum (see `momentum_of`).
+        shared_momentum: the optimizer's (see `momentum_of`) that is the anchor's in this run; 0 leaves it its own.
     """
 
-    def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0, has_momentum: bool = True):
-        self.factor, self.has_momentum = factor, has_momentum
+    def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0, shared_momentum: float = 0.0):
+        self.factor, self._shared_momentum = factor, shared_momentum
         self._optimizer, self._worker = optimizer, worker
         groups = enumerate(optimizer.param_groups)
         group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
@@ -46,11 +46,23 @@ class StepHooks:
         return [0.0 if number is None else rates[number] for number in self._group_numbers]
 
     def before_step(self) -> None:
-        """The gradients are those that the optimizer is about to step with."""
-        if self.factor != 1.0 or not self.has_momentum:
+        """The gradients are those that the optimizer is about to step with.
+
+        Raises:
+            ValueError: if its momentum is another than it was when the run began, where that is the anchor's.
+        """
+        shared = self._shared_momentum
+        if self.factor != 1.0 or shared:
             self._kept = []
             for group in self._optimizer.param_groups:
-                change = {"lr": group["lr"] * self.factor, **({} if self.has_momentum else _without_momentum(group))}
+                if shared and _momentum_in(group) != shared:
+                    raise ValueError(
+                        f"The optimizer's momentum was {shared:g} when the run began, and is {_momentum_in(group):g} "
+                        "now: the anchor took it over then and keeps it, so workers would step with the wrong learning "
+                        "rate. Leave it as it is (a OneCycleLR needs cycle_momentum=False), or set "
+                        "momentum_at='worker'."
+                    )
+                change = {"lr": group["lr"] * self.factor, **(_without_momentum(group) if shared else {})}
                 self._kept.append({key: group[key] for key in change})
                 group.update(change)
         self._worker.before_optimizer_step(self.learning_rates())
@@ -81,12 +93,17 @@ _ADAM = re.compile(r"(Paged)?AdamW?(\d+bit|Fp8)?")  # those of torch, bitsandbyt
 
 def momentum_of(optimizer: Optimizer) -> float:
     """What an optimizer keeps of its direction from one step to the next, where that can be taken from it: the momentum
-    of SGD, the first decay rate of Adam and AdamW. 0 for all others."""
-    group = optimizer.param_groups[0]
-    if "dampening" in group:
-        return 0.0 if group["dampening"] else float(group["momentum"])
+    of SGD, the first decay rate of Adam and AdamW. 0 for all others, and where parameter groups differ in it."""
+    groups = optimizer.param_groups
     is_adam = _ADAM.fullmatch(type(getattr(optimizer, "optimizer", optimizer)).__name__)
-    return float(group["betas"][0]) if is_adam else 0.0
+    if not is_adam and not all(group.get("dampening") == 0 for group in groups):
+        return 0.0
+    first, *others = map(_momentum_in, groups)
+    return first if all(other == first for other in others) else 0.0
+
+
+def _momentum_in(group: dict[str, Any]) -> float:
+    return float(group["momentum"] if "dampening" in group else group["betas"][0])
 
 
 LONGEST_BETA2 = 0.99  # of an Adam without momentum

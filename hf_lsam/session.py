@@ -223,7 +223,7 @@ class Session:
         )
         worker.weigh(self._weight)
         self.metrics = WorkerMetrics(worker)
-        self.hooks = StepHooks(self.optimizer, worker, self._factor, has_momentum=not self._shared_momentum)
+        self.hooks = StepHooks(self.optimizer, worker, self._factor, self._shared_momentum)
         self.budget = None
         if arguments.share_steps:
             assert max_steps is not None  # Trainer knows it, and `LSAM` asks for it
@@ -402,7 +402,7 @@ class Session:
             losses = sam.gradient(parameters, first, second_pass, rho, eps, adaptive, self.batchnorm, scaler)
             self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
             loss = losses[ascent_on_part]
-        worker.note_loss(loss)
+        worker.note_loss(loss, share)
         self.metrics.add_loss(loss, share)
         return loss
 

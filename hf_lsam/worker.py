@@ -103,10 +103,10 @@ class Worker:
         self.layout.refuse_resized(self.parameters)
         self._algorithm.before_step(self.parameters, self._anchor_views, learning_rates)
 
-    def note_loss(self, loss: Tensor) -> None:
-        """Adds the loss of one (micro-)batch, 0-d, to the mean that a leader is chosen by."""
+    def note_loss(self, loss: Tensor, share: float) -> None:
+        """Adds the loss of one (micro-)batch, 0-d, `share` of a step's, to the mean that a leader is chosen by."""
         if self._algorithm.wants_loss:
-            self._loss_sum += loss
+            self._loss_sum.add_(loss, alpha=share)
 
     def after_optimizer_step(self, learning_rates: Sequence[float]) -> None:
         """Noise, coupling, a push every tau steps; the newest anchor if it is there.
@@ -189,6 +189,7 @@ class Worker:
             "parameters": self.own_parameters,
             "anchor": self.anchor,
             "total": self._total,
+            "loss_sum": self._loss_sum,
             "counters": torch.tensor(counters),
             **self._algorithm.state_tensors(),
         }
@@ -208,6 +209,7 @@ class Worker:
         self.layout.write(state["parameters"].to(self.anchor.device), self.parameters)
         self.anchor.copy_(state["anchor"])
         self._total.copy_(state["total"])
+        self._loss_sum.copy_(state["loss_sum"])
         self._algorithm.begin(self.parameters)
         self._algorithm.load_state_tensors(state)
         self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = state["counters"].tolist()

@@ -35,7 +35,7 @@ class Cluster:
         gradient: see `Gradient`.
         make_scheduler: given an optimizer, its learning rate schedule, stepped once a step.
         learning_rate_factor: see `LSAMArguments.learning_rate_factor`.
-        has_momentum: see `StepHooks`.
+        shared_momentum: see `StepHooks`.
         share_steps: workers share the steps of the run (see `budget`); schedules follow it.
         barrier: after a push a worker waits for the anchor that counts it, as local SGD and DiLoCo do.
         push_seconds: that the server takes for each push; those that arrive meanwhile wait in line.
@@ -55,7 +55,7 @@ class Cluster:
         gradient: Gradient = PLAIN,
         make_scheduler: MakeScheduler | None = None,
         learning_rate_factor: float = 1.0,
-        has_momentum: bool = True,
+        shared_momentum: float = 0.0,
         barrier: bool = False,
         share_steps: bool = False,
         push_seconds: float = 0.0,
@@ -65,7 +65,7 @@ class Cluster:
         self.layout = ParameterLayout(named)
         self.model, self.make_optimizer, self.loss, self.make_scheduler = model, make_optimizer, loss, make_scheduler
         self.worker_settings, self.gradient, self.barrier = worker, gradient, barrier
-        self.learning_rate_factor, self.has_momentum = learning_rate_factor, has_momentum
+        self.learning_rate_factor, self.shared_momentum = learning_rate_factor, shared_momentum
         self.share_steps = share_steps
         start = self.layout.read([parameter for _, parameter in named], torch.empty(self.layout.numel))
         longest = max(machine.transfer(encoded_bytes(self.layout.numel, server.exchange_bits)) for machine in machines)
@@ -148,7 +148,7 @@ class SimulatedWorker:
         self.worker.adopt_anchor()
         self._parameters = [parameter for _, parameter in named]
         self._optimizer = cluster.make_optimizer(self._parameters)
-        self._hooks = StepHooks(self._optimizer, self.worker, cluster.learning_rate_factor, cluster.has_momentum)
+        self._hooks = StepHooks(self._optimizer, self.worker, cluster.learning_rate_factor, cluster.shared_momentum)
         scheduler = cluster.make_scheduler(self._optimizer) if cluster.make_scheduler else None
         self._scheduler: LRScheduler | RunSchedule | None = scheduler
         self._batchnorm = tracking_layers(self._model)

@@ -55,7 +55,7 @@ def make_run(
         gradient,
         make_scheduler,
         arguments.learning_rate_factor(sync_steps, optimizer, workers),
-        not momentum,
+        momentum,
         barrier,
         share_steps=not barrier,
         push_seconds=push_seconds,

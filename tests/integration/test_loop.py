@@ -129,8 +129,10 @@ def test_a_gradient_scaler_changes_nothing_but_the_steps_it_skips():
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(scaled.parameters(), lr=0.05))
-    lsam = LSAM(scaled, optimizer, accelerator=accelerator, **LSAM_FIELDS)
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.05)
+    with pytest.raises(ValueError, match=r"scales the loss \(fp16\).*Pass accelerator.prepare\(optimizer\)"):
+        LSAM(scaled, optimizer, accelerator=accelerator, **LSAM_FIELDS)
+    lsam = LSAM(scaled, accelerator.prepare_optimizer(optimizer), accelerator=accelerator, **LSAM_FIELDS)
     torch.manual_seed(5)
     with lsam:
         for number, (x, labels) in enumerate(batches(24)):

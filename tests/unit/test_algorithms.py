@@ -39,7 +39,7 @@ class Quadratics:
         worker.pull_newest()
         loss = self.loss(number)
         loss.backward()
-        worker.note_loss(loss.detach())
+        worker.note_loss(loss.detach(), 1.0)
         worker.before_optimizer_step([ETA])
         with torch.no_grad():
             x -= ETA * x.grad

@@ -218,13 +218,25 @@ def dampened(parameters, rate):
     return torch.optim.SGD(parameters, rate, momentum=0.9, dampening=0.5)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, dampened, torch.optim.Adamax, torch.optim.Muon])
+def in_two_groups(parameters, rate):
+    return torch.optim.SGD(
+        [{"params": parameters, "momentum": 0.9}, {"params": [torch.nn.Parameter(torch.ones(1))]}], rate
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, dampened, in_two_groups, torch.optim.Adamax, torch.optim.Muon])
 def test_momentum_that_cannot_be_taken_from_an_optimizer_is_left_there_and_asking_otherwise_is_an_error(tmp_path, kind):
     optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], 0.1)
     refuse_first(with_optimizer(config(tmp_path), optimizer))
     assert config(tmp_path).shared_momentum(optimizer, 4) == 0.0
     with pytest.raises(ValueError, match=r"has none that could be taken from it\. Use SGD with momentum"):
         refuse_first(with_optimizer(config(tmp_path, momentum_at="anchor"), optimizer))
+
+
+def test_an_optimizer_that_chooses_its_learning_rate_by_itself_is_refused(tmp_path):
+    optimizer = Adafactor([torch.nn.Parameter(torch.zeros(1, 1))])
+    with pytest.raises(ValueError, match=r"Adafactor chooses its learning rate by itself \(lr=None\).*Give it one"):
+        LSAM(torch.nn.Linear(1, 1), optimizer)
 
 
 def adafactor(parameters, rate):

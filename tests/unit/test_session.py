@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.metrics import WorkerMetrics
+from hf_lsam.optimizers import StepHooks
 from hf_lsam.server.core import ServerCore
 from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.worker import Worker
@@ -134,3 +135,38 @@ def test_totals_take_nothing_away_from_the_next_log_point():
     assert metrics.since_last_log()["lsam/staleness"] == 8
     assert metrics.of_run()["staleness_mean"] == 4
     assert metrics.of_run()["staleness_max"] == 8
+
+
+def test_a_momentum_that_is_the_anchors_and_changes_is_an_error():
+    weight = nn.Parameter(torch.zeros(2))
+    worker = Worker([("w", weight)], InProcessLink(ServerCore(torch.zeros(2), ServerSettings(2)), 0), WorkerSettings(2))
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)  # which moves the momentum too
+    hooks = StepHooks(optimizer, worker, shared_momentum=optimizer.param_groups[0]["momentum"])
+    weight.grad = torch.ones(2)
+    hooks.before_step()
+    optimizer.step()
+    hooks.after_step()
+    scheduler.step()
+    with pytest.raises(
+        ValueError, match=r"momentum was 0.95 when the run began, and is 0\.\d+ now.*cycle_momentum=False"
+    ):
+        hooks.before_step()
+    assert optimizer.param_groups[0]["momentum"] < 0.95  # as it was left
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_loss_that_a_leader_is_chosen_by_is_that_of_a_step_however_many_batches_make_it(accumulation):
+    model = network().eval()  # without dropout
+    fields = {"sync_steps": 2, "algorithm": "lsgd", "coupling_strength": 0.1, "sam_rho": 0.0}
+    lsam = in_a_loop(model, learning_rate=0.0, gradient_accumulation_steps=accumulation, **fields)
+    with lsam:
+        reported, push = [], lsam.worker.link.push
+        lsam.worker.link.push = lambda total, steps, version, loss: (
+            reported.append(loss) or push(total, steps, version, loss)
+        )
+        ((x, labels),) = batches(1)
+        loss = nn.functional.cross_entropy(model(x), labels).item()
+        for _ in range(2 * accumulation):
+            step(lsam, model, x, labels)
+    assert reported == pytest.approx([loss])
