@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,14 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import flush, write_atomically
+from .parameters import first_difference
 
 WORKER_STATE = "lsam_worker.safetensors"
 SERVER_STATE = "lsam_server.safetensors"
 SEAL = "lsam_complete.json"
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], manifest: Sequence[Any] | None = None) -> None:
     """Writes `tensors` to `path`, atomically.
+
+    Args:
+        manifest: `ParameterLayout.manifest` of the parameters that the vectors among them are of.
 
     Raises:
         OSError: if the file cannot be written; what stood at `path` before still stands.
@@ -37,7 +43,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     whole = beside / path.name
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, whole, {"crc32": _checksum(tensors)})
+        save_file(tensors, whole, {"crc32": _checksum(tensors), "manifest": json.dumps(manifest)})
         flush(whole)
         os.replace(whole, path)
     except SafetensorError as error:  # its way to say that the disk is full
@@ -59,16 +65,32 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             expected = (file.metadata() or {}).get("crc32")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). It was cut short or is something else; resume from an "
-            "older checkpoint."
-        ) from error
+        raise ValueError(_about_no_file(path, error)) from error
     if expected is not None and expected != _checksum(tensors):
         raise ValueError(
             f"{path} does not hold what was saved: its checksum is wrong. The disk has damaged it, or it was edited; "
             "resume from an older checkpoint."
         )
     return tensors
+
+
+def refuse_other_parameters(path: Path, manifest: Sequence[Any]) -> None:
+    """
+    Raises:
+        ValueError: if the vectors in `path` are of other parameters than those of `manifest`, or if it is no
+            safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads((file.metadata() or {}).get("manifest", "null")) or []
+    except SafetensorError as error:
+        raise ValueError(_about_no_file(path, error)) from error
+    if saved != json.loads(json.dumps(manifest)):
+        raise ValueError(
+            f"{path} was saved with other trainable parameters: {first_difference(manifest, saved)} (in the file). It "
+            "holds one vector, whose values would end in the wrong places. Resume with the model, the adapter and the "
+            "frozen parameters that it was saved with; to train others, begin a new run from the saved model."
+        )
 
 
 def seal(folder: Path) -> None:
@@ -100,6 +122,13 @@ def numbered(output_dir: Path) -> dict[int, Path]:
     """The folders checkpoint-N in `output_dir`, complete or not, by N."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     return {int(path.name[11:]): path for path in folders}
+
+
+def _about_no_file(path: Path, error: SafetensorError) -> str:
+    return (
+        f"{path} is not a whole safetensors file ({error}). It was cut short or is something else; resume from an "
+        "older checkpoint."
+    )
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -28,7 +28,7 @@ from .arguments import LSAMArguments
 from .batchnorm import keep_variances_positive, kept_statistics, reestimate, running_statistics, tracking_layers
 from .budget import StepBudget
 from .buffers import kept_buffers, movable_buffers, moved_since, values_of
-from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, save_tensors
+from .checkpoint import SERVER_STATE, WORKER_STATE, load_tensors, refuse_other_parameters, save_tensors
 from .conflicts import refuse_first, with_optimizer
 from .data import Generators
 from .failure_signatures import FailureSignatures
@@ -36,7 +36,7 @@ from .fields import check_field
 from .generators import forked
 from .metrics import WorkerMetrics
 from .optimizers import StepHooks, known_direction, showing_anchor, switch
-from .parameters import about_cast, cast_to_float32, refuse_changes, trainable_parameters
+from .parameters import ParameterLayout, about_cast, cast_to_float32, refuse_changes, trainable_parameters
 from .record import RecordWriter, describe
 from .run import Run
 from .signals import EndSignals
@@ -211,9 +211,12 @@ class Session:
 
         Raises:
             OSError, RefusedError, ServerGone: see `Run.join`.
-            ValueError: if the state is of another model.
+            ValueError: if a state is of other trainable parameters.
         """
         arguments = self.arguments
+        for path in filter(None, (server_state, worker_state)):
+            if path.exists():
+                refuse_other_parameters(path, ParameterLayout(self._named).manifest)
         self.finished = False
         self.worker = worker = self.run.join(
             self._named,
@@ -303,7 +306,8 @@ class Session:
         Raises:
             OSError: if there is no room.
         """
-        return self.arguments.identity.rank != 0 or self.joined_worker.link.snapshot(folder / SERVER_STATE)
+        worker = self.joined_worker
+        return self.arguments.identity.rank != 0 or worker.link.snapshot(folder / SERVER_STATE, worker.layout.manifest)
 
     def save_worker(self, folder: Path, beside: dict[str, Tensor] | None = None) -> None:
         """Saves x, y and what is to be pushed.
@@ -311,7 +315,8 @@ class Session:
         Args:
             beside: further tensors, which `join` gives back.
         """
-        save_tensors(folder / WORKER_STATE, {**self.joined_worker.state_tensors(), **(beside or {})})
+        worker = self.joined_worker
+        save_tensors(folder / WORKER_STATE, {**worker.state_tensors(), **(beside or {})}, worker.layout.manifest)
 
     # --- a step ---
 

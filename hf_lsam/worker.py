@@ -184,7 +184,8 @@ class Worker:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold of this worker, as tensors by name."""
-        counters = [self.local_steps, self.steps_in_total, self.version, self.skipped_pushes]
+        accumulates = self._algorithm.accumulates
+        counters = [self.local_steps, self.steps_in_total, self.version, self.skipped_pushes, accumulates]
         return {
             "parameters": self.own_parameters,
             "anchor": self.anchor,
@@ -195,24 +196,18 @@ class Worker:
         }
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave: x goes into the model.
-
-        Raises:
-            ValueError: if the state is of another model.
-        """
-        if state["parameters"].numel() != self.layout.numel:
-            raise ValueError(
-                f"The checkpoint holds {state['parameters'].numel()} trainable values, the model has "
-                f"{self.layout.numel}: it was written for another model or adapter. Resume with the one it was saved "
-                "from."
-            )
+        """Takes over what `state_tensors` gave, for a worker with the same parameters: x goes into the model."""
         self.layout.write(state["parameters"].to(self.anchor.device), self.parameters)
         self.anchor.copy_(state["anchor"])
         self._total.copy_(state["total"])
         self._loss_sum.copy_(state["loss_sum"])
         self._algorithm.begin(self.parameters)
         self._algorithm.load_state_tensors(state)
-        self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = state["counters"].tolist()
+        *counters, accumulated = state["counters"].tolist()
+        self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = counters
+        if accumulated != self._algorithm.accumulates:  # saved with another coupling, whose sum means something else
+            self._total.zero_()
+            self.steps_in_total = 0
         self._steps_at_anchor = self.local_steps
 
     def _push(self) -> None:

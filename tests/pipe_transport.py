@@ -91,7 +91,7 @@ class PipeLink(Link):
         self._status = replace(self._status, finished=True)
         return FinalAnchor(version, best_step)
 
-    def snapshot(self, path: Path) -> bool:
+    def snapshot(self, path: Path, manifest=None) -> bool:
         return False
 
     def close(self, failed: bool = False) -> None:

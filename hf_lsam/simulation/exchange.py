@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ class SimulatedLink(Link):
         self._status = replace(self._status, finished=True)
         return FinalAnchor(version, best_step)
 
-    def snapshot(self, path: Path) -> bool:
+    def snapshot(self, path: Path, manifest: Sequence[Any] | None = None) -> bool:
         raise NotImplementedError("a simulated run cannot be saved")
 
     def close(self, failed: bool = False) -> None:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,8 +201,13 @@ class Link(ABC):
         """
 
     @abstractmethod
-    def snapshot(self, path: Path) -> bool:
+    def snapshot(self, path: Path, manifest: Sequence[Any] | None = None) -> bool:
         """Waits until the server's state lies at `path`, for a checkpoint; False if there is no server to save it.
+
+        It holds every push that was made before.
+
+        Args:
+            manifest: `ParameterLayout.manifest`, kept with it.
 
         Raises:
             OSError: if it could not be written.

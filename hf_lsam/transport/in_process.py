@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -93,8 +94,8 @@ class InProcessLink(Link):
         self._status = replace(self._status, finished=True)
         return FinalAnchor(self._core.anchor.version, best_step)
 
-    def snapshot(self, path: Path) -> bool:
-        save_tensors(path, self._core.state_tensors())
+    def snapshot(self, path: Path, manifest: Sequence[Any] | None = None) -> bool:
+        save_tensors(path, self._core.state_tensors(), manifest)
         return True
 
     def close(self, failed: bool = False) -> None:

@@ -6,10 +6,11 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,7 +202,10 @@ class SharedMemoryLink(Link):
         self._status = replace(self._status, finished=True)
         return FinalAnchor(version, self._final.best_step)
 
-    def snapshot(self, path: Path) -> bool:
+    def snapshot(self, path: Path, manifest: Sequence[Any] | None = None) -> bool:
+        if self._push_frame is not None and not self._push_sent:  # its copy into the mailbox has yet to end
+            self.outgoing.wait()
+            self._progress(0.0)
         self._snapshot_done = None
         channel = self._channel
         if not self._status.connected or not self._send(Snapshot()):
@@ -215,7 +219,7 @@ class SharedMemoryLink(Link):
                 f"The server could not write its snapshot into {self._folder.path} (no room?); see server.log. The "
                 "training state is unharmed, this checkpoint lacks the server's part."
             )
-        save_tensors(path, load_tensors(self._folder.snapshot_path))
+        save_tensors(path, load_tensors(self._folder.snapshot_path), manifest)
         return True
 
     def close(self, failed: bool = False) -> None:

@@ -545,6 +545,60 @@ def test_an_optimizer_with_a_state_in_half_precision_is_refused():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+COUPLED = {"coupling": "decoupled", "coupling_strength": 0.1}
+RESUMED_WITH = [
+    ({"anchor_optimizer": "nesterov"}, {"anchor_optimizer": "adam"}),
+    ({"anchor_optimizer": "adam"}, {"anchor_optimizer": "nesterov"}),
+    ({"algorithm": "easgd", "coupling_strength": 0.5}, {}),
+    ({}, {"algorithm": "lsgd", "coupling_strength": 0.5}),
+    ({"algorithm": "lsgd", "coupling_strength": 0.5}, {}),
+    ({}, COUPLED),
+    ({**COUPLED, "anchor_momentum_correction": 0.2}, {}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), RESUMED_WITH)
+def test_a_run_goes_on_with_other_settings_from_its_anchor_and_parameters(tmp_path, before, after):
+    """What another algorithm or optimizer has kept is begun anew; nothing of it is taken for something else."""
+
+    def run(learning_rate: float, steps: int, **fields):
+        model = network()
+        lsam = LSAM(model, torch.optim.SGD(model.parameters(), learning_rate), sync_steps=4, sam_rho=0.0, **fields)
+        with lsam:
+            begun = lsam.worker.own_parameters, lsam.worker.anchor.clone()
+            pushes, push = [], lsam.worker.link.push
+            lsam.worker.link.push = lambda total, *more: (pushes.append(total.clone()), push(total, *more))
+            for x, labels in batches(steps):
+                lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+            ended = lsam.worker.own_parameters, lsam.worker.anchor.clone()
+            lsam.save(tmp_path)
+        return begun, ended, pushes
+
+    _, ended, _ = run(0.1, 6, **before)
+    begun, (x, y), pushes = run(0.0, 6, resume_from=tmp_path, **after)
+    assert torch.equal(begun[0], ended[0])
+    assert torch.equal(begun[1], ended[1])
+    assert all(value.isfinite().all() for value in (x, y, *pushes))
+    if after == COUPLED:  # the learning rate is 0: of the two steps to the next push, and of no more before
+        assert pushes[0].norm() <= 2 * (ended[0] - ended[1]).norm()
+
+
+def test_a_checkpoint_of_other_trainable_parameters_is_refused(tmp_path):
+    def lsam(frozen: str, **fields) -> LSAM:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model.get_submodule(frozen).requires_grad_(False)
+        return LSAM(model, torch.optim.SGD(model.parameters(), 0.1), sam_rho=0.0, **fields)
+
+    with lsam(frozen="1") as first:
+        first.step(lambda: first._model(torch.ones(2, 4)).square().mean())
+        first.save(tmp_path)
+    refused = (
+        r"lsam_server.safetensors was saved with other trainable parameters: `1.weight` .* here, `0.weight` .* there"
+    )
+    with pytest.raises(ValueError, match=refused), lsam(frozen="0", resume_from=tmp_path):
+        pass
+
+
 def test_what_cannot_be_gone_on_from_is_an_error(tmp_path):
     model = network()
     with pytest.raises(FileNotFoundError, match=r"holds no lsam_server\.safetensors.*that `LSAM\.save` has written"):

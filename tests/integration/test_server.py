@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -471,6 +472,22 @@ def test_a_snapshot_holds_the_servers_state(served, tmp_path):
     assert torch.equal(state["pending"], torch.ones(5) * 3)
     assert state["pending_steps"].item() == 3
     assert torch.equal(state["anchor"], torch.arange(5.0))
+    finish_all([first, second])
+
+
+def test_a_snapshot_holds_a_push_whose_copy_into_the_mailbox_has_not_ended(served, tmp_path):
+    """As on an accelerator, which copies while the worker goes on."""
+    folder, layout, _ = served
+    first, second = join_all(folder, layout)
+    ends = time.monotonic() + 0.5
+    first.outgoing.finished = lambda: time.monotonic() > ends
+    first.outgoing.wait = lambda: time.sleep(max(0.0, ends - time.monotonic()))
+    first.push(torch.ones(5) * 3, 3, 0)
+    first.poll(0, torch.empty(5))
+    assert first.snapshot(tmp_path / "server.safetensors")
+    state = load_tensors(tmp_path / "server.safetensors")
+    assert torch.equal(state["pending"], torch.ones(5) * 3)
+    del first.outgoing.wait, first.outgoing.finished
     finish_all([first, second])
 
 
