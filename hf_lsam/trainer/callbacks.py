@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
 
 from ..record import Tail, worker_file
 from ..session import Session
@@ -109,7 +110,7 @@ class LSAMCallback(TrainerCallback):
             state.max_steps = state.global_step + 1  # counted in a moment: Trainer ends as it does after its last step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._leave_evaluation_to_worker_0(control)
+        self._leave_evaluation_to_worker_0(args, control)
         link = self._session.joined_worker.link.status
         if link.save_requested or self.server_gone is not None or self._session.signals.received is not None:
             control.should_training_stop = control.should_save = True
@@ -125,8 +126,10 @@ class LSAMCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._leave_evaluation_to_worker_0(control)
+        self._leave_evaluation_to_worker_0(args, control)
 
-    def _leave_evaluation_to_worker_0(self, control: TrainerControl) -> None:
+    def _leave_evaluation_to_worker_0(self, args: TrainingArguments, control: TrainerControl) -> None:
         if self._session.arguments.identity.rank != 0:
+            # Worker 0 may save what it evaluates as the best so far; what the others were then has to be there too.
+            control.should_save |= control.should_evaluate and args.save_strategy == SaveStrategy.BEST
             control.should_evaluate = False

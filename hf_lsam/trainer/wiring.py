@@ -452,7 +452,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         session.signals.obey()
         if self._callback.server_gone is not None:
             raise self._callback.server_gone
-        best = -1 if state.best_global_step is None else state.best_global_step
+        # Not best_global_step: the best evaluation may be of a step that was not saved.
+        best = -1 if state.best_model_checkpoint is None else _number_of(Path(state.best_model_checkpoint))
         # A stop before the last step is somebody's decision and holds for all; running out of data is not.
         in_an_epoch = self._callback.steps_before_epoch < state.global_step < state.max_steps
         stop_all = self.control.should_training_stop and in_an_epoch
@@ -471,6 +472,13 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
             # Worker 0 has evaluated and saved; all load the same best checkpoint.
             folder = self._output_folder / f"checkpoint-{best}"
             state.best_global_step, state.best_model_checkpoint = best, str(folder) if folder.is_dir() else None
+            if self.args.load_best_model_at_end and not folder.is_dir():
+                logger.warning(
+                    "Worker %d sees no %s, which worker 0 loads as the best model: it keeps the final anchor. Let all "
+                    "machines share output_dir.",
+                    self.args.identity.rank,
+                    folder,
+                )
         if session.budget is not None:
             num_train_samples *= state.global_step / self._max_steps  # as many as it has made
         return super()._finalize_training(trial, num_train_samples, start_time)
@@ -486,6 +494,10 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     trainer.save_model()    # the anchor
     ```
     """
+
+
+def _number_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _devices_of(model: Any) -> str:

@@ -437,6 +437,29 @@ stopped = dict(
 )
 
 
+def best_of(folder, of_steps, **fields):
+    # A run whose anchor is worth `of_steps`, evaluation by evaluation.
+    scores = iter(of_steps)
+    args = arguments(
+        LSAMConfig, OUT / folder, eval_strategy="steps", metric_for_best_model="score", greater_is_better=True,
+        **fields, **LSAM,
+    )
+    trainer = LSAMTrainer(
+        model=net(), args=args, train_dataset=blobs(), eval_dataset=blobs(8, seed=5),
+        compute_metrics=lambda prediction: {"score": next(scores)},
+    )
+    trainer.train()
+    return dict(best=trainer.state.best_model_checkpoint, weights=vector(trainer.model).tolist())
+
+
+# The best evaluation is of step 6, which is not saved.
+between = best_of(
+    "between", [0.1, 0.5, 0.9, 0.2], max_steps=8, eval_steps=2, save_strategy="steps", save_steps=4,
+    load_best_model_at_end=True,
+)
+saved_best = best_of("best", [0.1, 0.9, 0.2], max_steps=12, eval_steps=4, save_strategy="best")
+
+
 class Break(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **keywords):
         if RANK == 1 and state.global_step == 6:
@@ -454,7 +477,7 @@ broken = dict(
     summary=trainer.worker_summary(), weights=vector(trainer.model).tolist(), own_is_finite=bool(own.isfinite().all())
 )
 gathered = trainer.gather_from_workers("refused", trainer.worker_summary()["refused_pushes"])
-report(stopped=stopped, broken=broken, gathered=gathered)
+report(stopped=stopped, between=between, saved_best=saved_best, broken=broken, gathered=gathered)
 """
 
 
@@ -486,6 +509,22 @@ def test_all_workers_load_the_same_best_model(stopping):
     losses = {report["stopped"]["metrics"]["eval_loss"] for report in reports}
     assert len(losses) == 1
     assert math.isfinite(losses.pop())
+
+
+def test_all_workers_load_the_best_of_the_saved_where_the_best_of_all_was_not_saved(stopping):
+    path, _, reports = stopping
+    saved = load_file(path / "between" / "checkpoint-4" / "model.safetensors")
+    expected = torch.cat([saved[name].flatten() for name in ("first.weight", "first.bias", "last.weight", "last.bias")])
+    for report in reports:
+        assert report["between"]["best"] == str(path / "between" / "checkpoint-4")
+        assert torch.equal(torch.tensor(report["between"]["weights"]), expected)
+
+
+def test_what_the_others_were_is_saved_where_worker_0_may_save_the_best(stopping):
+    path, _, _ = stopping
+    assert {folder.name for folder in (path / "best").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    own = {folder.name for folder in (path / "best" / "workers" / "1").glob("checkpoint-*")}
+    assert own == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
 
 
 def test_a_worker_that_has_become_nan_is_refused_and_the_anchor_stays_finite(stopping):
