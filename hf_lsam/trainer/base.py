@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from torch.utils.data import DataLoader
     from transformers import Trainer
 
     from ..session import Session
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         def worker(self) -> Worker | None: ...
         @property
         def _data_seed(self) -> int: ...
-        def _train_dataloader(self, num_shards: int, seed: int) -> DataLoader[Any]: ...
+        def _first_batches(self, count: int, rows: int | None = None) -> Iterator[Any]: ...
         def gather_from_workers(self, key: str, value: Any) -> list[Any] | None: ...
 
 else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from typing import Any
@@ -62,7 +61,7 @@ class LandscapeScan(TrainerPart):
         args, worker = self.args, self.session.joined_worker
         shown = worker.own_parameters
         with forked(args.device), kept_counters(self):
-            batches = list(itertools.islice(self._train_dataloader(1, self._data_seed), args.landscape_batches))
+            batches = list(self._first_batches(args.landscape_batches))
 
             points = args.landscape_points * (len(workers) + (args.landscape_points if len(workers) > 1 else 0))
             bar = tqdm(total=points, desc="Landscape", unit="point", disable=args.disable_tqdm)

@@ -4,7 +4,7 @@ Wiring only. A worker is an ordinary single-device Trainer run; this module take
 
     training_step           two passes instead of one (session.py, sam.py)
     callbacks               the worker acts around each optimizer step (callbacks.py, optimizers.py)
-    get_train_dataloader    each worker its share of the data, sharded by Accelerate
+    get_train_dataloader    each worker its share of the data, sharded by Accelerate (training_data.py)
     evaluate, save, ...     the model holds the anchor meanwhile
     evaluation_loop         after training, shared among the workers (shared_evaluation.py)
     _finalize_training      the last push, and the final anchor into the model of every worker
@@ -12,7 +12,6 @@ Wiring only. A worker is an ordinary single-device Trainer run; this module take
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -34,9 +33,8 @@ from ..batchnorm import kept_statistics
 from ..budget import RunSchedule
 from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
-from ..data import agree_on_order, share_unevenly
 from ..files import write_atomically
-from ..identity import data_sharding, is_pinned
+from ..identity import is_pinned
 from ..parameters import in_stored_types, trainable_parameters
 from ..record import read_record
 from ..session import Session
@@ -46,6 +44,7 @@ from .callbacks import LSAMCallback, OtherWorkers
 from .checkpoints import Checkpoints
 from .landscape_scan import LandscapeScan
 from .shared_evaluation import SharedEvaluation
+from .training_data import TrainingData
 from .trl import kept_counters, load_on_one_device, makes_its_batches, stacks_rows
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ for _owner, _names in _SEAMS.items():
             )
 
 
-class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
+class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingData):
     """Makes a worker of any Trainer: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
 
     Its `args` must be an `LSAMConfig`, or a config of that Trainer with `LSAMArguments` mixed in. Started with plain
@@ -133,7 +132,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
             args.eval_on_start = False
         self.session = Session(args, None if args.output_dir is None else Path(args.output_dir))
         self._callback = LSAMCallback(self, self.session)
-        self._batch_sizes: list[int] = []  # of each worker, while and after it trains
+        self._batch_sizes = []
         self._own: Tensor | None = None  # x after training, when the model holds the anchor
         self._showing_local = False
         super().__init__(*positional, **keywords)
@@ -246,34 +245,6 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         scaler = self.accelerator.scaler
         return self.session.add_gradient(self.state.global_step, one_pass, other_pass, share < 1, scaler)
 
-    # --- each worker its data ---
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        identity = self.args.identity
-        if identity.num_workers == 1:
-            return super().get_train_dataloader()
-        if self.args.data_distribution == "sharded":
-            return self._train_dataloader(identity.num_workers, self._data_seed)
-        # Far apart: epoch e of the seedable sampler uses its seed + e.
-        return self._train_dataloader(1, self._data_seed + 1_000_003 * identity.rank)
-
-    @property
-    def _data_seed(self) -> int:
-        """The same in every worker, whatever the state of its generators."""
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _train_dataloader(self, num_shards: int, seed: int) -> DataLoader[Any]:
-        config = self.accelerator.dataloader_config
-        before, config.data_seed = config.data_seed, seed
-        try:
-            with data_sharding(num_shards):
-                loader = super().get_train_dataloader()
-                if num_shards > 1 and len(set(self._batch_sizes)) > 1:
-                    share_unevenly(loader, self._batch_sizes)
-                return agree_on_order(loader, seed)
-        finally:
-            config.data_seed = before
-
     # --- what is evaluated and saved is the anchor ---
 
     def evaluate(self, *positional: Any, **keywords: Any) -> dict[str, float]:
@@ -337,12 +308,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation):
         """Running statistics at the weights the model holds, from the same training batches in every worker."""
 
         def batches() -> Iterator[Any]:
-            own, self._train_batch_size = self._train_batch_size, min(self._batch_sizes or [self._train_batch_size])
-            try:
-                loader = self._train_dataloader(1, self._data_seed)
-            finally:
-                self._train_batch_size = own
-            return itertools.islice(loader, self.args.batchnorm_batches)
+            return self._first_batches(self.args.batchnorm_batches, min(self._batch_sizes, default=None))
 
         def forward(batch: dict[str, Any]) -> Any:
             return self.compute_loss(self.model, self._prepare_inputs(batch))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 
+import psutil
 import pytest
 import torch
 from models import HIDDEN, Net, Rows, arguments, blobs, net, vector
@@ -231,3 +233,30 @@ def test_batchnorm_that_is_never_re_estimated_is_warned_of_once(tmp_path, caplog
     warnings = [record.getMessage() for record in caplog.records if "batchnorm_statistics" in record.getMessage()]
     assert len(warnings) == 1
     assert "Use batchnorm_statistics='reestimate'" in warnings[0]
+
+
+def test_loader_processes_that_persist_do_not_grow_in_number_with_evaluations(tmp_path):
+    """Of the training batches that each evaluation re-estimates from, none may stay."""
+
+    class Children(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_evaluate(self, args, state, control, **keywords):
+            self.seen.append(len(psutil.Process().children()))
+
+    children = Children()
+    fields = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "batchnorm_batches": 2}
+    args = arguments(LSAMConfig, tmp_path, max_steps=8, eval_strategy="steps", eval_steps=2, **fields, **LSAM)
+    rows = blobs()
+    trainer = LSAMTrainer(
+        model=net(batchnorm=True), args=args, train_dataset=rows, eval_dataset=rows, callbacks=[children]
+    )
+    trainer.train()
+    assert len(children.seen) == 4
+    assert max(children.seen) <= 2  # one of the loader that is trained from, one of the loader that is evaluated on
+    trainer.callback_handler.train_dataloader = trainer.callback_handler.eval_dataloader = None
+    trainer._eval_dataloaders = {}
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()

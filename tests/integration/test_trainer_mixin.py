@@ -8,8 +8,9 @@ import datasets
 import pytest
 import tokenizers
 import torch
-from models import Rows, arguments, vector
+from models import Rows, arguments, blobs, net, vector
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -25,7 +26,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from hf_lsam import LSAMArguments, LSAMTrainerMixin
+from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin
 
 LSAM = {"sam_rho": 0.05, "sync_steps": 2, "coupling_strength": 0.2}
 WORDS = ["<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(17))]
@@ -357,3 +358,63 @@ def test_a_model_that_trl_loads_by_name_comes_to_the_workers_own_gpu(tmp_path, t
     load()
     load(model_init_kwargs={"device_map": "balanced", "dtype": "float32"})
     assert device_maps == [{"": "cuda:1"}, "auto", "balanced", "auto"]
+
+
+class OwnLoader(LSAMTrainer):
+    """As in transformers' own documentation."""
+
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=4, shuffle=True))
+
+
+class LoaderOfASubclass(OwnLoader):
+    def get_train_dataloader(self):
+        return super().get_train_dataloader()
+
+
+class UnpreparedLoader(LSAMTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=4, shuffle=True)
+
+
+@pytest.fixture
+def as_worker(monkeypatch):
+    def become(rank: int) -> None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+@pytest.mark.parametrize("kind", [LSAMTrainer, OwnLoader, LoaderOfASubclass])
+def test_a_loader_of_ones_own_is_shared_by_the_workers_as_trainers_is(tmp_path, as_worker, kind):
+    rows, seen = blobs(), []
+    for rank in range(2):
+        as_worker(rank)
+        args = arguments(LSAMConfig, tmp_path, per_device_train_batch_size=4, **LSAM)
+        loader = kind(model=net(), args=args, train_dataset=rows).get_train_dataloader()
+        assert len(loader) == len(rows) / 4 / 2
+        seen.append([tuple(row.tolist()) for batch in loader for row in batch["x"]])
+    assert not set(seen[0]) & set(seen[1])
+    assert set(seen[0]) | set(seen[1]) == {tuple(row["x"].tolist()) for row in rows}
+
+
+def test_a_loader_that_accelerate_has_not_prepared_is_warned_of(tmp_path, as_worker, caplog):
+    as_worker(1)
+    trainer = UnpreparedLoader(model=net(), args=arguments(LSAMConfig, tmp_path, **LSAM), train_dataset=blobs())
+    trainer.get_train_dataloader()
+    assert "UnpreparedLoader.get_train_dataloader returns a DataLoader that Accelerate has not prepared" in caplog.text
+
+
+def test_batchnorm_is_reestimated_from_batches_of_ones_own_loader(tmp_path):
+    class Counting(OwnLoader):
+        made = 0
+
+        def get_train_dataloader(self):
+            self.made += 1
+            return super().get_train_dataloader()
+
+    args = arguments(LSAMConfig, tmp_path, max_steps=2, batchnorm_batches=2, **LSAM)
+    trainer = Counting(model=net(batchnorm=True), args=args, train_dataset=blobs())
+    trainer.train()
+    assert trainer.made == 2  # to train, and to settle the statistics at the anchor
