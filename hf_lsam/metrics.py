@@ -8,6 +8,9 @@ from torch import Tensor
 from .transport.base import LinkStatus
 from .worker import Worker
 
+# Of a `LinkStatus`, what is summed over the parts of a run that was resumed; of the last, the largest.
+_EXCHANGED = ("accepted", "refused", "bytes_pushed", "bytes_pulled", "staleness_sum", "staleness_max")
+
 
 class WorkerMetrics:
     """Collects on the device what is read back only when it is logged.
@@ -23,6 +26,7 @@ class WorkerMetrics:
         self._logged = self._recorded = worker.link.status  # as it was at the last log point, or entry
         self._loss = torch.zeros((), device=worker.anchor.device)  # since the last entry, and from which step on
         self._loss_from = worker.local_steps
+        self._before_resuming = [0] * len(_EXCHANGED)
 
     def add_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
         """Takes the losses of pass 1 and pass 2 of one (micro-)batch; losses of one local step add up.
@@ -80,19 +84,31 @@ class WorkerMetrics:
             "lsam/bytes_between_machines": worker.link.bytes_between_machines,
         }
 
+    def exchanged(self) -> Tensor:
+        """What this worker has exchanged, also before the run was resumed: int64, in the order of `_EXCHANGED`."""
+        *sums, largest = (getattr(self._worker.link.status, name) for name in _EXCHANGED)
+        *sums_before, largest_before = self._before_resuming
+        totals = [total + before for total, before in zip(sums, sums_before, strict=True)]
+        return torch.tensor([*totals, max(largest, largest_before)])
+
+    def resume(self, exchanged: Tensor) -> None:
+        """Counts on from what `exchanged` gave before the run was resumed; the steps made before are in the record."""
+        self._before_resuming = exchanged.tolist()
+        self.entry_was_made()
+
     def of_run(self) -> dict[str, float]:
-        """Totals of the run so far."""
-        worker, link = self._worker, self._worker.link.status
+        """Totals of the run so far, also of its steps before it was resumed."""
+        worker, (accepted, refused, pushed, pulled, staleness, stalest) = self._worker, self.exchanged().tolist()
         return {
             "steps": worker.local_steps,
-            "pushes": link.accepted,
-            "refused_pushes": link.refused,
+            "pushes": accepted,
+            "refused_pushes": refused,
             "skipped_pushes": worker.skipped_pushes,
-            "bytes_pushed": link.bytes_pushed,
-            "bytes_pulled": link.bytes_pulled,
+            "bytes_pushed": pushed,
+            "bytes_pulled": pulled,
             "bytes_between_machines": worker.link.bytes_between_machines,
             "anchor_version": worker.version,
-            "staleness_mean": link.staleness_sum / max(1, link.accepted),
-            "staleness_max": link.staleness_max,
+            "staleness_mean": staleness / max(1, accepted),
+            "staleness_max": stalest,
             "trainable_parameters": worker.layout.numel,
         }

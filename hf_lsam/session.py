@@ -237,7 +237,7 @@ class Session:
             return None
         state = load_tensors(worker_state)
         worker.load_state_tensors(state)
-        self.metrics.entry_was_made()  # the steps made before are in the record
+        self.metrics.resume(state["exchanged"])
         return state
 
     def begin(self, step: int, resumed: bool, configuration: dict[str, Any]) -> None:
@@ -316,7 +316,8 @@ class Session:
             beside: further tensors, which `join` gives back.
         """
         worker = self.joined_worker
-        save_tensors(folder / WORKER_STATE, {**worker.state_tensors(), **(beside or {})}, worker.layout.manifest)
+        state = {**worker.state_tensors(), "exchanged": self.metrics.exchanged(), **(beside or {})}
+        save_tensors(folder / WORKER_STATE, state, worker.layout.manifest)
 
     # --- a step ---
 

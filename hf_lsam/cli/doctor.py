@@ -154,7 +154,7 @@ def start(launch: Launch, wait: float) -> tuple[list[dict[str, Any]], int | None
         launcher's output.
     """
     with tempfile.TemporaryDirectory(prefix="hf_lsam-doctor-") as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch.options]
+        command = [sys.executable, "-P", "-m", "accelerate.commands.launch", *launch.options]
         command += ["--module", "hf_lsam.cli.probe", folder, str(wait / 2)]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)

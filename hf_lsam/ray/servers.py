@@ -64,7 +64,7 @@ class ServerHost(Host):
     def _serve(self, *role: str) -> None:
         resume = ["--resume"] if self._holds_run else []
         # It ends with its host, however long it has no worker.
-        words = ["-m", "hf_lsam.server", "--run_dir", str(self.folder), *resume, "--idle_timeout", "inf"]
+        words = ["-P", "-m", "hf_lsam.server", "--run_dir", str(self.folder), *resume, "--idle_timeout", "inf"]
         self._start([*words, *role, "--secret_file", str(self._secret)], dies_with_host=True)
 
     def end(self) -> None:

@@ -135,6 +135,7 @@ class RelayCore:
         self._steps = 0
         self._under_way = torch.zeros_like(vector)
         self._steps_under_way = 0
+        self._holds_rest = False  # the sum holds what rounding has left of those before
 
     def join(self, worker: int) -> None:
         """Counts `worker` as live."""
@@ -176,14 +177,17 @@ class RelayCore:
             it is to cross in), or None.
         """
         complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
-        if self._steps_under_way or not self._steps or not (complete or all_of_it):
+        # What rounding has left of the last sum counts as a step: a sum of none would be refused.
+        steps = self._steps or int(all_of_it and self._holds_rest)
+        if self._steps_under_way or not steps or not (complete or all_of_it):
             return None
         self._sum, self._under_way = self._under_way, self._sum
-        self._steps, self._steps_under_way = 0, self._steps
+        self._steps, self._steps_under_way = 0, steps
         self.forwarded += 1
         bits = 32 if all_of_it else self.settings.exchange_bits
         if self.settings.exchange_bits < 32:
             round_(self._under_way, bits, rest=self._sum)
+        self._holds_rest = bits < 32
         return self._under_way, self._steps_under_way, self.forwarded, bits
 
     def answered(self, number: int) -> None:
@@ -201,7 +205,7 @@ class RelayCore:
     @property
     def is_empty(self) -> bool:
         """Whether all that came in has been forwarded, and answered."""
-        return not self._steps and not self._steps_under_way
+        return not self._steps and not self._steps_under_way and not self._holds_rest
 
     @torch.no_grad()
     def adopt(self, vector: Tensor, version: int) -> None:

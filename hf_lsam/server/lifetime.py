@@ -112,7 +112,8 @@ def start_server(
     Raises:
         OSError: if its log cannot be written.
     """
-    command = [sys.executable, "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
+    # -P: a script's own folder is on its path, the current folder is not.
+    command = [sys.executable, "-P", "-m", "hf_lsam.server", "--run_dir", str(run_dir), "--parent", str(os.getpid())]
     if resume is not None:
         command += ["--resume"] if resume is True else ["--resume", str(resume)]
     command += options

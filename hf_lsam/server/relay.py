@@ -83,7 +83,6 @@ class Relay(Role):
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._process = secrets.randbits(63)
         self._try_at = 0.0
-        self._held_version = -1  # that the folder held when this relay took it up
         self._asked = False  # JOIN is on its way, or has been answered
         self._linked = False  # and this machine is counted
         self._live_sent = 0
@@ -104,7 +103,7 @@ class Relay(Role):
         service.watch(self._wakeup, self._meet)
 
     def take_up(self, resume: Path | bool) -> None:
-        self.core.anchor.version = self._held_version = self._service.folder.version
+        self.core.anchor.version = self._service.folder.version
 
     @property
     def ready(self) -> bool:
@@ -265,13 +264,12 @@ class Relay(Role):
 
     def _handle(self, message: Message, vector: Tensor | None) -> None:
         match message:
-            case WelcomeMachine(version) if version < self._held_version:
+            case WelcomeMachine(version) if version < self.core.anchor.version:
                 self._service.give_up(
                     f"The run at {self._address[0]}:{self._address[1]} is at anchor {version}, and this folder holds "
-                    f"anchor {self._held_version} of another run. Start this server in a new folder"
+                    f"anchor {self.core.anchor.version} of another run. Start this server in a new folder"
                 )
             case WelcomeMachine(version, last_counted, begun):
-                self._held_version = -1
                 self._adopt(vector, version)
                 self.core.settle(last_counted)
                 self._settle_steps(counted=last_counted >= self.core.forwarded)

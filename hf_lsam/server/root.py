@@ -65,6 +65,7 @@ class _Machine:
     sent: int = -1  # the newest version
     held: Tensor | None = None  # the anchor that it has, float32 [d], where fewer than 32 bits cross
     sent_final: bool = False
+    leaves: bool = False  # once it has finished, without waiting for the final anchor
 
 
 class Root(Role):
@@ -255,7 +256,7 @@ class Root(Role):
             logger.warning("a machine was turned away: %s", reason)
             return
         del self._machines[machine.number]
-        owed = not (machine.finished and machine.sent_final)
+        owed = not (machine.finished and (machine.leaves or (machine.sent_final and machine.peer.all_arrived)))
         if 0 < machine.number < self._settings.count and owed and not self._service.terminating:
             self._awaited[machine.number] = time.monotonic() + self._settings.server_timeout
         if machine.finished:
@@ -282,7 +283,7 @@ class Root(Role):
             case Failed() if machine.number < self._settings.count:
                 self._service.fail(ELSEWHERE)
             case FinishMachine(nobody_waits, best_step) if not machine.finished:
-                machine.finished, machine.sent_final = True, nobody_waits
+                machine.finished, machine.sent_final, machine.leaves = True, nobody_waits, nobody_waits
                 self._service.note_best_step(best_step)
                 self.core.leave(-machine.number)
                 self._service.publish_if_newer()
@@ -370,7 +371,8 @@ def refuse_taken_port(address: tuple[str, int]) -> None:
         RuntimeError: if it could not listen at `address`; names the process that does, and its run.
     """
     try:
-        socket.create_server(address).close()
+        family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        socket.create_server(resolved[:2], family=family).close()
     except OSError as error:
         raise RuntimeError(_cannot_listen(address, error)) from error
 

@@ -156,6 +156,8 @@ class RunFolder:
                 (path / name).unlink(missing_ok=True)
             with suppress(OSError):
                 path.rmdir()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+                raise
             raise OSError(
                 error.errno,
                 f"{path.parent} has no room for the exchange between {num_workers} workers: {num_workers + 2} vectors "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -79,6 +81,9 @@ def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, Tex
 
     Returns:
         the folder, and an open file to be closed when the run is left.
+
+    Raises:
+        PermissionError: if a folder of that name is there and is not this user's alone.
     """
     path = None if name is None else parent / (LAUNCH_PREFIX + name)
     for stale in dead_launches(parent):
@@ -89,6 +94,12 @@ def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, Tex
         path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))
     else:
         path.mkdir(mode=0o700, exist_ok=True)
+        if not _is_ours_alone(path):
+            raise PermissionError(
+                errno.EPERM,
+                f"{path} was there already, and it is another user's, or others may look into it: what workers "
+                "exchange would lie open to them. Remove it, or set another shared_memory_dir",
+            )
     beside = path / "launch.new"
     held = beside.open("w")
     signs_of_life.add(held)
@@ -103,11 +114,22 @@ def dead_launches(parent: Path) -> list[Path]:
 
 
 def _is_of_dead_launch(folder: Path) -> bool:
+    # Whose the folder is comes first: another user's may hold anything, a link to a file of ours for one.
+    return (
+        _is_ours_alone(folder)
+        and (folder / "launch").exists()
+        and not _is_locked(folder / "launch")
+        and not is_served(folder)
+    )
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Whether it is a folder of this user's that nobody else may look into."""
     try:
-        ours = (folder / "launch").stat().st_uid == os.getuid()
-    except FileNotFoundError:  # never a launch's, or its launch has just removed it
+        status = folder.lstat()
+    except OSError:  # its launch has just removed it
         return False
-    return ours and not _is_locked(folder / "launch") and not is_served(folder)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
 def _is_locked(path: Path) -> bool:

@@ -90,6 +90,12 @@ class Peer:
         with self._lock:
             return self._posted == self._arrived and self._lost is None
 
+    @property
+    def all_arrived(self) -> bool:
+        """Whether the other side has all that was posted; can be asked of a link that is lost, too."""
+        with self._lock:
+            return self._posted == self._arrived
+
     def post(self, message: Message, vector: Tensor | None = None, bits: int = 32) -> None:
         """Sends a message. Dropped if the connection is lost: the next `poll` says so.
 

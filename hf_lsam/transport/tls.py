@@ -135,8 +135,14 @@ class Listener:
                 )
                 connection.close()
                 continue
-            connection.settimeout(self._handshake_timeout)
-            wrapped = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            try:
+                connection.settimeout(self._handshake_timeout)
+                connection.getpeername()  # of one that was reset there is none, and `wrap_socket` would not close it
+                wrapped = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            except OSError as error:  # it was reset before it has said anything that could be read
+                logger.info("closed a connection from %s: %s", address[0], error)
+                connection.close()
+                continue
             name = f"hf_lsam-joining-{address[0]}"
             thread = threading.Thread(target=self._join, args=(wrapped, address), name=name, daemon=True)
             self._joining[thread] = wrapped

@@ -52,10 +52,11 @@ class StepTimer(TrainerCallback):
         self._steps.append((self._begin, self._now(args.device)))
 
     def median(self) -> float:
-        """Seconds."""
-        return statistics.median(
+        """Seconds; 0 where no step was made: a run that had ended was resumed."""
+        seconds = [
             end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000 for begin, end in self._steps
-        )
+        ]
+        return statistics.median(seconds) if seconds else 0.0
 
     def _now(self, device: torch.device):
         if device.type != "cuda":

@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from PIL import Image as Pillow
+from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -510,7 +511,9 @@ def _open(content: bytes | str | Path, source: str) -> Tensor:
     """One image as uint8 [1, 3, H, W]."""
     try:
         with Pillow.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            pixels = np.array(image.convert("RGB"))
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise ValueError(f"its mode is {image.mode!r}, and images of 8 bits a channel are read; convert it")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))  # as transformers turns it
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
         raise ValueError(f"{source} is not an image that can be decoded: {error}. Mend it or take it out.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()

@@ -55,9 +55,9 @@ def measured_run(
         evaluated = [{"step": 0, **trainer.evaluate()}]
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate()  # by all, who share it with every method
+    trainer.save_model()
     gather = gather_lsam if asynchronous else gather_data_parallel
     measured = gather(trainer, timer, metric)
-    trainer.save_model()
     if args.process_index != 0:
         return None
 

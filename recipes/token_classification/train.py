@@ -58,6 +58,13 @@ def load_sentences(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
     declared = feature.names if isinstance(feature, ClassLabel) else None
     named = []
     for part in parts:
+        for column in (args.tokens_column, args.tags_column):
+            for number, cell in enumerate(part[column], 1):
+                if not isinstance(cell, list) or None in cell:
+                    raise ValueError(
+                        f"Sentence {number} has {cell!r} in column `{column}`, which is no list of words or tags (a "
+                        "CSV holds none). Give JSON lines with a list a sentence, as in the recipe's README."
+                    )
         tags = [[declared[tag] if declared else str(tag) for tag in sentence] for sentence in part[args.tags_column]]
         for number, (words, own) in enumerate(zip(part[args.tokens_column], tags, strict=True), 1):
             if len(words) != len(own):

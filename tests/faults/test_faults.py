@@ -892,3 +892,22 @@ def test_what_a_launch_leaves_that_was_killed_with_all_its_processes_is_removed_
     third, other = make_launch_folder(shared)
     other.close()
     assert list(shared.iterdir()) == [third]
+
+
+def test_a_folder_of_another_user_or_that_others_may_look_into_is_left_alone_and_not_taken_over(tmp_path):
+    (tmp_path / "hf_lsam-file").write_text("")
+    for name, mode, owner in (("open", 0o777, os.getuid()), ("theirs", 0o700, 65534)):
+        folder = tmp_path / f"hf_lsam-{name}"
+        folder.mkdir()
+        (folder / "launch").write_text("")
+        folder.chmod(mode)
+        if owner != os.getuid():
+            if os.getuid():
+                continue  # only root may give a folder away
+            os.chown(folder, owner, -1)
+        with pytest.raises(PermissionError, match="was there already, and it is another user's"):
+            make_launch_folder(tmp_path, name)
+    (tmp_path / "hf_lsam-link").symlink_to(tmp_path / "hf_lsam-open")
+    with pytest.raises(PermissionError):
+        make_launch_folder(tmp_path, "link")
+    assert dead_launches(tmp_path) == []

@@ -767,6 +767,38 @@ def test_a_relay_refuses_a_folder_that_holds_another_run(tmp_path, caplog):
         run.finish()
 
 
+def test_a_relay_that_has_taken_part_leaves_a_run_that_has_begun_anew(tmp_path, caplog):
+    """Its root was started again in another folder: differences would go onto an anchor of the run before."""
+    with cluster(tmp_path, [1]) as run:
+        path = tmp_path / "other"
+        path.mkdir()
+        contents = {**run.folders[0].run, "machines": MachineSettings(2, 1, "run").as_dict()}
+        folder = RunFolder.create(path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
+        relay = Relay(folder, run.address, SECRET)
+        relay.core.adopt(torch.ones(NUMEL), 40)  # from the root before
+        Service(folder, relay, None).serve()
+        assert re.search("is at anchor 0, and this folder holds anchor 40 of another run", caplog.text)
+        run.finish()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_rounding_has_left_of_a_last_whole_period_goes_too(bits):
+    core = RelayCore(torch.zeros(100), replace(SETTINGS, exchange_bits=bits))
+    core.join(0)
+    pushed = torch.randint(-1000, 1000, (100,), generator=torch.Generator().manual_seed(0)).float()
+    core.push(pushed, TAU)
+    crossed = core.claim()[0].clone()
+    core.answered(1)
+    assert not torch.equal(crossed, pushed)
+    assert not core.is_empty
+    rest, steps, number, crosses_in = core.claim(True)
+    assert (steps, number, crosses_in) == (1, 2, 32)
+    assert torch.equal(crossed + rest, pushed)
+    core.answered(2)
+    assert core.is_empty
+    assert core.claim(True) is None
+
+
 needs_networks = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -737,3 +738,18 @@ def test_a_cut_link_is_noticed_on_both_sides_and_a_new_join_works_once_it_is_bac
             assert "no sign of life" in side.stdout.readline()
         worker.restore()
         assert process.stdout.readline() == "exchanged\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"x"])
+def test_a_connection_that_is_reset_at_once_is_no_more_than_that(listener, said):
+    """As a port scan or a load balancer's check leaves it; taken in only once the reset has come."""
+    for _ in range(3):
+        stranger = socket.create_connection(listener.address)
+        stranger.sendall(said)
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()
+    time.sleep(0.1)
+    deadline = time.monotonic() + TIMEOUT
+    while listener._joining and time.monotonic() < deadline:
+        assert listener.accept() == []
+    assert listener.accept() == []
