@@ -1,7 +1,7 @@
 """LSAM for Hugging Face: asynchronous distributed training with landscape-smoothed sharpness-aware minimization.
 
-Paper: arXiv 2509.03110. Importing this module has no side effect and loads nothing until a name is used, so that the
-server process needs torch alone.
+Paper: arXiv 2509.03110. Importing this module has no side effects and loads nothing until a name is used, so that the
+server process needs only torch.
 """
 
 from importlib import import_module

@@ -26,12 +26,12 @@ _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what torch.optim.Adam keeps
 
 
 def vectors_kept(optimizer: str, momentum_correction: float) -> int:
-    """How many vectors of d values an `Anchor` with these keeps, beside y."""
+    """How many vectors of d values an `Anchor` with these settings keeps in addition to y."""
     return _BUFFERS[optimizer] + (momentum_correction != 0)
 
 
 class Anchor:
-    """y with its correction term, its optimizer and its version.
+    """y, together with its correction term, its optimizer and its version.
 
     Args:
         vector: initial y, float32 [d]; owned and changed in place from here on.
@@ -41,10 +41,10 @@ class Anchor:
         momentum: momentum of "nesterov"; first decay rate of "adam".
 
     Raises:
-        ValueError: for another optimizer.
+        ValueError: for any other optimizer.
 
     State: y, g'_prev, the optimizer's buffers and the version.
-    Process: the server's (or the worker's own, when it is alone). Not thread-safe.
+    Process: the server's (or the worker's, when it trains alone). Not thread-safe.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class Anchor:
         Args:
             total: their sum, float32 [d]; read, not kept.
             steps: how many worker steps the sum covers, at least 1.
-            gradient: where g may be written, float32 [d]; `total` itself if that is free. None allocates it.
+            gradient: buffer that g may be written to, float32 [d]; may be `total` itself if the caller no longer needs
+                it. None allocates one.
         """
-        g, scale = total, -1.0 / steps  # whose product is g'
-        if self._beta or self._adam is not None:  # the others write no g: a third of the memory traffic
+        g, scale = total, -1.0 / steps  # g' is their product
+        if self._beta or self._adam is not None:  # the other rules never store g: a third of the memory traffic
             g, scale = torch.mul(total, scale, out=gradient), 1.0
         if self._beta and self._previous is not None:
             self._correct(g, self._previous)
@@ -101,7 +102,7 @@ class Anchor:
             torch._foreach_add_(g, change, alpha=self._beta)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold, as tensors by name."""
+        """Everything a checkpoint must hold, as named tensors."""
         state = {"anchor": self.vector, "version": torch.tensor(self.version)}
         if self._previous is not None:
             state["previous_mean"] = self._previous
@@ -113,7 +114,7 @@ class Anchor:
         return state
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave; tensors it does not know are left to the caller."""
+        """Restores what `state_tensors` returned; other tensors in `state` are ignored."""
         self.vector.copy_(state["anchor"])
         self.version = int(state["version"])
         device = self.vector.device
@@ -128,10 +129,10 @@ class Anchor:
 
 @torch.no_grad()
 def nesterov_step(y: Tensor, buffer: Tensor, gradient: Tensor, scale: float, lr: float, momentum: float) -> None:
-    """b <- m b + g and y <- y - lr (g + m b) with g = scale * gradient, in place, in one sweep through memory.
+    """b <- m b + g and y <- y - lr (g + m b) with g = scale * gradient, in place, in one pass over memory.
 
     Args:
-        y, buffer, gradient: float32 [d]; the last is read only.
+        y, buffer, gradient: float32 [d]; `gradient` is only read.
     """
     for own, b, g in blocks([y], [buffer], [gradient]):
         torch._foreach_mul_(b, momentum)

@@ -1,7 +1,7 @@
 """The configuration of an LSAM run: `LSAMArguments`, to be mixed into any TrainingArguments.
 
-A new field is a line with its default and what it may hold, and a paragraph of the docstring, which is its help on the
-command line as well. A worker or server that is to know of it has a field of the same name in its settings.
+A new field takes one line, with its default and what it may hold, and one paragraph of the docstring, which is also its
+help on the command line. If a worker or the server needs it, its settings have a field of the same name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-SYNC_STEPS = (4, 2)  # of up to two workers, and of more, where `sync_steps` is left out
+SYNC_STEPS = (4, 2)  # for up to two workers, and for more, if `sync_steps` is not set
 
 if TYPE_CHECKING:
 
     class _MixedIn:
-        """What is used of TrainingArguments."""
+        """The parts of TrainingArguments that are used."""
 
         accelerator_config: dict[str, Any] | str | None
         auto_find_batch_size: bool
@@ -63,7 +63,7 @@ else:
 SERVER_ADDRESS = Rule(
     "the folder of a running server",
     "Start one first: python -m hf_lsam.server --run_dir DIR",
-    lambda address: "://" in str(address) or os.path.isdir(str(address)),  # a transport of the caller's own
+    lambda address: "://" in str(address) or os.path.isdir(str(address)),  # "://": the caller's own transport
 )
 PORT = Rule("an integer in [0, 65535]", "0 lets the system choose.", lambda n: type(n) is int and 0 <= n < 2**16)
 LANDSCAPE_POINTS = Rule(
@@ -72,14 +72,14 @@ LANDSCAPE_POINTS = Rule(
     lambda points: type(points) is int and (points == 0 or (points >= 5 and points % 4 == 1)),
 )
 TRAINER_ONLY = "a field that needs Trainer's data loader or its loss"
-# What fields were called, and what they are called now.
+# Former names of fields, and what replaced them.
 FORMER_NAMES = {"server_rule": "algorithm, with 'lsam', 'easgd' and 'lsgd' for 'smoothed', 'elastic' and 'leader'"}
 
 
 def refuse_former_names(names: Iterable[str]) -> None:
     """
     Raises:
-        TypeError: for the name that a field had before.
+        TypeError: for a former name of a field.
     """
     for name in names:
         if name in FORMER_NAMES:
@@ -89,7 +89,7 @@ def refuse_former_names(names: Iterable[str]) -> None:
 @dataclass
 @help_from_docstring
 class LSAMArguments(_MixedIn):
-    """LSAM's own fields, to be mixed in before a subclass of `TrainingArguments`.
+    """LSAM's own fields, to be mixed in ahead of `TrainingArguments` or a subclass of it.
 
     ```python
     @dataclass
@@ -99,110 +99,119 @@ class LSAMArguments(_MixedIn):
 
     Parameters that control the sampler (each worker's gradient):
         sam_rho (`float`, defaults to 0.05): L2 radius of the perturbation; 0 switches SAM off. Denoted rho in the
-            paper. It acts on the worker's own batch: smaller batches want a smaller radius.
+            paper. It applies to each worker's own batch, so smaller batches call for a smaller radius.
         sam_eps (`float`, defaults to 1e-12): stabiliser in the denominator. Denoted gamma in the paper.
         sam_adaptive (`bool`, defaults to False): measure the radius in units of each weight (ASAM). Useful radii are
             then 10 to 40 times larger.
-        sam_interval (`int`, defaults to 1): perturb at every k-th optimizer step only, step plainly between.
-        sam_direction (`str`, defaults to "gradient"): along what the step perturbs. "gradient": the batch's own, which
-            costs a second pass. With one pass: "momentum", the optimizer's, against its sign, as in MSAM; "anchor", the
-            way the anchor came in its last move, as in FedLESAM (several workers; plain until it has moved). The
-            reported loss is then that of the one pass, and there is no lsam/sharpness.
+        sam_interval (`int`, defaults to 1): perturb only at every k-th optimizer step; the steps in between use the
+            plain gradient.
+        sam_direction (`str`, defaults to "gradient"): the direction in which a step perturbs. "gradient" is that of the
+            batch and costs a second pass. The other two need one pass: "momentum" perturbs against the optimizer's
+            momentum, as in MSAM; "anchor" perturbs back along the anchor's last move, as in FedLESAM (it needs several
+            workers, and steps are plain until the anchor has moved). The reported loss is then that of the single pass,
+            and there is no lsam/sharpness.
         sam_ascent_fraction (`float`, defaults to 1.0): the share of each batch that pass 1 sees. At 0.25 a step costs
             1.25 forward-backward passes instead of 2. The reported loss is then that of pass 2, and lsam/sharpness
-            compares it with the loss of that share. Each row of a batch must stand alone: trl's DPOTrainer and
+            compares it with the loss on that share. The rows of a batch must be independent: trl's DPOTrainer and
             others whose batches stack pairs are refused.
-        langevin_temperature (`float`, defaults to 0.0): temperature of the noise added to each step; 0 adds none, 1
+        langevin_temperature (`float`, defaults to 0.0): temperature of the noise added at each step; 0 adds none, 1
             is exact stochastic gradient Langevin dynamics. Denoted T.
 
     Parameters that control the coupling and the exchange:
-        algorithm (`str`, defaults to "lsam"): what a worker hands in and what the server does with it (see
-            `hf_lsam.algorithms`). The baselines, with sam_rho=0: "easgd", coupling_strength its alpha; "lsgd".
-        sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, where it is 16. Left
-            out, 4 for one or two workers and 2 for more: the more there are, the more of the noise their mean takes
-            away, and the less each may stray from it. A push that the server cannot take yet goes out with the next, so
-            a slow link lengthens it by itself.
-        coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": at once, when a new anchor
-            comes, measured from what it has handed in; it brakes nobody. "decoupled": at every step, after the
-            optimizer's, as weight decay is in AdamW. "score": at every step, inside the gradient, as in the paper; for
-            SGD, whose momentum m multiplies it by 1 / (1 - m).
+        algorithm (`str`, defaults to "lsam"): what a worker pushes and what the server does with it (see
+            `hf_lsam.algorithms`). "easgd", with coupling_strength as its alpha, and "lsgd" are baselines, for which the
+            papers use sam_rho=0.
+        sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, which uses 16. If not
+            set, 4 for one or two workers and 2 for more: the more workers there are, the more noise their mean averages
+            out, and the less each of them may stray from it. A push that the server cannot take yet is sent with the
+            next one, so a slow link lengthens the interval automatically.
+        coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": all at once when a new
+            anchor arrives, with the distance measured from what the worker has pushed; this does not slow the worker
+            down. "decoupled": at every step, after the optimizer's, like the weight decay of AdamW. "score": at every
+            step, inside the gradient, as in the paper; only for SGD, whose momentum m multiplies it by 1 / (1 - m).
         coupling_strength (`float`, defaults to 1.0): the share of its distance to the anchor that a worker gives up in
             a period of sync_steps. Denoted lambda0 in the paper, which uses 0.1 and 0.9 with coupling="score".
         compensate_coupling (`bool`, defaults to True): "decoupled" and "score" slow workers and anchor down (see
-            `hf_lsam.coupling.drift_slowdown`); the optimizer steps with its learning rate multiplied by as much, and a
-            learning rate means what it means without LSAM. Both rates are logged.
-        scale_learning_rate (`bool`, *optional*): the optimizer steps with its learning rate multiplied by the square
-            root of the number of workers of the launch. Left out, it does so with optimizers that normalise their
-            steps, Adam and its kind, with LSAM's own algorithm: the noise of its own batch shortens each worker's way,
-            and it takes so much more for n of them to move as data-parallel training does with the learning rate as it
-            is (measured: docs/scaling.md). False where the learning rate was found with these workers, or is near the
-            largest that one of them bears. Both rates are logged.
-        share_steps (`bool`, defaults to False): the workers share the steps of the run: max_steps, or the steps of
-            num_train_epochs, count once for each worker of the launch, and whoever is faster makes more of them, going
-            on through its share of the data. The run then does not wait for the slowest worker. Learning rates follow
-            the run. With server_address max_steps is the run's, whoever joins.
-        num_workers (`int`, *optional*): how many workers the run is meant to have. Set, it makes a launch that starts
-            another number an error.
-        shared_memory_dir (`str`, defaults to "/dev/shm"): where workers and server of a machine exchange vectors. Needs
-            room for num_workers + 2 of them.
+            `hf_lsam.coupling.drift_slowdown`). The optimizer steps with its learning rate multiplied by the same
+            factor, so that a learning rate means what it means without LSAM. Both rates are logged.
+        scale_learning_rate (`bool`, *optional*): multiply the learning rate that the optimizer steps with by the square
+            root of the number of workers in the launch. If not set, this is done with LSAM's own algorithm for
+            optimizers that normalise their steps, Adam and its kind: the noise in its own batch shortens a worker's
+            steps, and n workers need this factor to move as data-parallel training does with the learning rate as it is
+            (measured: docs/scaling.md). Set it to False if the learning rate was tuned with these workers, or is close
+            to the largest that a single worker tolerates. Both rates are logged.
+        share_steps (`bool`, defaults to False): share the steps of the run among the workers. max_steps, or the steps
+            of num_train_epochs, count once for each worker of the launch, and faster workers take more of them,
+            continuing through their share of the data. The run then does not wait for the slowest worker, and learning
+            rates follow the run. With server_address, max_steps is the budget of the whole run, whoever joins; with
+            HF_LSAM_NUM_WORKERS=n, it counts n times.
+        num_workers (`int`, *optional*): how many workers the run is meant to have. If set, it is an error to launch any
+            other number.
+        shared_memory_dir (`str`, defaults to "/dev/shm"): where the workers and the server of a machine exchange
+            vectors. Needs room for num_workers + 2 vectors.
         server_address (`str`, *optional*): the folder of a running server (`python -m hf_lsam.server --run_dir DIR`)
-            to join as an external worker, and to leave when this launch has done its steps; n counts the workers that
-            are there. Each launch evaluates and saves by itself: give each its own output_dir, seed and data_seed.
-            max_steps is the budget of each worker, or with share_steps of all together. "scheme://..." joins by a
-            transport of your own. Left out, it is the environment's HF_LSAM_SERVER_ADDRESS, if that is set;
-            HF_LSAM_WORKER and HF_LSAM_NUM_WORKERS then make worker k of n of a process that is started by itself:
-            it shares data, output_dir and seed with the others as in a launch of n.
-        server_port (`int`, defaults to 0): where the first machine's server listens to those of the others, with
-            MASTER_ADDR (--main_process_ip) as its host: the port that its firewall has to let them reach, and the only
-            one that a server opens. 0 lets the system choose.
-        server_timeout (`float`, defaults to 120.0): seconds that a worker whose server has died goes on alone, around
-            the last anchor. If none has come back by then, it saves a checkpoint and ends with an error. An external
-            worker waits as long for a server that has not started yet.
+            to join as an external worker; the worker leaves when this launch has taken its steps. n counts the workers
+            that are present. Each launch evaluates and saves on its own, so give each its own output_dir, seed and
+            data_seed. max_steps is the budget of each worker or, with share_steps, of all together. "scheme://..."
+            joins through a transport of your own. If not set, the environment's HF_LSAM_SERVER_ADDRESS is used, if
+            there is one; HF_LSAM_WORKER=k and HF_LSAM_NUM_WORKERS=n then make a process that is started individually
+            worker k of n, which shares data, output_dir and seed with the others, as in a launch of n.
+        server_port (`int`, defaults to 0): the port on which the first machine's server listens for the servers of the
+            others, with MASTER_ADDR (--main_process_ip) as its host. It is the only port that a server opens, and that
+            machine's firewall must let the others reach it. 0 lets the system choose.
+        server_timeout (`float`, defaults to 120.0): seconds for which a worker whose server has died continues alone,
+            around the last anchor. If no server has come back by then, it saves a checkpoint and ends with an error. An
+            external worker also waits this long for a server that has not started yet.
         worker_timeout (`float`, defaults to 600.0): seconds after which a worker whose process is frozen is dropped;
-            one that evaluates, saves or compiles is not. When it wakes, it begins again at the anchor; the end of the
-            run waits for it as long again.
-        machine_timeout (`float`, defaults to 30.0): seconds without a sign of life after which another machine is
-            lost, and its workers leave n. A lost machine goes on alone for server_timeout, and connects again by
-            itself.
-        snapshot_seconds (`float`, defaults to 30.0): seconds between two saves of the server's state, which a restarted
-            server takes up; 0 saves none. Needs room for 6 more vectors where vectors are exchanged.
-        max_bad_pushes (`int`, defaults to 3): refused pushes (NaN, infinity) in a row after which a worker begins again
-            at the anchor, with a fresh optimizer state.
-        exchange_bits (`int`, defaults to 8): of a value that crosses between machines: 32 (float32), or 8 or 4 with a
-            scale for each block of 64. What rounding leaves behind goes with the next exchange; the final anchor is
-            sent exactly. Within a machine vectors are float32.
+            one that evaluates, saves or compiles is not. When it wakes up, it starts again at the anchor; the end of
+            the run waits this long again for it.
+        machine_timeout (`float`, defaults to 30.0): seconds without a heartbeat after which another machine is
+            considered lost and its workers no longer count towards n. A lost machine continues alone for
+            server_timeout, and reconnects automatically.
+        snapshot_seconds (`float`, defaults to 30.0): seconds between two snapshots of the server's state, from which a
+            restarted server continues; 0 takes none. Needs room for 6 more vectors in the folder where vectors are
+            exchanged.
+        max_bad_pushes (`int`, defaults to 3): number of refused pushes (NaN, infinity) in a row after which a worker
+            starts again at the anchor, with a fresh optimizer state.
+        exchange_bits (`int`, defaults to 8): bits per value sent between machines: 32 (float32), or 8 or 4 with one
+            scale for each block of 64 values. The rounding error is carried over to the next exchange, and the final
+            anchor is sent exactly. Within a machine vectors are float32.
         data_distribution (`str`, defaults to "sharded"): "sharded" shares each epoch among the workers and reshuffles
-            it, as DDP does; "independent" lets each worker draw from all the data in its own order, as in the paper (an
-            IterableDataset is then read whole by every worker: shuffle it with a seed of the worker's own).
+            it, as DDP does; "independent" lets each worker draw from all the data in its own order, as in the paper
+            (every worker then reads all of an IterableDataset: shuffle it with a different seed in each worker).
 
     Parameters that control the anchor (the server):
-        momentum_at (`str`, *optional*): whose the optimizer's momentum is, SGD's or the first decay rate of Adam and
-            AdamW. "anchor": several workers step without any, and the anchor moves with momentum ** sync_steps by
-            Nesterov's rule, so that it gathers their mean direction and not the noise of each one's batches. The
-            optimizer steps with its learning rate multiplied by what the anchor's momentum lacks, and a learning rate
-            means what it did; both are logged. "worker": each keeps its own, as a lone one always does. Left out,
-            "anchor" wherever it goes: with these optimizers, algorithm="lsam", coupling="merge", the anchor's "sgd"
-            and no sam_direction="momentum".
+        momentum_at (`str`, *optional*): where the optimizer's momentum (of SGD, or the first decay rate of Adam and
+            AdamW) is applied. "anchor": several workers step without momentum, and the anchor moves by Nesterov's rule
+            with momentum ** sync_steps, so that it accumulates their mean direction and not the noise of each worker's
+            batches. The learning rate that the optimizer steps with is multiplied by a factor that makes up for the
+            difference, so that a learning rate means what it did before; both are logged. "worker": each worker keeps
+            its own momentum, as a worker that trains alone always does. If not set, "anchor" wherever possible: with
+            these optimizers, algorithm="lsam", coupling="merge", anchor_optimizer="sgd", and any sam_direction except
+            "momentum".
         anchor_lr (`float`, defaults to 1.0): step size of the anchor. Denoted eta' in the paper.
         anchor_momentum_correction (`float`, defaults to 0.0): weight of the change between two mean differences.
             Denoted beta in the paper.
         anchor_optimizer (`str`, defaults to "sgd"): "sgd", "nesterov" or "adam".
         anchor_momentum (`float`, defaults to 0.9): momentum of "nesterov", first decay rate of "adam".
-        batchnorm_statistics (`str`, defaults to "reestimate"): where the anchor has BatchNorm's running statistics
-            from, whenever it is evaluated or saved. "reestimate" takes them from training batches, at its weights;
-            "average" lets the workers exchange theirs like parameters (0.1 % more traffic, no batch at evaluation);
-            "worker" leaves those of the worker, which belong to other weights. Without BatchNorm it does nothing.
-        batchnorm_batches (`int`, defaults to 32): how many training batches "reestimate" takes.
+        batchnorm_statistics (`str`, defaults to "reestimate"): where the anchor's BatchNorm running statistics come
+            from whenever it is evaluated or saved. "reestimate" computes them from training batches at the anchor's
+            weights; "average" lets the workers exchange theirs like parameters (0.1 % more traffic, and no batches at
+            evaluation); "worker" keeps those of the worker, which belong to other weights. Has no effect on models
+            without BatchNorm.
+        batchnorm_batches (`int`, defaults to 32): how many training batches "reestimate" uses.
 
     Parameters that control what is measured when training ends:
-        landscape_points (`int`, defaults to 0): points of a line from the anchor to each worker, and of each side of a
-            grid on the plane through the anchor and two workers, at which worker 0 evaluates the loss for `hf-lsam
-            report`. 4 k + 1, such as 17, so that anchor and workers are among them; 0 measures nothing.
-        landscape_batches (`int`, defaults to 4): how many training batches, always the same, each of these takes.
+        landscape_points (`int`, defaults to 0): the number of points on a line from the anchor to each worker, and on
+            each side of a grid in the plane through the anchor and two workers, at which worker 0 evaluates the loss
+            for `hf-lsam report`. Must be 4 k + 1, such as 17, so that anchor and workers are among the points; 0
+            measures nothing.
+        landscape_batches (`int`, defaults to 4): how many training batches, always the same ones, are evaluated at each
+            of these points.
 
     Raises:
         ValueError: for a value out of range, for a configuration in which the distance between workers and anchor
-            would grow without bound, and for what LSAM cannot be combined with.
+            would grow without bound, or for a combination that LSAM does not support.
     """
 
     sam_rho: Annotated[float, number("[0, inf)", "Use 0 to train without SAM.")] = 0.05
@@ -262,18 +271,18 @@ class LSAMArguments(_MixedIn):
         from transformers.trainer_pt_utils import AcceleratorConfig
 
         assert isinstance(self.accelerator_config, AcceleratorConfig)  # whatever form it was given in
-        # A dispatcher would read on process 0 and broadcast; every worker reads its own share instead.
+        # A dispatcher would read on process 0 and broadcast; here every worker reads its own share instead.
         self.accelerator_config.dispatch_batches = False
 
-    # --- who this process is; TrainingArguments asks for it at construction ---
+    # --- who this process is; TrainingArguments asks for this at construction ---
 
     @cached_property
     def identity(self) -> Identity:
         """This process among the workers.
 
         Raises:
-            ValueError: if the launcher started another number of workers than `num_workers`, or fewer than it was
-                asked for.
+            ValueError: if the launcher started a different number of workers from `num_workers`, or fewer than it was
+                asked for; see also `Identity.from_environment`.
         """
         identity = Identity.from_environment()
         identity.require_workers(self.num_workers)
@@ -291,7 +300,7 @@ class LSAMArguments(_MixedIn):
         self.distributed_state = PartialState()
         self._n_gpu = 0 if device.type == "cpu" else 1
         if device.type == "cpu":
-            self.dataloader_pin_memory = False  # as with use_cpu: torch warns of it at every loader
+            self.dataloader_pin_memory = False  # as Trainer does for use_cpu: torch would warn at every loader
         return device
 
     @property
@@ -301,38 +310,39 @@ class LSAMArguments(_MixedIn):
 
     @contextmanager
     def saving_own_state(self) -> Iterator[None]:
-        """Inside, Trainer writes optimizer, scheduler and trainer state of this worker, whatever its rank."""
+        """Inside, Trainer writes this worker's optimizer, scheduler and trainer state, whatever its rank."""
         self._saving_own_state = True
         try:
             yield
         finally:
             self._saving_own_state = False
 
-    # --- what the rooms below need, without a config object ---
+    # --- what the layers below need, without a config object ---
 
     def steps_between_pushes(self, num_workers: int) -> int:
-        """tau: `sync_steps`, or what serves as many workers."""
+        """tau: `sync_steps`, or the default for this many workers."""
         if self.sync_steps is not None:
             return self.sync_steps
         few, many = SYNC_STEPS
-        # Behind a server of its own, workers come and go, and all must agree on one tau.
+        # With `server_address`, workers come and go, and all must agree on one tau.
         return few if num_workers <= 2 and self.server_address is None else many
 
     def shared_momentum(self, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
-        """The momentum a step that the workers' optimizer leaves to the anchor; 0 where it keeps its own.
+        """The momentum, per step, that the workers' optimizer leaves to the anchor; 0 if it keeps its own.
 
         Args:
-            optimizer: of a worker.
-            workers: n of the launch.
+            optimizer: a worker's optimizer.
+            workers: n, the number of workers of the launch.
         """
         alone = workers == 1 and self.server_address is None
         kept = self.momentum_at == "worker" or any(conflicts.of_momentum_at_the_anchor(self))
         return 0.0 if alone or kept else momentum_of(optimizer)
 
     def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
-        """What the server needs to know of these fields, with tau as the run has it.
+        """What the server needs to know of these fields.
 
         Args:
+            sync_steps: tau of the run.
             shared_momentum: see the method of that name.
         """
         moving_rate = self.coupling_strength if self.server_half.moves_elastically else 0.0
@@ -342,31 +352,35 @@ class LSAMArguments(_MixedIn):
         return settings
 
     def worker_settings(self, sync_steps: int) -> WorkerSettings:
-        """What a worker needs to know of these fields, with tau as the run has it."""
+        """What a worker needs to know of these fields.
+
+        Args:
+            sync_steps: tau of the run.
+        """
         keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
         return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
 
     @property
     def worker_half(self) -> type[WorkerHalf]:
-        """What these fields make a worker do."""
+        """The worker's half of the configured algorithm and coupling."""
         return ALGORITHMS[self.algorithm].worker_half(self.coupling)
 
     @property
     def server_half(self) -> type[ServerHalf]:
-        """What these fields make the server do."""
+        """The server's half of the configured algorithm."""
         return ALGORITHMS[self.algorithm].server_half
 
     def learning_rate_factor(self, sync_steps: int, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
-        """What the optimizer's learning rate is multiplied with: `compensate_coupling`, `scale_learning_rate` and
-        `momentum_at`.
+        """The factor by which the optimizer's learning rate is multiplied, because of `compensate_coupling`,
+        `scale_learning_rate` and `momentum_at`.
 
-        A gradient moves SGD with momentum m by eta / (1 - m) in all, Adam's mean by eta; with m^tau at the anchor by
-        1 / (1 - m^tau) of the worker's step.
+        In total, one gradient moves x by eta / (1 - m) with SGD and momentum m, and by eta with Adam's mean; with m^tau
+        at the anchor, by the worker's step times 1 / (1 - m^tau).
 
         Args:
             sync_steps: tau of the run.
-            optimizer: whose learning rate it is.
-            workers: n of the launch.
+            optimizer: the optimizer whose learning rate it is.
+            workers: n, the number of workers of the launch.
         """
         scaled = self.scale_learning_rate
         if scaled is None:
@@ -384,19 +398,20 @@ class LSAMArguments(_MixedIn):
         return by_name(Timeouts, self, service=by_name(ServiceSettings, self))
 
     def kernel_precision(self, sync_steps: int) -> float:
-        """lambda = lambda0 / (eta tau), with the configured learning rate; 0 where there is no kernel."""
+        """lambda = lambda0 / (eta tau), with the configured learning rate; 0 if there is no kernel."""
         if not self.server_half.adds_up or not self.learning_rate:
             return 0.0
         return self.coupling_strength / (self.learning_rate * sync_steps)
 
     def lsam_fields(self) -> dict[str, Any]:
-        """LSAM's own fields by name, without those of the Trainer they are mixed into."""
+        """LSAM's own fields by name, without those of the TrainingArguments they are mixed into."""
         return {each.name: getattr(self, each.name) for each in fields(LSAMArguments)}
 
     # --- validation ---
 
     def validate(self) -> None:
-        """Checks LSAM's own fields, alone and together; what the environment says of the server is taken up first."""
+        """Checks LSAM's own fields, each and in combination, after filling in the server's address from the
+        environment."""
         if self.server_address is None:
             self.server_address = os.environ.get(SERVER_ADDRESS_VARIABLE)
         check_fields(LSAMArguments, self)

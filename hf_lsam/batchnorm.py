@@ -1,9 +1,9 @@
 """BatchNorm's running statistics under SAM and at the anchor.
 
-Pass 2 sees the perturbed weights; its batch statistics must not enter the running ones. And the anchor is a model that
-no batch ever went through: the running statistics a worker has collected belong to its own x. They are re-estimated at
-y from training batches before the anchor is evaluated or saved; or the workers exchange them like parameters, and the
-anchor's are their average.
+Pass 2 sees the perturbed weights, so its batch statistics must not enter the running ones. And no batch ever passes
+through the anchor: the running statistics that a worker has collected belong to its own x. Either they are re-estimated
+at y from training batches before the anchor is evaluated or saved, or the workers exchange them like parameters and the
+anchor gets their average.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATISTICS = ("reestimate", "average", "worker")
 
 
 def running_statistics(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, buffer) pairs of the running means and variances, float32: what workers exchange to average them."""
+    """(name, buffer) pairs of the running means and variances, float32, which workers exchange in order to average."""
     return [
         (f"{name}.{buffer}", getattr(layer, buffer))
         for name, layer in model.named_modules()
@@ -41,9 +41,9 @@ def running_statistics(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def frozen_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Layers normalise by the batch as in training and leave their running statistics alone.
+    """Inside, the layers normalise by the batch as in training, but leave their running statistics alone.
 
-    Momentum 0 would not do: the layer would still count the batch in `num_batches_tracked`.
+    Momentum 0 would not be enough: the layer would still count the batch in `num_batches_tracked`.
     """
     layers = list(layers)
     for layer in layers:
@@ -57,7 +57,7 @@ def frozen_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
 
 @contextmanager
 def kept_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Running statistics may change inside; after, they are what they were before."""
+    """Inside, running statistics may change; on exit they are restored."""
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     try:
         yield
@@ -68,10 +68,10 @@ def kept_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
 
 @contextmanager
 def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """Inside, everything is in evaluation mode but the BatchNorm layers that training moves, which it yields.
+    """Inside, everything is in evaluation mode except the BatchNorm layers that training updates, which it yields.
 
     A layer that the model's own `train()` keeps in evaluation mode is frozen: its statistics belong to the model, as
-    its weights do. In a model that is in training mode already, each layer's own mode tells.
+    its weights do. If the model is already in training mode, each layer's own mode decides.
     """
     modes = [(module, module.training) for module in model.modules()]
     if not model.training:
@@ -89,17 +89,17 @@ def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[object], object]) -> int:
-    """Replaces the running statistics by the average over `batches` at the current weights; frozen ones stay.
+    """Replaces the running statistics by the average over `batches` at the current weights; frozen layers keep theirs.
 
-    Everything but the BatchNorm layers is in evaluation mode meanwhile, so dropout does not blur the statistics.
+    Meanwhile everything except the BatchNorm layers is in evaluation mode, so dropout does not blur the statistics.
 
     Args:
-        model: with its anchor in place.
-        batches: training batches, any form that `forward` takes.
-        forward: runs the model on one batch; its result is dropped.
+        model: already holding the anchor.
+        batches: training batches, in any form that `forward` takes.
+        forward: runs the model on one batch; its result is discarded.
 
     Returns:
-        the number of batches seen; 0 where every layer is frozen.
+        the number of batches seen; 0 if every layer is frozen.
     """
     seen = 0
     with normalising_by_the_batch(model) as layers:
@@ -120,7 +120,8 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[obje
 
 
 def keep_variances_positive(layers: Iterable[_BatchNorm]) -> None:
-    """The server's momentum correction may carry an averaged variance past zero, where its root would be NaN."""
+    """Clamps averaged variances at zero: the anchor's momentum or its correction may make them negative, and their root
+    NaN."""
     for layer in layers:
-        assert layer.running_var is not None  # `tracking_layers` has chosen them by it
+        assert layer.running_var is not None  # `tracking_layers` returns no others
         layer.running_var.clamp_(min=0.0)

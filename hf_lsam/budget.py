@@ -1,9 +1,9 @@
-"""The steps of a run, shared by its workers: whoever is faster makes more of them, and all end together.
+"""The steps of a run, shared by its workers: faster workers take more of them, and all finish together.
 
-Without it each worker makes its own number of steps, and a run ends with the slowest. With it, n workers make n *
-max_steps steps together. A worker counts a step before it makes it, so that no more are made than there are: on one
-machine up to the steps that two workers begin at the same moment, between machines up to what has not crossed yet.
-A worker that dies leaves the rest to the others, and one that joins takes its part of it.
+Without this, each worker takes a fixed number of steps, and the run ends when the slowest has. With it, n workers take
+n * max_steps steps in total. A worker counts a step before it takes it, so that the total is not exceeded, except by
+steps that two workers of a machine begin at the same moment, and by counts that have not crossed between machines yet.
+A worker that dies leaves its remaining share to the others, and one that joins takes part of what is left.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ class StepBudget:
 
     Args:
         link: counts the steps that all workers have begun.
-        max_steps: what each worker would make if all were equally fast; the length of the learning rate's schedule.
+        max_steps: the steps that each worker would take if all were equally fast; the length of the learning rate
+            schedule.
         num_workers: n; the run has n * max_steps steps.
 
     Attributes:
-        position: where the run stood when this worker began its last step, in steps of the schedule: n steps of the run
-            are one of the schedule. `max_steps` once all are begun.
-        is_spent: whether this worker has asked for a step and there was none left.
+        position: where the run stood when this worker began its last step, in steps of the schedule (n steps of the run
+            are one step of the schedule). `max_steps` once all steps have begun.
+        is_spent: whether this worker has asked for a step when none was left.
 
     Process: the training thread; never waits.
     """
@@ -45,11 +46,11 @@ class StepBudget:
 
     @property
     def steps_begun(self) -> int:
-        """By all workers; those under way are among them."""
+        """Steps that all workers have begun, including those in progress."""
         return self._link.steps_begun
 
     def begin_step(self) -> bool:
-        """Takes one step of those that are left; False if there is none."""
+        """Claims one of the remaining steps; False if there is none."""
         begun = self._link.steps_begun
         self.is_spent = begun >= self.total
         self.position = min(begun // self._num_workers, self._max_steps)
@@ -62,22 +63,22 @@ class RunSchedule:
     """A learning rate schedule that follows the run instead of the worker's own steps, so that all rates end together.
 
     Args:
-        scheduler: any of torch's that steps by number.
-        position: which of its steps the run has come to; never falls.
+        scheduler: any torch scheduler that is stepped without arguments.
+        position: returns the step of the schedule that the run has reached; never decreases.
 
-    All but `step` is the scheduler's own.
+    Everything except `step` is delegated to the scheduler.
     """
 
     def __init__(self, scheduler: LRScheduler, position: Callable[[], int]):
         self._scheduler, self._position = scheduler, position
 
     def step(self) -> None:
-        """To be called once a step: makes as many steps of the scheduler as the run has gone on by, also none."""
+        """Call once per step: advances the scheduler by as many steps as the run has advanced, which may be none."""
         while self._scheduler.last_epoch < self._position():
             self._scheduler.step()
 
     def catch_up(self) -> None:
-        """The worker joins a run that goes on, and has made no step of its own."""
+        """Advances the scheduler to where the run stands, for a worker that joins late and has taken no step itself."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.step()

@@ -1,10 +1,10 @@
-"""Buffers that a forward pass in training mode moves, other than BatchNorm's (see `batchnorm`): a codebook that follows
-what it encodes, the vectors by which spectral normalisation estimates a norm.
+"""Buffers, other than BatchNorm's (see `batchnorm`), that a forward pass in training mode updates, such as a codebook
+that follows what it encodes, or the vectors with which spectral normalisation estimates a norm.
 
-They are state of the worker, as its random numbers are: what they belong to is the x that the batches went through, and
-nothing says how those of several workers become one. So they are neither perturbed nor exchanged, and the anchor is
-evaluated and saved with those of the worker that does it. Pass 2 sees weights that no step keeps: it leaves them as
-pass 1 has.
+Like the random state, they belong to the worker: they depend on the x that the batches went through, and there is no
+general way to combine those of several workers. They are therefore neither perturbed nor exchanged, and the anchor is
+evaluated and saved with the buffers of the worker that does so. Pass 2 runs at weights that no step keeps, so it leaves
+the buffers as they were after pass 1.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# (module, name in it, name in the model)
+# (module, the buffer's name in the module, its name in the model)
 Slot = tuple[nn.Module, str, str]
 
 
 def movable_buffers(model: nn.Module) -> list[Slot]:
-    """The buffers that training may move: those that are saved with the model and are numbers, or a count.
+    """The buffers that training may update: those saved with the model that are floating point, or a single count.
 
-    Left out are BatchNorm's, and tensors of integers, which hold quantised weights or indices.
+    BatchNorm's are left out, and so are tensors of several integers, which hold quantised weights or indices.
     """
     return [
         (module, name, f"{prefix}.{name}".lstrip("."))
@@ -37,7 +37,7 @@ def movable_buffers(model: nn.Module) -> list[Slot]:
 
 @contextmanager
 def kept_buffers(slots: Sequence[Slot]) -> Iterator[None]:
-    """Buffers may change inside, in place or by another tensor in theirs; after, they are what they were before."""
+    """Inside, buffers may change, in place or by assigning another tensor; on exit they are restored."""
     kept = [(module, name, module.get_buffer(name)) for module, name, _ in slots]
     values = [buffer.clone() for _, _, buffer in kept]
     try:
@@ -54,7 +54,7 @@ def values_of(slots: Sequence[Slot]) -> list[Tensor]:
 
 
 def moved_since(slots: Sequence[Slot], before: Sequence[Tensor]) -> list[str]:
-    """The names, in the model, of the buffers that are not what `values_of` has copied."""
+    """The names, in the model, of the buffers that differ from `before`, which `values_of` returned."""
     return [
         full_name
         for (module, name, full_name), value in zip(slots, before, strict=True)

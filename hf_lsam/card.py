@@ -1,7 +1,7 @@
-"""The model card of a run for the Hub, from what the run has left: its record and the saved model.
+"""The model card of a run for the Hub, made from the files of the run: its record and the saved model.
 
-A script that knows more of its run leaves it as `card.json` (`save_facts`), which then goes before the record. The
-template is model_card.md beside this module.
+A script that knows more about its run saves it as `card.json` (`save_facts`), which then takes precedence over the
+record. The template is model_card.md, next to this module.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from .record import BYTES, Record, is_metric, read_record
 TEMPLATE = Path(__file__).with_name("model_card.md")
 FACTS = "card.json"  # in the folder of a run
 MARK = "<!-- written by hf-lsam -->"  # in every card; one without it was written by hand
-# Fields of a configuration that say nothing of how a model was trained.
+# Fields of a configuration that say nothing about how the model was trained.
 UNPUBLISHED = ("output_dir", "shared_memory_dir", "server_address", "server_port")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells.
+    """The contents of a card.
 
     Args:
-        name: of the model.
-        method: its short name: a tag of the card, where it is not LSAM.
+        name: name of the model.
+        method: short name of the method; used as a tag of the card, except for "lsam", which has tags of its own.
         num_workers: n.
-        metrics: (name, value) of the held-out results.
-        results: (what, value) rows of the table of results.
-        compared: header and rows of what it was compared with; None where it was with nothing.
+        metrics: (name, value) pairs of the held-out results.
+        results: (label, value) rows of the table of results.
+        compared: header and rows of the table that compares the model with others, or None if there is no comparison.
         against: one sentence below that table, or in its place.
         base: the pretrained model it was fine-tuned from, or None.
         data: what it was trained on, or None.
         on_hub: whether `data` is the name of a dataset on the Hub.
-        examples: training examples, or None.
+        examples: number of training examples, or None.
         task: the pipeline tag, or None.
-        library: of the Hub's library names, or None.
-        loading: Python source that loads it, or None where no model was published.
-        configuration: what it was trained with.
+        library: one of the Hub's library names, or None.
+        loading: Python source that loads the model, or None if no model was published.
+        configuration: the configuration it was trained with.
         provenance: one line: hardware, versions, commit, date.
-        curves: whether curves.png lies beside the card.
-        seeds: over which the results are means.
+        curves: whether curves.png lies next to the card.
+        seeds: the seeds over which the results are averaged.
         method_name: the method in words.
     """
 
@@ -76,10 +76,11 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
-    """The card.
+    """Renders the card.
 
     Args:
-        metadata: further fields of the card's YAML header, such as `license` and `language`; `tags` come beside LSAM's.
+        metadata: further fields of the card's YAML header, such as `license` and `language`; `tags` are added to
+            LSAM's.
     """
     tags = ["lsam", "sharpness-aware-minimization"] if facts.method == "lsam" else [facts.method]
     data: dict[str, Any] = {
@@ -119,19 +120,19 @@ def model_card(facts: CardFacts, **metadata: Any) -> ModelCard:
 
 
 def save_facts(run_dir: Path, facts: CardFacts) -> None:
-    """Leaves `facts` in the folder of a run, for `facts_of_run`."""
+    """Saves `facts` in the folder of a run, for `facts_of_run`."""
     write_atomically(run_dir / FACTS, json.dumps(asdict(facts), indent=1, default=str) + "\n")
 
 
 def facts_of_run(run_dir: Path) -> CardFacts:
-    """What a script has left of its run with `save_facts`, or else what the run's record and the saved model say.
+    """What a script saved about its run with `save_facts`, or else what the run's record and the saved model say.
 
     Args:
         run_dir: the run's output_dir.
 
     Raises:
-        FileNotFoundError: if it holds neither.
-        ValueError: if one of them is damaged, or of a kind that is not known.
+        FileNotFoundError: if it holds neither such facts nor a record.
+        ValueError: if what it holds is damaged or of an unknown format.
     """
     path = run_dir / FACTS
     if not path.exists():
@@ -146,7 +147,7 @@ def facts_of_run(run_dir: Path) -> CardFacts:
 
 
 def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
-    """What the record of a run says, beside the model in `run_dir`."""
+    """What the record of a run and the model in `run_dir` say."""
     record = record.made_once()
     run, workers = record.run, record.workers
     newest: dict[str, Any] = next(reversed(record.evaluations()), {})
@@ -185,7 +186,7 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
 
 
 def comparison(facts: CardFacts, others: Sequence[CardFacts]) -> dict[str, Any]:
-    """The fields of `CardFacts` that compare one run with others, in the metrics that all of them have."""
+    """The fields of `CardFacts` that compare one run with others, on the metrics that all of them have."""
     everyone = [facts, *others]
     shared = [name for name, _ in facts.metrics if all(name in dict(each.metrics) for each in others)]
     rows = []
@@ -223,14 +224,14 @@ def provenance_line(origin: dict[str, Any]) -> str:
 
 
 def is_hub_name(name: str | None) -> bool:
-    """Whether a name may be that of a repository on the Hub, and is no path here."""
+    """Whether a name could be that of a repository on the Hub, and is not a path on this machine."""
     if not name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return False
     return not Path(name).exists()
 
 
 def without_folder(value: Any) -> Any:
-    """Of a file on this machine its name alone: cards and reports are published."""
+    """Strips the folder from an absolute path, because cards and reports are published."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
@@ -239,11 +240,11 @@ def _iso(seconds: float) -> str:
 
 
 def titled(metric: str) -> str:
-    """The name of a metric at the beginning of a cell."""
+    """The name of a metric as it appears at the beginning of a table cell."""
     name = metric.replace("_", " ")
     return name[0].upper() + name[1:]
 
 
 def megabytes(count: float) -> str:
-    """A number of bytes."""
+    """A number of bytes, in MB."""
     return f"{count / 1e6:,.1f} MB"

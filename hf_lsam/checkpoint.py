@@ -1,8 +1,8 @@
-"""Files of tensors that are either whole or absent.
+"""Tensor files that are either complete or absent.
 
-A save is written beside its target, flushed to the disk and renamed: whoever opens the target sees the old file or
-the new one, never a part. safetensors only, so opening one executes nothing. A checksum in the file's own header tells
-whether the tensors are those that were saved.
+A save is written next to its target, flushed to disk and renamed: whoever opens the target sees the old file or the
+new one, never part of one. The format is safetensors, so opening a file executes nothing. A checksum in the file's
+header shows whether the tensors are those that were saved.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], manifest: Sequence[Any]
     """Writes `tensors` to `path`, atomically.
 
     Args:
-        manifest: `ParameterLayout.manifest` of the parameters that the vectors among them are of.
+        manifest: `ParameterLayout.manifest` of the parameters that the vectors in `tensors` belong to.
 
     Raises:
-        OSError: if the file cannot be written; what stood at `path` before still stands.
+        OSError: if the file cannot be written; an earlier file at `path` is then left as it was.
     """
-    # safetensors begins with a file of a random name: in a folder of its own, what a killed process leaves has a name.
+    # safetensors first writes to a file with a random name. In a folder of its own, what a killed process leaves behind
+    # has a predictable place.
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.mkdir(parents=True, exist_ok=True)
     whole = beside / path.name
@@ -46,7 +47,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], manifest: Sequence[Any]
         save_file(tensors, whole, {"crc32": _checksum(tensors), "manifest": json.dumps(manifest)})
         flush(whole)
         os.replace(whole, path)
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # what safetensors raises when the disk is full
         raise OSError(f"{path} could not be written: {error}. What stood there before still stands.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -58,7 +59,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or no safetensors file.
+        ValueError: if the file is damaged, or is not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -77,7 +78,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def refuse_other_parameters(path: Path, manifest: Sequence[Any]) -> None:
     """
     Raises:
-        ValueError: if the vectors in `path` are of other parameters than those of `manifest`, or if it is no
+        ValueError: if the vectors in `path` belong to other parameters than those of `manifest`, or if it is not a
             safetensors file.
     """
     try:
@@ -94,8 +95,8 @@ def refuse_other_parameters(path: Path, manifest: Sequence[Any]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Flushes a checkpoint of several files to the disk, and then says in one more file that it is complete."""
-    # Nor is what a process that was killed while it wrote the seal has left beside it part of the checkpoint.
+    """Flushes a checkpoint of several files to disk, then writes one more file that marks it as complete."""
+    # A partial seal, left by a process that was killed while writing it, is not part of the checkpoint either.
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(SEAL)]
     for path in files:
         flush(path)
@@ -105,7 +106,7 @@ def seal(folder: Path) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a checkpoint is complete: every file that was there when it was sealed still is, at its full length."""
+    """Whether a checkpoint is complete: every file that existed when it was sealed still does, at its full length."""
     try:
         sizes = json.loads((folder / SEAL).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -114,12 +115,12 @@ def is_sealed(folder: Path) -> bool:
 
 
 def newest_sealed(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint-N in `output_dir`, if there is one."""
+    """The newest complete checkpoint-N in `output_dir`, or None."""
     return next((path for _, path in sorted(numbered(output_dir).items(), reverse=True) if is_sealed(path)), None)
 
 
 def numbered(output_dir: Path) -> dict[int, Path]:
-    """The folders checkpoint-N in `output_dir`, complete or not, by N."""
+    """The checkpoint-N folders in `output_dir`, complete or not, keyed by N."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     return {int(path.name[11:]): path for path in folders}
 

@@ -1,6 +1,6 @@
-"""What fields of the configuration, each of which is in range, cannot be together; with the remedy.
+"""Combinations of configuration fields that are not possible although each field is in range, with the remedy.
 
-`args` is an `LSAMArguments`, whose room lies above this one.
+`args` is an `LSAMArguments`; it is typed as Any because that class lives in a layer above this one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _SHARDING_FIELDS = ("fsdp", "deepspeed", "parallelism_config")  # of TrainingArg
 def refuse_first(conflicts: Iterator[str]) -> None:
     """
     Raises:
-        ValueError: for the first of them, if there is one.
+        ValueError: for the first conflict, if there is one.
     """
     if (conflict := next(conflicts, None)) is not None:
         raise ValueError(conflict)
 
 
 def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
-    """Among LSAM's own, under this launcher and on this machine.
+    """Conflicts among LSAM's own fields, with this launcher and on this machine.
 
     Args:
-        sync_steps: the fewest that a run with these may have, for which the bounds are the lowest.
+        sync_steps: the smallest tau that a run with these fields may use, for which the bounds are the lowest.
     """
     launched = args.identity.meets_others and args.server_address is None
     if args.identity.comes_and_goes and args.server_address is None:
@@ -51,7 +51,7 @@ def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
     scheme = (args.server_address or "").rpartition("://")[0]
     if (launched or (args.server_address is not None and scheme in ("", "file"))) and (missing := missing_here()):
         yield missing
-    folder = args.shared_memory_dir  # whose default is asked for where it is used: not every system has it
+    folder = args.shared_memory_dir  # not every system has the default: it is checked only where it is used
     writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
     if (launched or folder != type(args).shared_memory_dir) and not writable:
         yield (
@@ -78,8 +78,8 @@ def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
             f"{args.coupling_strength!r}. Beyond, a step takes more than half of a worker's distance to the anchor "
             "away, and nothing that it learns lasts. Use a smaller one, or raise sync_steps."
         )
-    # Merging workers hand in what they have moved, which an offset from the anchor is no part of; Adam's step does
-    # not scale with the distance. In neither can distances feed on themselves.
+    # Merging workers push how far they have moved, which does not include their offset from the anchor, and Adam's step
+    # does not scale with the distance. In neither case can distances feed on themselves.
     if args.worker_half.brakes and args.anchor_optimizer != "adam":
         momentum = args.anchor_momentum if args.anchor_optimizer == "nesterov" else 0.0
         bound = anchor_lr_bound(args.coupling_strength, sync_steps, args.anchor_momentum_correction, momentum)
@@ -107,7 +107,7 @@ def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
 
 
 def of_momentum_at_the_anchor(args: Any) -> Iterator[str]:
-    """What momentum_at='anchor' does not go with."""
+    """Conflicts with momentum_at='anchor'."""
     if not args.worker_half.pushes_movement:
         yield (
             f"momentum_at='anchor' needs workers that hand in what they have moved: algorithm='lsam' with "
@@ -127,7 +127,7 @@ def of_momentum_at_the_anchor(args: Any) -> Iterator[str]:
 
 
 def with_optimizer(args: Any, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """What the workers' optimizer does not go with."""
+    """Conflicts with the workers' optimizer."""
     kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
     if any(group["lr"] is None for group in optimizer.param_groups):
         yield (
@@ -154,7 +154,7 @@ def with_optimizer(args: Any, optimizer: torch.optim.Optimizer) -> Iterator[str]
 
 
 def with_trainer(args: Any) -> Iterator[str]:
-    """Of fields of TrainingArguments with LSAM."""
+    """Conflicts of TrainingArguments' fields with LSAM."""
     from transformers.trainer_pt_utils import AcceleratorConfig
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames

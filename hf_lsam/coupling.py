@@ -1,6 +1,6 @@
-"""The coupling of a worker to the anchor step by step, the injected noise, and the bound within which both are stable.
+"""The step-by-step coupling of a worker to the anchor, the injected noise, and the bound within which both are stable.
 
-After the optimizer's step has taken x to x', with c = lambda0 / tau,
+After the optimizer's step has moved x to x', with c = lambda0 / tau,
 
     x = x' - c (x' - y)                     coupling (decoupled, as weight decay is in AdamW)
     D = D + (x - y)                         the worker's running sum of differences
@@ -8,7 +8,7 @@ After the optimizer's step has taken x to x', with c = lambda0 / tau,
 For SGD without momentum the coupling equals eta * lambda * (x - y), lambda = lambda0 / (eta tau): the Gaussian kernel
 of LSAM (arXiv 2509.03110, Theorem 1 and Algorithm 2). `coupling="score"` puts the same term inside the gradient.
 
-Stability. With zero loss the offset e = x - y shrinks by (1 - c) a step. Over one period of tau steps, with
+Stability. With zero loss the offset e = x - y shrinks by a factor of (1 - c) per step. Over a period of tau steps, with
 
     a = (1 - c)^tau        b = (1/tau) sum_{k=1..tau} (1 - c)^k
 
@@ -33,13 +33,13 @@ CPU_BLOCK = 1 << 17
 
 
 def blocks(*tensor_lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Cuts aligned tensor lists into groups that fit in a CPU cache; on an accelerator all is one group.
+    """Cuts aligned tensor lists into groups that fit in a CPU cache; on an accelerator everything is one group.
 
     Args:
-        tensor_lists: lists of tensors, the i-th of each with the same shape.
+        tensor_lists: lists of tensors; the i-th tensors of all lists have the same shape.
 
     Yields:
-        one list of views a tensor list, together about `CPU_BLOCK` elements; more where a tensor is not contiguous.
+        one list of views per tensor list, of about `CPU_BLOCK` elements in total; more if a tensor is not contiguous.
     """
     if tensor_lists[0][0].device.type != "cpu":
         yield tuple(list(tensors) for tensors in tensor_lists)
@@ -61,10 +61,10 @@ def blocks(*tensor_lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]
 
 @torch.no_grad()
 def is_finite(vector: Tensor) -> bool:
-    """Whether no value of `vector`, float32 [d], is NaN or infinite, or so large that the squared norm is."""
+    """Whether `vector`, float32 [d], has no NaN or infinity, nor values so large that its squared norm overflows."""
     if vector.device.type != "cpu":
-        return bool(torch.linalg.vector_norm(vector).isfinite())  # CUDA's dot product ends at 2^31 values
-    # The fastest check there is: 22.5 M values take 0.6 of the time of their copy.
+        return bool(torch.linalg.vector_norm(vector).isfinite())  # CUDA's dot product is limited to 2^31 values
+    # The fastest check there is: for 22.5 M values it takes 0.6 of the time of copying them.
     return bool(torch.dot(vector, vector).isfinite())
 
 
@@ -72,7 +72,7 @@ def is_finite(vector: Tensor) -> bool:
 def couple_and_accumulate(
     parameters: Sequence[Tensor], anchor: Sequence[Tensor], total: Sequence[Tensor], share: float
 ) -> None:
-    """x <- x - share (x - y) and D <- D + (x - y), in place, in one sweep through memory.
+    """x <- x - share (x - y) and D <- D + (x - y), in place, in one pass over memory.
 
     Args:
         parameters: x after the optimizer's step.
@@ -110,7 +110,7 @@ def exchange_elastically(
     Args:
         parameters: x.
         anchor: y, float32, same shapes.
-        difference: D, float32, same shapes; written over.
+        difference: D, float32, same shapes; overwritten.
         alpha: the moving rate, in [0, 1].
     """
     x = [parameter.detach() for parameter in parameters]
@@ -123,7 +123,7 @@ def add_coupling_to_gradient(parameters: Sequence[Tensor], anchor: Sequence[Tens
     """grad <- grad + lambda (x - y): the coupling inside the score, for SGD.
 
     Args:
-        parameters: x, with `.grad` set or None (then skipped).
+        parameters: x; those whose `.grad` is None are skipped.
         anchor: y, same shapes.
         strength: lambda = lambda0 / (eta tau).
     """
@@ -142,7 +142,7 @@ def add_langevin_noise(
         parameters: x, changed in place.
         learning_rate: eta of this step.
         temperature: T >= 0.
-        generator: source of the noise; the default generator of the device if None.
+        generator: source of the noise; if None, the default generator of the device.
     """
     deviation = math.sqrt(2.0 * learning_rate * temperature)
     for parameter in parameters:
@@ -153,12 +153,12 @@ def add_langevin_noise(
 def drift_slowdown(
     coupling_strength: float, sync_steps: int, anchor_lr: float, in_score: bool = False, momentum: float = 0.0
 ) -> float:
-    """By what factor a coupling at every step slows workers and anchor down, in a steady drift.
+    """The factor by which a coupling at every step slows workers and anchor down, in a steady drift.
 
-    Let u be what the optimizer alone moves a worker in a step, v what the coupling leaves of it, and D the mean of
-    x - y that is handed in. The anchor moves by eta' D in tau steps, at the workers' speed: D = tau v / eta'. After the
-    step, the coupling acts on D / (1 - c), c = lambda0 / tau; in the score on D of a step before, D - v, and SGD's
-    momentum m amplifies it to L = lambda0 / (1 - m). Hence
+    Let u be how far the optimizer alone moves a worker in a step, v how far it moves with the coupling, and D the mean
+    of x - y that is pushed. The anchor moves by eta' D in tau steps, at the workers' speed: D = tau v / eta'. After the
+    step, the coupling acts on D / (1 - c), c = lambda0 / tau. In the score it acts on the D of one step earlier, D - v,
+    and SGD's momentum m amplifies it to L = lambda0 / (1 - m). Hence, after the step and in the score,
 
         u / v = 1 + lambda0 / (eta' (1 - c))        u / v = 1 + L (1 / eta' - 1 / tau)
 
@@ -175,7 +175,7 @@ def drift_slowdown(
 
 
 def period_factors(coupling_strength: float, sync_steps: int) -> tuple[float, float]:
-    """(a, b): what one period leaves of an offset, and its mean over the period's steps."""
+    """(a, b): the factor by which an offset shrinks over one period, and its mean over the steps of the period."""
     keep = 1.0 - coupling_strength / sync_steps
     return keep**sync_steps, sum(keep**k for k in range(1, sync_steps + 1)) / sync_steps
 
@@ -185,8 +185,9 @@ def anchor_lr_bound(
 ) -> float:
     """The anchor step size below which the offset between workers and anchor contracts.
 
-    Without server momentum the closed form at the head of this module; with Nesterov momentum m the same recurrence
-    has one state more, v <- m v + g, y <- y - eta' (g + m v), and its spectral radius is bisected.
+    Without server momentum this is the closed form at the top of this module. With Nesterov momentum m the recurrence
+    has one more state, v <- m v + g, y <- y - eta' (g + m v), and the bound is found by bisection on its spectral
+    radius.
 
     Args:
         coupling_strength: lambda0.

@@ -1,7 +1,8 @@
 """The order of the data: the same in every worker, whatever its generators have drawn before.
 
-Accelerate shards an epoch by letting every worker go through all of it and take its part, which is right if all see the
-same order. Samplers of torch with a generator do; one that draws from the process's own generators does not.
+Accelerate shards an epoch by letting every worker iterate over all of it and take its part, which is only correct if
+all of them see the same order. torch's samplers do if they have a generator; one that draws from the process's own
+generators does not.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
 from torch.utils.data import BatchSampler, DataLoader
 
-_States = tuple[Any, Any, torch.Tensor]  # of Python's, NumPy's and torch's generators; the first two as these give them
+_States = tuple[Any, Any, torch.Tensor]  # of Python's, NumPy's and torch's generators, in their own formats
 
 
 class Generators:
-    """The states of Python's, NumPy's and torch's (CPU) generators, seeded alike wherever the seed is the same.
+    """The states of Python's, NumPy's and torch's (CPU) generators, identical wherever the seed is the same.
 
     Args:
         seed: >= 0.
@@ -38,7 +39,7 @@ class Generators:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the process draws from these; after, from its own again, which have not moved."""
+        """Inside, the process draws from these generators; afterwards from its own again, which have not advanced."""
         own = self._exchange(self._states)
         try:
             yield
@@ -55,7 +56,7 @@ class Generators:
 
 
 class AgreedBatches:
-    """The batches of a batch sampler, drawn from generators that are seeded anew each epoch, alike in every worker.
+    """The batches of a batch sampler, drawn from generators that are reseeded each epoch, identically in every worker.
 
     Args:
         batches: the batch sampler.
@@ -83,7 +84,7 @@ class AgreedBatches:
         self.set_epoch(self._epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch is next: called by Trainer, and after each one that was gone through."""
+        """Sets which epoch is next: called by Trainer, and after each complete epoch."""
         self._epoch = epoch
         for part in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
             if part is not None and hasattr(part, "set_epoch"):
@@ -91,15 +92,16 @@ class AgreedBatches:
 
 
 class BatchesInTurn:
-    """Batches of the sizes of the workers, in turn: of each n, Accelerate gives each worker the one of its size.
+    """Batches whose sizes are those of the workers in turn: of each n batches, Accelerate gives every worker its own.
 
     Args:
-        sampler: of the rows.
-        sizes: rows of a batch of each worker.
-        drop_last: leave out rows that do not fill a batch of each worker; else the epoch's first fill it.
+        sampler: yields the indices of rows.
+        sizes: each worker's batch size, in rows.
+        drop_last: drop the last rows if they do not fill a batch for each worker; otherwise the first rows of the epoch
+            fill them up.
     """
 
-    batch_size = None  # none that holds for all
+    batch_size = None  # no single size holds for all
 
     def __init__(self, sampler: Iterable[int], sizes: Sequence[int], drop_last: bool):
         self.sampler, self.drop_last = sampler, drop_last
@@ -123,10 +125,10 @@ class BatchesInTurn:
 
 
 def share_unevenly(loader: DataLoader[Any], sizes: Sequence[int]) -> None:
-    """Makes the shards of a loader that Accelerate has prepared shards of batches of different sizes.
+    """Changes a loader that Accelerate has prepared so that the workers' batches may differ in size.
 
     Args:
-        sizes: of each worker's batches.
+        sizes: each worker's batch size.
 
     Raises:
         ValueError: if the loader does not batch rows by their index.
@@ -139,28 +141,28 @@ def share_unevenly(loader: DataLoader[Any], sizes: Sequence[int]) -> None:
             "data set with a length, or data_distribution='independent'."
         )
     shard.batch_sampler = BatchesInTurn(shard.batch_sampler.sampler, sizes, shard.batch_sampler.drop_last)
-    shard.batch_size, shard.even_batches = None, False  # all of a turn are whole
+    shard.batch_size, shard.even_batches = None, False  # every round of n batches is complete already
 
 
 def agree_on_order(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
-    """Makes the shards of a loader that Accelerate has prepared shards of one order; returns the loader.
+    """Makes all workers' shards of a loader that Accelerate has prepared follow one order; returns the loader.
 
     Args:
         seed: the same in every worker.
     """
     for shard in (loader.sampler, loader.batch_sampler):
         if isinstance(shard, BatchSamplerShard):
-            # Accelerate tells `sampler` which epoch it is, also where it skips batches.
+            # Accelerate sets the epoch on `sampler`, even where it skips batches.
             shard.batch_sampler = shard.sampler = AgreedBatches(shard.batch_sampler, seed)
     return loader
 
 
 def from_the_start(loader: DataLoader[Any]) -> Iterable[Any]:
-    """The batches of all of `loader` from its first epoch on, also where it is one worker's shard; `loader` stays where
-    it is.
+    """The batches of the whole data set of `loader`, from its first epoch on, even if `loader` is one worker's shard;
+    the position of `loader` does not change.
 
-    What its samplers draw, they draw from the process's generators: inside `Generators.in_place` it is the same in
-    every worker. A stream comes as it is.
+    Its samplers draw from the process's generators, so inside `Generators.in_place` they draw the same in every worker.
+    A stream is returned as it is.
     """
     batches: Any = loader.batch_sampler  # torch's, Accelerate's or the user's own
     if batches is None:
@@ -179,17 +181,17 @@ def from_the_start(loader: DataLoader[Any]) -> Iterable[Any]:
 
 
 def in_batches(loader: DataLoader[Any], batches: Iterable[list[int]]) -> Iterable[Any]:
-    """The rows of a map-style data set as `loader` would load, collate and place them, in other batches.
+    """The rows of a map-style data set, loaded, collated and placed as `loader` would, but in other batches.
 
     Args:
-        batches: the indices of each.
+        batches: the row indices of each batch.
     """
     rows = batched_anew(loader, batches)
-    device = getattr(loader, "device", None)  # of a loader that Accelerate has prepared
+    device = getattr(loader, "device", None)  # set if Accelerate has prepared the loader
     return rows if device is None else (send_to_device(batch, device) for batch in rows)
 
 
 def batched_anew(loader: DataLoader[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
-    """As `in_batches`, on the host."""
+    """Like `in_batches`, but the batches stay on the host."""
     same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
     return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in same})

@@ -1,4 +1,4 @@
-"""What a run that goes wrong looks like in what it logs."""
+"""Signs in a run's logged metrics that it is going wrong."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from itertools import pairwise
 
 
 class FailureSignatures:
-    """Recognises runs that go wrong from what they log; each signature is reported once, with its remedy.
+    """Recognises failing runs by their logged metrics; each signature is reported once, with its remedy.
 
     Args:
         num_workers: n.
     """
 
-    # Log points, each at a newer anchor, over which drift must have grown at each one; by which factor in all; and by
-    # how much in the later half, of what it grew in the earlier one: on the way to a level it slows down.
+    # (points, factor, pace): drift must have grown at each of `points` log points, every one at a newer anchor; by more
+    # than `factor` overall; and in the later half by more than `pace` times what it grew in the earlier half, since
+    # drift that is levelling off slows down.
     DRIFT_WINDOWS = ((6, 2.0, 0.0), (12, 1.4, 0.5))
-    STALENESS_FACTOR = 4.0  # mean staleness above this many anchor versions a worker
+    STALENESS_FACTOR = 4.0  # mean staleness that is suspicious, in anchor versions per worker
 
     def __init__(self, num_workers: int):
         self._num_workers = num_workers
@@ -26,14 +27,14 @@ class FailureSignatures:
         self._reported: set[str] = set()
 
     def observe(self, drift: float, staleness: float, anchor_version: int, learning_rate: float) -> list[str]:
-        """The warnings that one log point gives rise to.
+        """The warnings that one log point triggers.
 
         Args:
             drift: ||x - y|| / ||y||.
-            staleness: mean anchor versions between reading y and handing in differences to it.
-            anchor_version: of the anchor that the drift is measured from. Around one anchor a worker moves away from it
-                as it should, so only log points at different anchors are compared.
-            learning_rate: drift that grows as the learning rate does (warm-up) is no signature.
+            staleness: mean number of anchor versions between reading y and pushing differences to it.
+            anchor_version: version of the anchor that the drift is measured from. While the anchor stays the same, a
+                worker moves away from it as it should, so only log points at different anchors are compared.
+            learning_rate: used to ignore drift that only grows with the learning rate (warm-up).
         """
         if anchor_version > self._seen_version:
             self._seen_version = anchor_version
@@ -65,7 +66,7 @@ class FailureSignatures:
         return [warning for warning in warnings if warning]
 
     def batchnorm_not_reestimated(self) -> str | None:
-        """The warning where the anchor is shown with statistics of other weights; None once it was given."""
+        """The warning that the anchor is shown with the statistics of other weights; None if already given."""
         return self._once(
             "batchnorm",
             "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights "
@@ -74,10 +75,10 @@ class FailureSignatures:
         )
 
     def buffers_of_a_worker(self, names: Sequence[str]) -> str | None:
-        """The warning where the anchor is shown with a worker's buffers; None once it was given.
+        """The warning that the anchor is shown with a worker's buffers; None if already given, or without `names`.
 
         Args:
-            names: of the buffers that training moves, BatchNorm's left out.
+            names: the buffers, other than BatchNorm's, that training updates.
         """
         if not names:
             return None

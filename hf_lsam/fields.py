@@ -1,9 +1,9 @@
-"""Fields of a dataclass that say themselves what they may hold.
+"""Dataclass fields that declare which values they may hold.
 
     sync_steps: Annotated[int | None, whole(1, "Use 1 to exchange after every step.")] = None
 
-The rule stands beside the type, where typing keeps such things (PEP 593), and not in the field's metadata, all of which
-transformers' HfArgumentParser hands to argparse.
+The rule is part of the annotation (PEP 593) and not of the field's metadata, because transformers' HfArgumentParser
+passes all metadata on to argparse.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Rule:
     """What a field may hold.
 
     Args:
-        text: what it must be, as the error says.
+        text: what the value must be, in the words of the error.
         remedy: what to do instead.
-        holds: whether a value is allowed; None is where the type says so.
+        holds: whether a value is allowed. None is not passed to it if the type allows None.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Rule:
 
 
 def number(interval: str, remedy: str) -> Rule:
-    """A number in an interval such as "[0, inf)"; infinity and NaN are in none."""
+    """A number in an interval such as "[0, inf)", which contains neither infinity nor NaN."""
     low, high = map(float, interval[1:-1].split(","))
 
     def holds(value: Any) -> bool:
@@ -50,7 +50,7 @@ def number(interval: str, remedy: str) -> Rule:
 
 
 def whole(at_least: int, remedy: str) -> Rule:
-    """An integer."""
+    """An integer of at least `at_least`."""
     return Rule(f"an integer >= {at_least}", remedy, lambda value: type(value) is int and value >= at_least)
 
 
@@ -60,7 +60,7 @@ def one_of(choices: Sequence[str | int], remedy: str) -> Rule:
 
 
 def check_field(kind: type, name: str, value: Any) -> None:
-    """Raises ValueError where the field `name` of the dataclass `kind` may not hold `value`."""
+    """Raises ValueError if the field `name` of the dataclass `kind` may not hold `value`."""
     optional, about = _annotations(kind)[name]
     if optional and value is None:
         return
@@ -71,27 +71,27 @@ def check_field(kind: type, name: str, value: Any) -> None:
 
 
 def check_fields(kind: type, instance: Any) -> None:
-    """Checks the fields that the dataclass `kind` has, not those of classes it is mixed into; see `check_field`."""
+    """Checks the fields of the dataclass `kind`, but not those of classes it is mixed into; see `check_field`."""
     for each in fields(kind):
         check_field(kind, each.name, getattr(instance, each.name))
 
 
 def marked(kind: type, mark: Any) -> tuple[str, ...]:
-    """The names of the fields that have `mark` beside their type."""
+    """The names of the fields whose annotation contains `mark`."""
     return tuple(name for name, (_, about) in _annotations(kind).items() if mark in about)
 
 
 def by_name(kind: type[Kind], source: Any, **others: Any) -> Kind:
-    """An instance of the dataclass `kind`, whose fields are those of the same names in `source`, or in `others`."""
+    """An instance of the dataclass `kind`, with each field taken from `others` or else from `source`, by name."""
     names = [each.name for each in fields(kind) if each.name not in others]
     return kind(**{name: getattr(source, name) for name in names}, **others)
 
 
 def help_from_docstring(cls: type) -> type:
-    """Below `dataclass`: gives each field its paragraph of the docstring, `    name (...): text`, as its help on the
-    command line."""
+    """Decorator, applied before `dataclass`: makes each field's paragraph of the docstring, `    name (...): text`, its
+    help on the command line."""
     paragraphs = re.findall(r"^    (\w+) \(.*?\): (.+(?:\n {8}.+)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
-    help_of = {name: " ".join(text.split()).replace("%", "%%") for name, text in paragraphs}  # argparse formats it
+    help_of = {name: " ".join(text.split()).replace("%", "%%") for name, text in paragraphs}  # argparse expands %
     for name in cls.__annotations__:
         setattr(cls, name, field(default=vars(cls)[name], metadata={"help": help_of.get(name)}))
     return cls
@@ -99,7 +99,7 @@ def help_from_docstring(cls: type) -> type:
 
 @functools.cache
 def _annotations(kind: type) -> dict[str, tuple[bool, tuple[Any, ...]]]:
-    """Of each field whether its type allows None, and what stands beside the type."""
+    """For each field, whether its type allows None, and the rest of its annotation."""
     hints = get_type_hints(kind, include_extras=True)
     found = {}
     for each in fields(kind):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process that writes them is killed."""
+"""Files that are complete or absent, no matter when the process that writes them is killed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Inside, a path beside `path`, to which a file is to be written; after, that file stands at `path`.
+    """Yields a path next to `path` to write a file to; on exit the file is moved to `path`.
 
-    Whoever opens `path` sees the old file or the new one, never a part. One process at a time may write to it.
+    Whoever opens `path` sees the old file or the new one, never part of one. Only one process at a time may write it.
 
     Args:
-        durable: the disk has the file before it stands at `path`, and its name before this returns.
+        durable: flush the file to disk before it is moved to `path`, and the folder before this returns.
 
     Raises:
-        OSError: if the file cannot be written; what stood at `path` before still stands, and nothing is left beside it.
+        OSError: if the file cannot be written; an earlier file at `path` is then left as it was, and nothing next to
+            it.
     """
-    # Always the same name: what a killed process has left there goes with the next file.
+    # Always the same name, so that the next write replaces what a killed process has left there.
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
@@ -36,14 +37,14 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str, durable: bool = False) -> None:
-    """Writes `text` to `path`, whole or not at all; see `replacing`."""
+    """Writes `text` to `path`, completely or not at all; see `replacing`."""
     with replacing(path, durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
-    """Has the kernel write a file, or a folder's names, to the disk."""
-    windows = sys.platform == "win32"  # flushes what is open for writing alone, and no folders
+    """Makes the kernel write a file, or the entries of a folder, to disk."""
+    windows = sys.platform == "win32"  # it only flushes files that are open for writing, and no folders
     if windows and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)

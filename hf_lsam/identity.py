@@ -1,15 +1,15 @@
-"""Who am I: rank, device and run, from the launcher's environment, without a process group.
+"""Who this process is: rank, device and run, from the launcher's environment, without a process group.
 
-Under `accelerate launch` with n processes, Accelerate would make one distributed job of them, and Trainer would
-all-reduce, gather and wait at a dozen places. LSAM's workers are n single-device jobs instead: Accelerate is told
-`DistributedType.NO` and one process, while process index and device stay those of the launcher. Every collective
+Under `accelerate launch` with n processes, Accelerate would turn them into one distributed job, and Trainer would
+all-reduce, gather and wait in a dozen places. LSAM's workers are n single-device jobs instead: Accelerate sees
+`DistributedType.NO` and one process, while process index and device remain those of the launcher. Every collective
 becomes a no-op; logging, saving and progress bars still belong to process 0.
 
-What workers share before they share an anchor, and after, is the launcher's key-value store.
+Before the workers have an anchor in common, and after, they communicate through the launcher's key-value store.
 
-Workers may also be started one by one, to join a server that runs already. Whoever starts them says in the environment
-which server (`SERVER_ADDRESS`) and which of how many workers each is (`WORKER`, `NUM_WORKERS`). They come and go, and
-have no such store.
+Workers may also be started individually, to join a server that is already running. The environment then says which
+server (`SERVER_ADDRESS`), and which of how many workers each one is (`WORKER`, `NUM_WORKERS`). Such workers come and
+go, and have no key-value store.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _RANK_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-_PIECE = 1 << 22  # bytes; the store closes the connection over a message of more than 8 MiB
+_PIECE = 1 << 22  # bytes; the store closes the connection if a message exceeds 8 MiB
 
-# Read where the script says nothing else; the worker's number and how many the run is meant to have, together.
+# SERVER_ADDRESS is read if the script sets none. WORKER and NUM_WORKERS must be set together.
 SERVER_ADDRESS, WORKER, NUM_WORKERS = "HF_LSAM_SERVER_ADDRESS", "HF_LSAM_WORKER", "HF_LSAM_NUM_WORKERS"
 
 
@@ -53,12 +53,12 @@ class Identity:
     Args:
         rank: number of this worker in the run.
         local_rank: number of this worker on its machine.
-        num_workers: workers the launcher started, on all machines; or that the run is meant to have, if they come and
-            go.
+        num_workers: how many workers the launcher started, on all machines; or how many the run is meant to have, if
+            workers come and go.
         machine: number of this machine.
-        num_machines: machines of the launch.
-        local_workers: workers on this machine.
-        comes_and_goes: there is no launcher that starts all workers together.
+        num_machines: how many machines the launch has.
+        local_workers: how many workers run on this machine.
+        comes_and_goes: whether the worker was started individually and not by a launcher that starts all together.
     """
 
     rank: int = 0
@@ -71,17 +71,18 @@ class Identity:
 
     @property
     def meets_others(self) -> bool:
-        """Whether there is a launcher's store through which workers tell each other something."""
+        """Whether there are other workers, and a launcher's store to communicate with them."""
         return self.num_workers > 1 and not self.comes_and_goes
 
     @classmethod
     def from_environment(cls) -> Identity:
-        """Reads RANK, LOCAL_RANK and WORLD_SIZE as torchrun and `accelerate launch` set them; of several machines also
-        LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE. HF_LSAM_WORKER and HF_LSAM_NUM_WORKERS take their place.
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE as set by torchrun and `accelerate launch`; with several machines also
+        LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE. HF_LSAM_WORKER and HF_LSAM_NUM_WORKERS take precedence.
 
         Raises:
             ValueError: if the workers are spread over several machines and the launcher does not say which is which,
-                or would restart one of them alone; or if it was asked for more processes than it started.
+                or would restart one machine alone; if the launcher was asked for more processes than it started; or if
+                HF_LSAM_WORKER and HF_LSAM_NUM_WORKERS do not fit together.
         """
 
         def number(name: str, default: int) -> int:
@@ -123,7 +124,7 @@ class Identity:
     def require_workers(self, num_workers: int | None) -> None:
         """
         Raises:
-            ValueError: if a number of workers was configured, and another was started.
+            ValueError: if `num_workers` is set, and a different number of workers was started.
         """
         if num_workers not in (None, self.num_workers):
             raise ValueError(
@@ -135,7 +136,7 @@ class Identity:
 
 
 def _processes_asked_of_launcher() -> int | None:
-    """--num_processes on the command line of the `accelerate launch` that is this process's parent, if it is one."""
+    """--num_processes of the `accelerate launch` that is this process's parent; None if the parent is not one."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
@@ -149,17 +150,17 @@ def _processes_asked_of_launcher() -> int | None:
 
 
 def _number_of_processes(words: list[str]) -> int | None:
-    """--num_processes among Accelerate's own options; what follows the script's name is the script's."""
-    with suppress(SystemExit), redirect_stderr(io.StringIO()):  # it was another program, and did not take them
+    """--num_processes among Accelerate's own options; whatever follows the script's name belongs to the script."""
+    with suppress(SystemExit), redirect_stderr(io.StringIO()):  # raised if it was some other program after all
         return launch_command_parser().parse_args(words).num_processes
     return None
 
 
 def pin(identity: Identity, use_cpu: bool) -> torch.device:
-    """Makes Accelerate's state of this process that of one worker among many.
+    """Sets Accelerate's state in this process to that of one worker among many.
 
     A default process group that the user's script has opened (`Accelerator()` before the training arguments) is
-    closed: every collective it would take part in is one that another worker may not reach.
+    closed: any collective in it might wait for a worker that never gets there.
 
     Args:
         identity: this process.
@@ -180,7 +181,7 @@ def pin(identity: Identity, use_cpu: bool) -> torch.device:
     state.process_index = identity.rank
     state.local_process_index = identity.local_rank
     if state.device.type not in ("cpu", "mps"):
-        # More workers than GPUs share them in turn.
+        # If there are more workers than GPUs, they are assigned round-robin.
         module = torch.get_device_module(state.device)
         state.device = torch.device(state.device.type, identity.local_rank % module.device_count())
         module.set_device(state.device)
@@ -198,7 +199,7 @@ def is_pinned(identity: Identity) -> bool:
 
 
 def detach(identity: Identity, device: torch.device) -> None:
-    """Does what `pin` does where an Accelerator may exist already: it keeps its device, precision and scaler."""
+    """Like `pin`, for when an Accelerator may exist already, which keeps its device, precision and scaler."""
     if not PartialState._shared_state:
         pin(identity, use_cpu=device.type == "cpu")
         return
@@ -211,7 +212,7 @@ def detach(identity: Identity, device: torch.device) -> None:
 
 @contextmanager
 def data_sharding(num_workers: int) -> Iterator[None]:
-    """Inside, Accelerate prepares data loaders for one of `num_workers` processes: its own sharding, not ours."""
+    """Inside, Accelerate prepares data loaders for one of `num_workers` processes, so that its own sharding is used."""
     states = [PartialState._shared_state, AcceleratorState._shared_state]  # the second holds a copy of the first
     for state in states:
         state["num_processes"] = num_workers
@@ -223,7 +224,7 @@ def data_sharding(num_workers: int) -> Iterator[None]:
 
 
 class LaunchStore:
-    """What the workers of one launch tell each other, through the launcher's own TCPStore; the first use connects.
+    """Communication among the workers of one launch, through the launcher's own TCPStore; the first use connects.
 
     Args:
         identity: this process.
@@ -248,7 +249,7 @@ class LaunchStore:
             wait_for_workers=False,
             timeout=timedelta(seconds=self._timeout),
         )
-        # A restarted launch (--max_restarts) keeps its store; the keys of the attempt before must not be found.
+        # A restarted launch (--max_restarts) keeps its store, and must not find the keys of the previous attempt.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return torch.distributed.PrefixStore(f"hf_lsam/{attempt}", store)
 
@@ -260,36 +261,38 @@ class LaunchStore:
         """The JSON value of `key`.
 
         Raises:
-            RuntimeError: if no worker has set it in time.
+            RuntimeError: if no worker sets it in time.
         """
         return json.loads(self._store.get(key))
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
-        """Collects one JSON value a worker, in the order of ranks, at worker 0; None at the others."""
+        """Collects one JSON value per worker at worker 0, in rank order; returns None at the others."""
         self.set(f"{key}/{self._identity.rank}", value)
         if self._identity.rank != 0:
             return None
         return [self.get(f"{key}/{rank}") for rank in range(self._identity.num_workers)]
 
     def count(self, key: str, times: int = 1) -> int:
-        """How often `key` was counted, this time included: no two callers get the same number, unless `times` is 0."""
+        """Adds `times` to the counter `key` and returns the sum. No two callers get the same number, unless `times` is
+        0."""
         return self._store.add(key, times)
 
     def put(self, key: str, data: bytes) -> None:
-        """Sets `key` to bytes, of any length; none at all tell those who `take` it that there will be none."""
+        """Sets `key` to `data`, of any length; an empty one tells those who `take` it that there will be no data."""
         for start in range(0, len(data), _PIECE):
             self._store.set(f"{key}/{start}", data[start : start + _PIECE])  # type: ignore[arg-type]  # its stub knows no bytes
-        self._store.set(key, str(len(data)))  # last: who finds it finds the pieces
+        self._store.set(key, str(len(data)))  # last, so that whoever finds it finds the pieces as well
 
     def take_back(self, key: str) -> None:
-        """Frees what was put: who takes it from now on gets no bytes, and does not wait for any."""
+        """Frees what was put: whoever takes it from now on gets empty bytes, without waiting."""
         length = int(self._store.get(key))
         self._store.set(key, "0")
-        for start in range(0, length, _PIECE):  # not deleted: somebody may be about to get it
+        for start in range(0, length, _PIECE):  # not deleted, because somebody may be about to get it
             self._store.set(f"{key}/{start}", b"")  # type: ignore[arg-type]  # as above
 
     def take(self, key: str, seconds: float) -> bytes | None:
-        """What was put; no bytes if that was none, or was taken back; None if nothing was in `seconds`."""
+        """The bytes that were put; empty if they were taken back, or none were put; None if `key` is not set within
+        `seconds`."""
         give_up = time.monotonic() + seconds
         while not self._store.check([key]):
             if time.monotonic() > give_up:

@@ -1,6 +1,6 @@
-"""The ways into a run: alone, as one of a launch, or by the address of a server that others have started.
+"""The ways to join a run: alone, as part of a launch, or by the address of a server that others have started.
 
-Each is a `Transport` (see `transport.base`). One that joins by another kind of address is a line in `TRANSPORTS`.
+Each is a `Transport` (see `transport.base`). A new kind of address takes one line in `TRANSPORTS`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 SERVER_RESTARTS = 3
 CPU = torch.device("cpu")
-SECRET = "secret"  # in the run folder; whose mode is 0700, and the file's 0600
+SECRET = "secret"  # file in the run folder; the folder's mode is 0700, the file's 0600
 
-# Workers of one launch join the same runs in the same order; a second trainer must not find the first one's folder.
+# Workers of one launch join the same runs in the same order. A second trainer must not find the first one's folder.
 _runs_joined = itertools.count()
 
 
@@ -49,9 +49,9 @@ class Timeouts:
     """How long a run waits for processes that do not answer.
 
     Args:
-        service: of the server (see `ServiceSettings`).
-        server_timeout: seconds that a worker goes on without a server, and a machine without the global one.
-        machine_timeout: seconds without a sign of life after which a machine is lost.
+        service: the server's own timeouts (see `ServiceSettings`).
+        server_timeout: seconds for which a worker continues without a server, and a machine without the root server.
+        machine_timeout: seconds without a heartbeat after which a machine is considered lost.
     """
 
     service: ServiceSettings = field(default_factory=ServiceSettings)
@@ -73,18 +73,18 @@ class Alone(Transport):
 
 
 class Launch(Transport):
-    """The workers that one launcher has started: the first on each machine starts its server, and sees it off.
+    """The workers that one launcher has started: the first on each machine starts its server, and waits for its end.
 
     Args:
         identity: this process among the workers.
-        store: of the launch.
-        shared_memory_dir: where vectors are exchanged.
+        store: the store of the launch.
+        shared_memory_dir: the folder in which vectors are exchanged.
         server_log: file that receives the log of the server process, if this worker starts it.
         timeouts: see `Timeouts`.
-        server_port: where the first machine's server listens to those of the others; 0 lets the system choose.
+        server_port: port on which the first machine's server listens for those of the others; 0 lets the system choose.
 
-    Blocking: `join` until all workers of the launch are there; `leave` until the server has ended, 10 s at most, or
-    `server_timeout` where it still hands the final anchor to other machines.
+    Blocking: `join` until all workers of the launch have joined; `leave` until the server has ended, at most 10 s, or
+    `server_timeout` while it still sends the final anchor to other machines.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Launch(Transport):
 
     def leave(self, finished: bool) -> None:
         if self._server is not None:
-            # The server goes on until the final anchor has reached the other machines.
+            # The server keeps running until the final anchor has reached the other machines.
             others_wait = self._identity.num_machines > 1 and finished
             try:
                 self._server.wait(timeout=self._timeouts.server_timeout if others_wait else 10)
@@ -146,7 +146,7 @@ class Launch(Transport):
         self.folder = None
 
     def _open_folder(self, request: JoinRequest, number: int) -> RunFolder:
-        """Makes this machine's run folder and starts its server: the global one on machine 0, relays on the others."""
+        """Makes this machine's run folder and starts its server: the root server on machine 0, else a relay."""
         here, key = self._identity, f"machines/{number}"
         contents = _contents(request, self._timeouts)
         meeting = None
@@ -171,13 +171,13 @@ class Launch(Transport):
         self._server = start_server(path, self._server_log, state, self._server_options)
         if here.num_machines > 1 and here.machine == 0:
             host, port = self._await_address(path)
-            self._server_options[1] = f"{host}:{port}"  # one that is started again listens where it is looked for
+            self._server_options[1] = f"{host}:{port}"  # a restarted server must listen where the relays look for it
             secret = (path / SECRET).read_text()
             self._store.set(key, {"address": [host, port], "run_id": run_id, "secret": secret})
         return folder
 
     def _options_across(self, path: Path, meeting: dict[str, Any] | None) -> list[str]:
-        """What tells the server of this machine its place among them. The secret goes into a file only."""
+        """Options that tell this machine's server its place among them. The secret is only written to a file."""
         if meeting is None:
             new_secret(path / SECRET)
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -203,7 +203,7 @@ class Launch(Transport):
         return self._server is None or self._server.poll() is None
 
     def _revive_server(self) -> None:
-        """Worker 0 starts the server anew if it has died; one that was told to end stays away."""
+        """The worker that started the server restarts it if it has died, but not if it was told to end."""
         if self._made is None or self._server is None or not self._restarts_left:
             return
         if self._server.poll() in (None, 0, SIGTERM_CODE):
@@ -214,13 +214,13 @@ class Launch(Transport):
 
 
 class ServedFolder(Transport):
-    """A run that workers join and leave as they like: its address is the run folder of a server on this machine.
+    """A run that workers join and leave as they like; its address is the run folder of a server on this machine.
 
     Args:
         address: the folder.
         timeouts: see `Timeouts`.
 
-    Blocking: `join` until there is a server, `server_timeout` at most.
+    Blocking: `join` until there is a server, at most `server_timeout`.
     """
 
     def __init__(self, address: str, timeouts: Timeouts):
@@ -240,7 +240,7 @@ class ServedFolder(Transport):
                     f"Start one: python -m hf_lsam.server --run_dir {path}"
                 )
             time.sleep(0.05)
-        while True:  # its server may have died a moment ago, and be started again
+        while True:  # its server may have died just now, and be started again
             try:
                 first = request.first_anchor(CPU)
                 folder = RunFolder.create_or_open(path, first, request.layout.manifest, contents)
@@ -264,7 +264,8 @@ class ServedFolder(Transport):
         pass
 
 
-# What joins by `server_address="scheme://rest"`; called with "rest" and the timeouts. Without a scheme: "file".
+# The transports that join by `server_address="scheme://rest"`; called with "rest" and the timeouts. An address without
+# a scheme is a "file".
 TRANSPORTS: dict[str, Callable[[str, Timeouts], Transport]] = {
     "file": ServedFolder,
 }
@@ -274,7 +275,7 @@ def transport_of(address: str, timeouts: Timeouts) -> Transport:
     """The transport that joins a run by its address.
 
     Raises:
-        ValueError: if none has this scheme.
+        ValueError: if no transport has this scheme.
     """
     scheme, separator, rest = address.partition("://")
     if not separator:
@@ -288,7 +289,7 @@ def transport_of(address: str, timeouts: Timeouts) -> Transport:
 
 
 def _contents(request: JoinRequest, timeouts: Timeouts) -> dict[str, Any]:
-    """What run.json says of a run that this worker creates."""
+    """The contents of run.json for a run that this worker creates."""
     return {
         "fingerprint": request.layout.fingerprint.hex(),
         "settings": request.settings.as_dict(),

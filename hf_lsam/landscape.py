@@ -5,8 +5,8 @@
     smooth   f_LSAM(y) = -log of the integral of exp(-f(x)) N(x; y, I / lambda) dx,  lambda = lambda0 / (eta tau)
 
 LSAM (arXiv 2509.03110): p_LSAM(y) ~ integral of p(x) K(x, y) dx with p ~ exp(-f) and a Gaussian kernel K; the anchor
-climbs log p_LSAM. Two readings of ours: f is the loss without SAM's perturbation, and the integral is taken over the
-plane only, of which the part that was measured counts.
+climbs log p_LSAM. Two interpretations are ours: f is the loss without SAM's perturbation, and the integral is taken
+only over the measured part of the plane.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Plane:
 
     @classmethod
     def through(cls, anchor: Tensor, one: Tensor, other: Tensor) -> Plane | None:
-        """The plane through the three points, each [d]; None where they lie on one line.
+        """The plane through the three points, each [d]; None if they lie on one line.
 
         `one` lies on the first axis.
         """
@@ -49,7 +49,7 @@ class Plane:
         across = second - (second @ first) * first
         if across.norm() <= 1e-4 * second.norm():
             return None
-        across = across - (across @ first) * first  # once more, against rounding
+        across = across - (across @ first) * first  # a second time, against rounding errors
         return cls(anchor, first, across / across.norm())
 
     def point(self, a: float, b: float) -> Tensor:
@@ -57,13 +57,13 @@ class Plane:
         return self.origin + a * self.first + b * self.second
 
     def position(self, x: Tensor) -> tuple[float, float]:
-        """The coordinates of the point of the plane that is nearest to `x`, [d]."""
+        """The coordinates of the point in the plane that is nearest to `x`, [d]."""
         offset = x - self.origin
         return (offset @ self.first).item(), (offset @ self.second).item()
 
 
 def fractions(points: int) -> list[float]:
-    """The values of t on a line; with 4 k + 1 points 0 and 1 are among them."""
+    """The values of t on a line; with 4 k + 1 points, 0 and 1 are among them."""
     return torch.linspace(LINE_BEGIN, LINE_END, points, dtype=torch.float64).tolist()
 
 
@@ -71,7 +71,7 @@ def losses_on_line(loss: Callable[[Tensor], float], anchor: Tensor, worker: Tens
     """The loss at y + t (x - y) for each t.
 
     Args:
-        loss: of a vector [d].
+        loss: computes the loss at a vector [d].
         anchor, worker: y and x, [d].
         at: the values of t.
     """
@@ -87,11 +87,11 @@ def losses_on_plane(loss: Callable[[Tensor], float], plane: Plane, coordinates: 
 def smoothed(losses: Tensor, coordinates: Sequence[float], strength: float) -> Tensor:
     """f_LSAM on the grid on which f was measured: -log of the mean of exp(-f) under the kernel around each point.
 
-    The kernel counts on the grid only, and is normalised there: near the edge half of it is missing.
+    The kernel is restricted to the grid and normalised there, so at an edge half of it is missing.
 
     Args:
         losses: f, [side, side].
-        coordinates: of its rows and columns.
+        coordinates: the coordinates of its rows and columns.
         strength: lambda, > 0; the kernel's standard deviation is 1 / sqrt(lambda).
 
     Returns:
@@ -99,20 +99,20 @@ def smoothed(losses: Tensor, coordinates: Sequence[float], strength: float) -> T
     """
     at = torch.tensor(coordinates, dtype=torch.float64)
     log_kernel = torch.log_softmax(-0.5 * strength * (at[:, None] - at[None, :]) ** 2, dim=1)
-    # A loss that is not finite has no probability. The kernel is a product: one axis after the other.
+    # A loss that is not finite has probability zero. The kernel is separable, so it is applied one axis at a time.
     log_density = torch.nan_to_num(-losses.double(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     log_density = torch.logsumexp(log_kernel[:, None, :] + log_density[None, :, :], dim=2)  # [column, row]
     return -torch.logsumexp(log_kernel[:, None, :] + log_density[None, :, :], dim=2)  # [row, column]
 
 
 def half_width(reach: float, strength: float) -> float:
-    """How far a grid goes from the anchor: past the workers, and to twice the kernel's standard deviation.
+    """How far a grid extends from the anchor: past the workers, and to twice the kernel's standard deviation.
 
-    Not beyond six times the workers' distance, where they could no longer be told from the anchor.
+    But at most to six times the workers' distance, beyond which they could not be told apart from the anchor.
 
     Args:
         reach: the largest coordinate of a worker.
-        strength: lambda; 0 for no kernel.
+        strength: lambda; 0 if there is no kernel.
     """
     kernel = 2 / math.sqrt(strength) if strength else 0.0
     return min(max(1.5 * reach, kernel), 6 * reach)
@@ -124,16 +124,16 @@ def scan(
     """Measures lines to all workers, and the plane through the first two.
 
     Args:
-        loss: of a vector [d]; called points x workers + points^2 times.
+        loss: computes the loss at a vector [d]; called points x workers + points^2 times.
         anchor: y, [d].
         workers: x of each rank, [d].
-        points: of a line, and of a side of the grid.
+        points: number of points on a line, and on a side of the grid.
         strength: lambda = lambda0 / (eta tau); 0 for no smoothed landscape.
 
     Returns:
-        "fractions", "lines" (losses by rank), "distances" (||x_i - y|| by rank), "strength" and "plane": None with
-        fewer than two workers, or where two and the anchor lie on one line; else "coordinates", "losses", "smoothed"
-        (None without a kernel), "workers" (two ranks) and "positions" (of these).
+        a dict of "fractions", "lines" (losses by rank), "distances" (||x_i - y|| by rank), "strength" and "plane". The
+        last is None with fewer than two workers, or if the first two and the anchor lie on one line; otherwise a dict
+        of "coordinates", "losses", "smoothed" (None without a kernel), "workers" (two ranks) and their "positions".
     """
     at = fractions(points)
     lines = {str(rank): losses_on_line(loss, anchor, x, at) for rank, x in workers.items()}

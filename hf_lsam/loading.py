@@ -1,4 +1,4 @@
-"""What kind of model lies in a folder, and the code that loads it, for a model card."""
+"""What kind of model a folder holds, and the code that loads it, for a model card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TypedDict
 
-# Of the model classes of transformers how their names end, the task on the Hub, and peft's name of the task.
+# Suffix of the names of transformers' model classes, the task on the Hub, and peft's name for the task.
 TASKS = (
     ("ForSequenceClassification", "text-classification", "SEQ_CLS"),
     ("ForTokenClassification", "token-classification", "TOKEN_CLS"),
@@ -20,7 +20,7 @@ AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForC
 
 
 class SavedModel(TypedDict):
-    """What a card tells of how to load a model: fields of `CardFacts`."""
+    """The fields of `CardFacts` about loading a model."""
 
     task: str | None
     library: str | None
@@ -28,10 +28,10 @@ class SavedModel(TypedDict):
 
 
 def saved_model(run_dir: Path, labels: list[str] | None = None) -> SavedModel:
-    """Task, library and loading code of the model that lies in a folder.
+    """Task, library and loading code of the model in a folder.
 
     Args:
-        labels: of a classifier, where its configuration does not hold them.
+        labels: a classifier's labels, if its configuration does not hold them.
     """
     adapter, config = run_dir / "adapter_config.json", run_dir / "config.json"
     if adapter.exists():

@@ -1,4 +1,4 @@
-"""LSAM for a training loop of your own: the same worker, server and arithmetic as `LSAMTrainer`, without Trainer."""
+"""LSAM for your own training loop: the same worker, server and arithmetic as in `LSAMTrainer`, without Trainer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NOT_IN_A_LOOP = marked(LSAMArguments, TRAINER_ONLY)
 
 
 class LSAM:
-    """Takes the place of forward, backward, clipping and `optimizer.step` in a hand-written loop.
+    """Replaces forward, backward, clipping and `optimizer.step` in a hand-written loop.
 
     ```python
     lsam = LSAM(model, optimizer, sam_rho=0.1)
@@ -59,17 +59,17 @@ class LSAM:
         evaluate(model)
     ```
 
-    Started with plain `python`, the worker is alone; under `accelerate launch` with n processes there are n workers and
-    a server process, the script unchanged. The model holds the worker's own parameters inside `with lsam`, and the
-    final anchor after it.
+    Started with plain `python`, the worker trains alone; under `accelerate launch` with n processes, the same script
+    runs n workers and a server process. The model holds the worker's own parameters inside `with lsam`, and the final
+    anchor afterwards.
 
-    `lsam.sam_rho` may be set between steps, for a schedule of the radius.
+    `lsam.sam_rho` may be set between steps, to schedule the radius.
 
-    An `Accelerator` is optional. It may have been made before or after, and model and optimizer may have been prepared
-    by it or not: a DistributedDataParallel wrapper stays around the model and no longer synchronises, and the default
-    process group is closed. Without one, `step` runs the closure under whatever autocast the caller has opened.
+    An `Accelerator` is optional. It may be created before or after, and may have prepared model and optimizer or not: a
+    DistributedDataParallel wrapper stays around the model but no longer synchronises, and the default process group is
+    closed. Without an `Accelerator`, `step` runs the closure under whatever autocast the caller has opened.
 
-    SIGTERM and Ctrl-C set `stop_requested`; a loop that does not end then is ended by the next `step`:
+    SIGTERM and Ctrl-C set `stop_requested`. If the loop does not end then, the next `step` ends it:
 
     ```python
             if lsam.stop_requested:
@@ -78,23 +78,26 @@ class LSAM:
     ```
 
     Args:
-        model: the model, on its device. If trainable parameters of it are stored in half precision, it is cast to
-            float32 here; a checkpoint in its old type is `model.to(dtype)` away.
-        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared. One with a mode for
-            evaluation (schedule-free) is in training mode inside `with lsam`, in the other inside `anchor` and after.
+        model: the model, on its device. If any of its trainable parameters are stored in half precision, it is cast to
+            float32 here; to save a checkpoint in the original type, call `model.to(dtype)` first.
+        optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared. An optimizer with an
+            evaluation mode (schedule-free) is in training mode inside `with lsam`, and in evaluation mode inside
+            `anchor` and after training.
         accelerator: takes care of the backward pass and of fp16 scaling.
-        gradient_accumulation_steps: micro-batches (calls of `step`) to one optimizer step; their mean is the gradient.
+        gradient_accumulation_steps: number of micro-batches (calls of `step`) per optimizer step, over which the
+            gradient is averaged.
         max_grad_norm: clip the gradient of pass 2 to this norm; None does not clip.
-        output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
-            there is no record, and the log lies in the current folder.
-        max_steps: with `share_steps`, the steps of the run for each worker of the launch (see `batches`, `schedule`).
-        resume_from: folder that `save` has written; the run goes on from there. Model and optimizer are the caller's.
-        **lsam: the fields of `LSAMArguments`, except those that concern Trainer's data loader.
+        output_dir: folder for the run's record (see `hf_lsam.record`) and for the log of the server process. If None,
+            there is no record, and the log is written to the current folder.
+        max_steps: with `share_steps`, the steps of the run per worker of the launch (see `batches` and `schedule`).
+        resume_from: folder that `save` has written, from which the run continues. Restoring the model and the optimizer
+            is up to the caller.
+        **lsam: the fields of `LSAMArguments`, except those that concern Trainer's data loader or its loss.
 
     Raises:
         TypeError: for an unknown field.
-        ValueError: for a value out of range, an unstable configuration, or a model that LSAM cannot train.
-        FileNotFoundError: if `resume_from` is no folder that `save` has written.
+        ValueError: for a value out of range, an unstable configuration, or a model or optimizer that LSAM cannot train.
+        FileNotFoundError: if `resume_from` is not a folder that `save` has written.
 
     Process: the training thread. Blocking: entering `with lsam` until all workers have joined, and leaving it until all
     have finished; `step` never.
@@ -154,7 +157,7 @@ class LSAM:
         self._accelerator = accelerator
         self._accumulation = gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
-        # Of the shares that were handed out, the loaders of all batches.
+        # For each share that `shard` returned, the loader of all batches.
         self._whole: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
         self._micro_step = 0
         self._signal_was_shown = False
@@ -169,12 +172,12 @@ class LSAM:
 
     @property
     def worker(self) -> Worker | None:
-        """This worker, once it takes part in a run."""
+        """This worker, once it has joined a run; None before."""
         return self.session.worker
 
     @property
     def sam_rho(self) -> float:
-        """Radius of the perturbation; set it between optimizer steps for a schedule.
+        """Radius of the perturbation; set it between optimizer steps to schedule it.
 
         Raises:
             ValueError: see `Session.sam_rho`.
@@ -200,7 +203,7 @@ class LSAM:
                 if folder is not None:
                     logger.warning("%s holds nothing of worker %d: it starts at the anchor", folder, rank)
                 if rank:
-                    torch.manual_seed(torch.initial_seed() + rank)  # each worker its own dropout masks and noise
+                    torch.manual_seed(torch.initial_seed() + rank)  # so that dropout masks and noise differ
             configuration = {
                 "learning_rate": self._learning_rate,
                 "optim": type(self.optimizer).__name__,
@@ -227,15 +230,15 @@ class LSAM:
             self.session.leave(worker.local_steps, error)
 
     def save(self, folder: str | Path) -> None:
-        """Saves what LSAM has to know to go on: this worker's x, y, sum and torch's random state, with which it goes on
-        when `with lsam` is entered; at worker 0 also the server's state.
+        """Saves what LSAM needs in order to continue: this worker's x, y, pending push and torch random state, all
+        restored when `with lsam` is entered with `resume_from`, and at worker 0 also the server's state.
 
-        Model weights, optimizer, scheduler and the place in the data are the caller's to save. Every worker calls it,
-        with the same folder.
+        Saving model weights, optimizer, scheduler and the place in the data is up to the caller. Every worker must call
+        this, with the same folder.
 
         Raises:
-            OSError: if there is no room, or no server.
-            RuntimeError: before `with lsam` was entered.
+            OSError: if there is no space left, or no server.
+            RuntimeError: if `with lsam` has not been entered yet.
         """
         folder = Path(folder)
         own = folder / str(self.arguments.identity.rank)
@@ -256,18 +259,23 @@ class LSAM:
             set_state(self.session.device, state["device_generator"])
 
     def step(self, compute_loss: Callable[[], Tensor | Mapping[str, Any] | tuple[Any, ...]]) -> Tensor:
-        """One micro-batch: SAM's gradient, and after the last of an accumulation the optimizer's step and the coupling.
+        """One micro-batch: SAM's gradient and, after the last micro-batch of an accumulation, the optimizer's step and
+        the exchange.
 
         Args:
-            compute_loss: runs the model on the batch and returns the loss, 0-d, or a model's output that holds it under
-                "loss", or as the first of a tuple; called twice where the step perturbs.
+            compute_loss: runs the model on the batch and returns the loss, 0-d, or a model output that has it under
+                "loss" or as the first element of a tuple. Called twice if the step perturbs along the batch's gradient.
 
         Returns:
-            the detached loss at the worker's own parameters (pass 1), 0-d, on the device.
+            the detached loss at the worker's own parameters (pass 1), 0-d, on the device; with a `sam_direction` other
+            than "gradient", that of its single pass.
 
         Raises:
             RuntimeError: outside `with lsam`.
-            ValueError: if what `compute_loss` returns is no loss to take a gradient of.
+            ValueError: if `compute_loss` does not return a loss that has a gradient, if a parameter was resized, or if
+                the optimizer's momentum was changed after the anchor had taken it over.
+            KeyboardInterrupt, SystemExit: if the loop went on after a signal had set `stop_requested`.
+            ServerGone: if the server has been gone for longer than `server_timeout`.
         """
         signals = self.session.signals
         if self._signal_was_shown:
@@ -293,14 +301,14 @@ class LSAM:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether another worker, whoever ends the server, or a signal has asked for the end."""
+        """Whether another worker, whoever stops the server, or a signal has asked this run to end."""
         asked = self.worker is not None and self.worker.link.status.stop_requested
         return asked or self.session.signals.received is not None
 
-    # --- the steps of the run, where its workers share them ---
+    # --- the steps of the run, if its workers share them ---
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `loader`, epoch after epoch, as long as there are steps of the run left (`share_steps`).
+        """The batches of `loader`, epoch after epoch, as long as the run has steps left (`share_steps`).
 
         ```python
         with LSAM(model, optimizer, share_steps=True, max_steps=1000) as lsam:
@@ -311,7 +319,7 @@ class LSAM:
         ```
 
         Raises:
-            ValueError: if `loader` has no batch.
+            ValueError: if `loader` has no batches.
         """
         while self.session.steps_are_left:
             empty = True
@@ -324,7 +332,8 @@ class LSAM:
                 raise ValueError("There is no batch in `loader`, and steps of the run are left: it would never end.")
 
     def schedule(self, scheduler: LRScheduler) -> RunSchedule:
-        """`scheduler`, of `max_steps` steps, such that it follows the run: call its `step` after each of your own."""
+        """Wraps `scheduler`, of `max_steps` steps, so that it follows the run: call its `step` after each of your own
+        steps."""
         schedule = RunSchedule(scheduler, self.session.position)
         schedule.catch_up()
         return schedule
@@ -332,19 +341,19 @@ class LSAM:
     # --- data, evaluation, logging ---
 
     def shard(self, loader: DataLoader[Any], seed: int | None = None) -> DataLoader[Any]:
-        """This worker's share of `loader`, by Accelerate's own sharding; epochs are shared by the workers.
+        """This worker's share of `loader`, by Accelerate's own sharding: each epoch is divided among the workers.
 
-        A loader that an Accelerator under the same launch has prepared before is sharded already. Where the workers'
-        loaders have batches of different sizes, each has batches of its own size, every row is seen once, and what a
-        worker hands in counts with its rows a step. Blocking: until all workers have called it too.
+        A loader that an Accelerator has prepared before, under the same launch, is sharded already. If the workers'
+        loaders have different batch sizes, each worker keeps its own, every row is seen once, and a worker's pushes are
+        weighted by its rows per step. Blocking: until all workers have called it too.
 
         Args:
-            loader: the data; what its samplers draw is drawn alike in every worker, and anew each epoch.
-            seed: of the order; None follows `torch.manual_seed`. Worker 0's counts.
+            loader: the data; its samplers draw the same in every worker, and anew in each epoch.
+            seed: seed of the order; None follows `torch.manual_seed`. Worker 0's is used by all.
 
         Raises:
-            ValueError: if batches differ in size, and the loader is a stream or has a batch sampler of its own, or the
-                algorithm is not "lsam".
+            ValueError: if batch sizes differ, and the loader is a stream or has its own batch sampler, or the algorithm
+                is not "lsam".
         """
         identity = self.arguments.identity
         seed = self.session.run.agree("data_seed", torch.initial_seed() if seed is None else seed)
@@ -356,7 +365,7 @@ class LSAM:
             use_seedable_sampler=True,
             data_seed=seed,
         )
-        rows = loader.batch_size or 0  # none of a batch sampler of one's own
+        rows = loader.batch_size or 0  # None if the loader has its own batch sampler
         sizes, rows_of_steps = self.session.agree_on_batch_sizes(rows, rows * self._accumulation)
         if len(set(rows_of_steps)) > 1:
             self.session.weigh(rows_of_steps)
@@ -370,13 +379,14 @@ class LSAM:
     def anchor(
         self, batches: Iterable[Any] | None = None, forward: Callable[[Any], Any] | None = None
     ) -> Iterator[None]:
-        """The model holds the anchor inside, and what it held before after. After `with lsam` it holds it already.
+        """Inside, the model holds the anchor; on exit, what it held before. After `with lsam` it always does.
 
         Args:
-            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor, the same
-                ones in every worker. Of a DataLoader, also of one that `shard` has returned, these are the first
-                `batchnorm_batches` of all its batches, and where it stands does not change; of anything else, all.
-            forward: runs the model on one of them; `model(batch)` if None.
+            batches: training batches from which BatchNorm's running statistics are re-estimated at the anchor. From a
+                DataLoader, including one that `shard` returned, the first `batchnorm_batches` batches of the whole data
+                set are used, and its position does not change; from anything else, all, which should be the same in
+                every worker.
+            forward: runs the model on one of the batches; `model(batch)` if None.
         """
 
         def first_batches(batches: Iterable[Any]) -> Iterable[Any]:
@@ -393,32 +403,33 @@ class LSAM:
             yield
 
     def log(self, **measured: float) -> dict[str, float]:
-        """LSAM's own metrics since the last call; warns once of each way in which a run can be seen to go wrong.
+        """Returns LSAM's own metrics since the last call, and writes them to the run's record; warns once about each
+        sign that the run is going wrong.
 
         Args:
-            **measured: what else belongs into the run's record, such as loss=loss.item().
+            **measured: further values for the record, such as loss=loss.item().
 
         Returns:
             LSAM's metrics and `measured`.
 
         Raises:
-            RuntimeError: before `with lsam` was entered.
-            ValueError: if parameters were frozen or unfrozen since then.
+            RuntimeError: if `with lsam` has not been entered yet.
+            ValueError: if parameters have been frozen or unfrozen since then.
         """
         step = self.session.joined_worker.local_steps
         return self.session.log(step, {**measured, "learning_rate": self._learning_rate}) | measured
 
     def worker_summary(self) -> dict[str, float]:
-        """This worker's totals of the run so far: steps, pushes, bytes, staleness, anchor version, and the drift now or
-        at the last step."""
+        """This worker's totals of the run so far: steps, pushes, bytes, staleness, anchor version, and the drift, which
+        after the run is that of the last step."""
         return self.session.summary()
 
     def log_evaluation(self, step: int | None = None, **measured: float) -> None:
-        """Writes what was measured of the anchor into the run's record.
+        """Writes an evaluation of the anchor to the run's record.
 
         Args:
-            step: local step of worker 0 at which the anchor was taken; now if None.
-            **measured: under names that begin with eval_, such as eval_accuracy=0.9.
+            step: local step of worker 0 at which the anchor was taken; the current one if None.
+            **measured: the results, under names that begin with eval_, such as eval_accuracy=0.9.
         """
         now = 0 if self.worker is None else self.worker.local_steps
         self.session.record.log(now if step is None else step, measured)
@@ -428,7 +439,7 @@ class LSAM:
     def _backward(self, loss: Tensor) -> None:
         if self._accelerator is None:
             (loss / self._accumulation).backward()
-        else:  # which divides by its own number of accumulation steps
+        else:  # `Accelerator.backward` divides by its own number of accumulation steps
             self._accelerator.backward(loss * (self._accelerator.gradient_accumulation_steps / self._accumulation))
 
     def _optimizer_step(self) -> None:
@@ -443,12 +454,16 @@ class LSAM:
 
     @property
     def _learning_rate(self) -> float:
-        """The largest of the parameter groups that train."""
+        """The largest learning rate of a trained parameter."""
         return max(self.session.hooks.learning_rates(), default=0.0)
 
 
 def _loss_in(output: Any) -> Tensor:
-    """The loss in what a closure returned, found as Trainer finds it in a model's output."""
+    """The loss in what a closure returned, found as Trainer finds it in a model's output.
+
+    Raises:
+        ValueError: if there is no loss tensor, or one that is not 0-d or has no gradient.
+    """
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")

@@ -1,4 +1,4 @@
-"""What one worker measures of itself: since the last log point or entry of the record, and over a run."""
+"""A worker's own metrics, since the last log point or entry of the record, and over the whole run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXCHANGED = ("accepted", "refused", "bytes_pushed", "bytes_pulled", "staleness_
 
 
 class WorkerMetrics:
-    """Collects on the device what is read back only when it is logged.
+    """Accumulates values on the device, which are read back only when they are logged.
 
     Args:
         worker: the worker under observation.
@@ -23,17 +23,17 @@ class WorkerMetrics:
         self._worker = worker
         self._sharpness = torch.zeros((), device=worker.anchor.device)
         self._perturbed_steps: set[int] = set()
-        self._logged = self._recorded = worker.link.status  # as it was at the last log point, or entry
-        self._loss = torch.zeros((), device=worker.anchor.device)  # since the last entry, and from which step on
+        self._logged = self._recorded = worker.link.status  # at the last log point, and at the last entry
+        self._loss = torch.zeros((), device=worker.anchor.device)  # summed since the last entry
         self._loss_from = worker.local_steps
         self._before_resuming = [0] * len(_EXCHANGED)
 
     def add_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
-        """Takes the losses of pass 1 and pass 2 of one (micro-)batch; losses of one local step add up.
+        """Takes the losses of pass 1 and pass 2 of one (micro-)batch; those of the same local step are summed.
 
         Args:
-            first, second: 0-d, as `sam.gradient` returns them.
-            skip_overflow: count a difference that is not finite as none (a step that the fp16 scaler will skip).
+            first, second: 0-d, as returned by `sam.gradient`.
+            skip_overflow: count a difference that is not finite as 0 (the fp16 scaler will skip that step).
         """
         difference = second - first
         if skip_overflow:
@@ -42,7 +42,7 @@ class WorkerMetrics:
         self._perturbed_steps.add(self._worker.local_steps)
 
     def since_last_log(self) -> dict[str, float]:
-        """What is logged next to the loss; reads drift and sharpness back from the device."""
+        """The metrics to log alongside the loss; reads drift and sharpness back from the device."""
         metrics = {"lsam/drift": self._worker.drift(), **self._exchanged_since(self._logged)}
         self._logged = self._worker.link.status
         if self._perturbed_steps:
@@ -52,22 +52,22 @@ class WorkerMetrics:
         return metrics
 
     def add_loss(self, loss: Tensor, share: float) -> None:
-        """Takes the loss of one (micro-)batch, 0-d, which is `share` of a step's."""
+        """Takes the loss of one (micro-)batch, 0-d, which makes up `share` of the step's loss."""
         self._loss.add_(loss, alpha=share)
 
     @property
     def steps_since_last_entry(self) -> int:
-        """Local steps whose losses no entry of the record holds."""
+        """The number of local steps whose losses are not in the record yet."""
         return self._worker.local_steps - self._loss_from
 
     def since_last_entry(self) -> dict[str, float]:
-        """What the record gets between log points: what the host knows, and the mean loss, read from the device."""
+        """An entry of the record between log points: what the host knows, and the mean loss, read from the device."""
         metrics = {"loss": self._loss.item() / self.steps_since_last_entry, **self._exchanged_since(self._recorded)}
         self.entry_was_made()
         return metrics
 
     def entry_was_made(self) -> None:
-        """The next entry of the record is about what comes after now."""
+        """Starts collecting for the next entry of the record."""
         self._loss.zero_()
         self._loss_from, self._recorded = self._worker.local_steps, self._worker.link.status
 

@@ -1,5 +1,5 @@
-"""AdamW whose momentum acts on its steps and not on its gradients, by Nesterov's rule: the one that the anchor moves by
-(see `anchor`), in a worker, or in any training loop.
+"""AdamW with Nesterov momentum on its steps instead of momentum on its gradients. This is the rule by which the anchor
+moves (see `anchor`), for use in a worker or in any training loop.
 
 u = AdamW's step with beta1 = 0
 b = beta1 b + u
@@ -19,17 +19,17 @@ from .anchor import nesterov_step
 
 
 class NesterovAdamW(torch.optim.AdamW):
-    """AdamW by Nesterov's rule; see the module.
+    """AdamW with Nesterov's rule; see the module.
 
-    The learning rate is AdamW's: a steady gradient moves x as far. Under LSAM each worker keeps this momentum, whatever
-    `LSAMArguments.momentum_at` leaves open.
+    The learning rate means the same as AdamW's: a steady gradient moves x equally far. Under LSAM each worker keeps
+    this momentum, even if `LSAMArguments.momentum_at` is not set; "anchor" is refused.
 
     Args:
         params: parameters, or groups of them.
         betas: the momentum, and AdamW's second decay rate.
         keywords: AdamW's other arguments.
 
-    State of a parameter: AdamW's, with b where AdamW has the mean gradient (`exp_avg`). While it steps it holds a copy
+    State per parameter: AdamW's, with b in place of the mean gradient (`exp_avg`). While it steps, it also holds a copy
     of all parameters.
     """
 
@@ -44,10 +44,10 @@ class NesterovAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Moves all parameters that have a gradient; returns the loss, where a `closure` computes it.
+        """Updates all parameters that have a gradient; returns the loss if a `closure` computes it.
 
         Raises:
-            ValueError: if something has set the first of a group's betas, which is its `momentum` here.
+            ValueError: if something has set betas[0] of a group, for which `momentum` takes over here.
         """
         if any(group["betas"][0] for group in self.param_groups):
             raise ValueError(
@@ -65,7 +65,7 @@ class NesterovAdamW(torch.optim.AdamW):
             state = self.state[parameter]
             buffers.append(state["exp_avg"] if state else torch.zeros_like(parameter))
             if state:
-                state["exp_avg"] = parameter.grad  # as which AdamW would keep it, with beta1 = 0
+                state["exp_avg"] = parameter.grad  # what AdamW with beta1 = 0 would hold there
         super().step()
         for (parameter, momentum), start, buffer in zip(moved, before, buffers, strict=True):
             step = start - parameter

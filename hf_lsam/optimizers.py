@@ -1,8 +1,8 @@
-"""A worker's optimizer: what happens around its steps, and where it trains.
+"""A worker's optimizer: what happens around its steps, and its training and evaluation modes.
 
-Some train at one point and are evaluated at another, such as schedule-free ones. Their `eval` takes the parameters to
-the point of evaluation, and `train` takes them back. Both are about the worker's own x, never about the anchor; what is
-coupled and pushed is x as it trains.
+Some optimizers, such as schedule-free ones, train at one point and are evaluated at another. Their `eval` moves the
+parameters to the point of evaluation, and `train` moves them back. Both concern the worker's own x, never the anchor;
+what is coupled and pushed is the x of training mode.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from .worker import Worker
 class StepHooks:
     """What a worker does right before and right after its optimizer steps.
 
-    Meanwhile the learning rates are multiplied by `factor`, and the optimizer has no momentum if that is the anchor's:
-    schedulers, logs and checkpoints keep what the user asked for.
+    In between, the learning rates are multiplied by `factor`, and the optimizer has no momentum if that belongs to the
+    anchor. Schedulers, logs and checkpoints keep the values that the user has set.
 
     Args:
         optimizer: any torch optimizer, or one that Accelerate has prepared.
-        worker: whose parameters it steps; one that is in no parameter group has the learning rate 0.
+        worker: the worker whose parameters it steps; a parameter in no parameter group has learning rate 0.
         factor: see `LSAMArguments.learning_rate_factor`; 1 changes nothing.
-        shared_momentum: the optimizer's (see `momentum_of`) that is the anchor's in this run; 0 leaves it its own.
+        shared_momentum: the optimizer's momentum (see `momentum_of`), if it belongs to the anchor in this run; with 0
+            the optimizer keeps its own.
     """
 
     def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0, shared_momentum: float = 0.0):
@@ -36,20 +37,20 @@ class StepHooks:
         self._optimizer, self._worker = optimizer, worker
         groups = enumerate(optimizer.param_groups)
         group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
-        # Numbers, because loading a state puts other groups in their place.
+        # Indices, because loading a state replaces the group objects.
         self._group_numbers = [group_of.get(id(parameter)) for parameter in worker.parameters]
-        self._kept: list[dict[str, Any]] = []  # what is another while a step is made, a group
+        self._kept: list[dict[str, Any]] = []  # per group, the original values of what is changed during a step
 
     def learning_rates(self) -> list[float]:
-        """Of each of the worker's parameters now, in their order."""
+        """The current learning rate of each of the worker's parameters, in their order."""
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         return [0.0 if number is None else rates[number] for number in self._group_numbers]
 
     def before_step(self) -> None:
-        """The gradients are those that the optimizer is about to step with.
+        """Call when the gradients are final and the optimizer is about to step.
 
         Raises:
-            ValueError: if its momentum is another than it was when the run began, where that is the anchor's.
+            ValueError: if the momentum belongs to the anchor, and the optimizer's has changed since the run began.
         """
         shared = self._shared_momentum
         if self.factor != 1.0 or shared:
@@ -68,13 +69,14 @@ class StepHooks:
         self._worker.before_optimizer_step(self.learning_rates())
 
     def after_step(self, skipped: bool = False) -> None:
-        """The optimizer has stepped.
+        """Call when the optimizer has stepped.
 
         Args:
-            skipped: that a gradient scaler has left the step out: it is no step, x has not moved.
+            skipped: whether a gradient scaler has skipped the step; x has then not moved, and no step is counted.
 
         Raises:
-            ServerGone: if the server has been gone for longer than `server_timeout`; what was changed is put back.
+            ServerGone: if the server has been gone for longer than `server_timeout`; the optimizer's own values are
+                restored first.
         """
         try:
             if not skipped:
@@ -84,7 +86,7 @@ class StepHooks:
                 group.update(kept)
             self._kept = []
             if self._worker.fell_back:
-                self._optimizer.state.clear()  # of gradients that led nowhere
+                self._optimizer.state.clear()  # it stems from gradients that led nowhere
                 self._worker.fell_back = False
 
 
@@ -92,8 +94,8 @@ _ADAM = re.compile(r"(Paged)?AdamW?(\d+bit|Fp8)?")  # those of torch, bitsandbyt
 
 
 def momentum_of(optimizer: Optimizer) -> float:
-    """What an optimizer keeps of its direction from one step to the next, where that can be taken from it: the momentum
-    of SGD, the first decay rate of Adam and AdamW. 0 for all others, and where parameter groups differ in it."""
+    """The momentum per step of an optimizer from which it can be removed: the momentum of SGD without dampening, or the
+    first decay rate of Adam and AdamW. 0 for all others, and if parameter groups differ in it."""
     groups = optimizer.param_groups
     is_adam = _ADAM.fullmatch(type(getattr(optimizer, "optimizer", optimizer)).__name__)
     if not is_adam and not all(group.get("dampening") == 0 for group in groups):
@@ -106,38 +108,39 @@ def _momentum_in(group: dict[str, Any]) -> float:
     return float(group["momentum"] if "dampening" in group else group["betas"][0])
 
 
-LONGEST_BETA2 = 0.99  # of an Adam without momentum
+LONGEST_BETA2 = 0.99  # the largest beta2 of an Adam without momentum
 
 
 def _without_momentum(group: dict[str, Any]) -> dict[str, Any]:
-    """What makes a group of an optimizer that `momentum_of` knows step along its gradient alone.
+    """The values with which a group of an optimizer that `momentum_of` knows steps along its gradient alone.
 
-    A gradient that is suddenly large moves Adam by up to (1 - beta1) / sqrt(1 - beta2) of the learning rate: by 3 with
-    0.9 and 0.999, by 32 without beta1, and by 10 with the beta2 that is the longest here.
+    A suddenly large gradient moves Adam by up to (1 - beta1) / sqrt(1 - beta2) times the learning rate: 3 times with
+    0.9 and 0.999, 32 times without beta1, and 10 times with LONGEST_BETA2.
     """
     return {"momentum": 0.0} if "dampening" in group else {"betas": (0.0, min(group["betas"][1], LONGEST_BETA2))}
 
 
 def normalises_steps(optimizer: Optimizer) -> bool:
-    """Whether the length of a step does not follow that of the gradient: Adam and its kind, known by their betas."""
+    """Whether the length of a step does not scale with the gradient, as with Adam and its kind, recognised by their
+    betas."""
     return not optimizer.param_groups[0].keys().isdisjoint(("betas", "beta1"))
 
 
 def switch(optimizer: Optimizer | None, mode: Literal["train", "eval"]) -> None:
-    """Takes the parameters to where `optimizer` trains or is evaluated, if it knows the difference."""
+    """Moves the parameters to where `optimizer` trains or is evaluated, if it makes that distinction."""
     method = getattr(optimizer, mode, None)
     if callable(method):
         method()
 
 
-MOMENTUM_STATES = ("momentum_buffer", "exp_avg")  # of SGD; of Adam and those that follow it
+MOMENTUM_STATES = ("momentum_buffer", "exp_avg")  # of SGD; of Adam and its kind
 
 
 def momentum_buffers(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor] | None:
     """The running mean or sum of gradients of each parameter; None before the first step.
 
     Raises:
-        ValueError: if the optimizer has made a step and keeps none.
+        ValueError: if the optimizer has stepped and keeps neither.
     """
     states = [optimizer.state.get(parameter, {}) for parameter in parameters]
     if not all(states):
@@ -153,10 +156,10 @@ def momentum_buffers(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list
 
 
 def known_direction(kind: str, worker: Worker, optimizer: Optimizer) -> tuple[list[Tensor] | None, float]:
-    """Along what a step with one pass perturbs (see `sam`), and with what sign; None while there is nothing to go by.
+    """The direction in which a step with a single pass perturbs (see `sam`), and its sign; None while there is none.
 
     Args:
-        kind: `LSAMArguments.sam_direction`; that of "gradient" is not known.
+        kind: `LSAMArguments.sam_direction`; for "gradient" the direction is not known in advance, so it is None.
     """
     if kind == "momentum":
         return momentum_buffers(optimizer, worker.parameters), -1.0
@@ -165,9 +168,9 @@ def known_direction(kind: str, worker: Worker, optimizer: Optimizer) -> tuple[li
 
 @contextmanager
 def showing_anchor(worker: Worker, optimizer: Optimizer) -> Iterator[None]:
-    """The model holds y inside and x again after, as it trains; may be nested.
+    """Inside, the model holds y; on exit it holds x again, with the optimizer in training mode. May be nested.
 
-    Inside, the optimizer is in its mode for evaluation already: what switches it there moves nothing.
+    Inside, the optimizer is already in evaluation mode, so switching it to that mode moves nothing.
     """
     if worker.shows_anchor:
         yield
@@ -178,6 +181,8 @@ def showing_anchor(worker: Worker, optimizer: Optimizer) -> Iterator[None]:
             try:
                 yield
             finally:
-                switch(optimizer, "eval")  # who has switched it to training inside has moved y, and x has yet to follow
+                # If it was switched to training inside, that moved y, and x has yet to be moved: by the last switch,
+                # which does so only from evaluation mode.
+                switch(optimizer, "eval")
     finally:
         switch(optimizer, "train")

@@ -1,8 +1,8 @@
 """The trainable parameters of a model, seen as one flat float32 vector.
 
-Workers and server speak of x and y as vectors in R^d; a model holds them as a list of tensors. `ParameterLayout`
-is the fixed map between the two: the order of `model.named_parameters()`, frozen parameters left out, tied
-parameters counted once. A LoRA model therefore exchanges its adapter alone.
+Workers and server treat x and y as vectors in R^d, while a model holds a list of tensors. `ParameterLayout` is the
+fixed map between the two: the order of `model.named_parameters()`, without frozen parameters, and with tied parameters
+counted once. A LoRA model therefore exchanges only its adapter.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 def cast_to_float32(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> list[tuple[Tensor, torch.dtype]]:
-    """Casts what is stored in half precision up to float32, if any trainable parameter is; else does nothing.
+    """Casts everything stored in half precision to float32 if any trainable parameter is; otherwise does nothing.
 
-    With it go the frozen parameters and the buffers, so that no layer gets another type than its own. A model with peft
-    adapters is the exception: its frozen base keeps its type, and only what trains is cast. A frozen tensor of a class
-    of its own stays as well, whatever type it names: quantised weights are packed into such. Parameters stay the
-    objects they are, so tied ones stay tied and an optimizer that holds them goes on.
+    Frozen parameters and buffers are cast as well, so that the dtypes within a layer do not diverge. A model with peft
+    adapters is the exception: its frozen base keeps its dtype, and only the trainable parameters are cast. A frozen
+    tensor of a special class also stays as it is, whatever its dtype says, because quantised weights are packed into
+    such tensors. Parameters keep their identity, so tied ones stay tied, and an optimizer that holds them stays valid.
 
     Args:
-        optimizer: one that holds the parameters already, if there is.
+        optimizer: an optimizer that holds the parameters already, if there is one.
 
     Returns:
         the tensors that were cast, with the dtypes they had.
@@ -72,9 +72,9 @@ def about_cast(cast: Sequence[tuple[Tensor, torch.dtype]]) -> str:
 
 @contextmanager
 def in_stored_types(cast: Sequence[tuple[Tensor, torch.dtype]]) -> Iterator[None]:
-    """Inside, the tensors have the dtypes they had before `cast_to_float32`; after, their float32 values again.
+    """Inside, the tensors have the dtypes from before `cast_to_float32`; on exit they get their float32 values back.
 
-    Costs the memory of one more copy in half precision. May be nested.
+    Costs the memory of an additional copy in half precision. May be nested.
     """
     kept = [(tensor, tensor.data) for tensor, _ in cast]
     try:
@@ -90,9 +90,9 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The named parameters with `requires_grad`, each shared tensor once, in the model's own order.
 
     Raises:
-        ValueError: if there is none, or if one is stored in half precision (a SAM perturbation of size 1e-5 moves
-            0.25 % of the entries of a bfloat16 weight: the ascent step would be lost in rounding) or in less,
-            complex or sharded.
+        ValueError: if there are none, or if one is complex, sharded, or stored in half precision or less (a SAM
+            perturbation of size 1e-5 changes 0.25 % of the entries of a bfloat16 weight: the ascent step would be lost
+            in rounding).
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -123,10 +123,10 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def refuse_changes(model: nn.Module, since_the_start: Sequence[Tensor]) -> None:
-    """Raises ValueError if the trainable parameters of `model` are not those it had when the run began.
+    """Raises ValueError if the trainable parameters of `model` are no longer those it had when the run began.
 
     Args:
-        since_the_start: those, as `trainable_parameters` gave them; other tensors among them do not matter.
+        since_the_start: the parameters of that time, from `trainable_parameters`; it may contain other tensors too.
     """
     taking_part = {id(tensor) for tensor in since_the_start}
     for name, parameter in model.named_parameters():
@@ -151,7 +151,7 @@ class ParameterLayout:
 
     Attributes:
         numel: length d of the flat vector.
-        manifest: one (name, shape, dtype) triple a parameter, in order: what two workers must agree on.
+        manifest: one (name, shape, dtype) triple per parameter, in order; all workers must agree on it.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]):
@@ -162,15 +162,15 @@ class ParameterLayout:
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 over names, shapes and dtypes, 32 bytes; workers whose fingerprints differ cannot share an anchor."""
+        """SHA-256 of names, shapes and dtypes, 32 bytes; workers whose fingerprints differ cannot share an anchor."""
         return hashlib.sha256(repr(self.manifest).encode()).digest()
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Views of `flat` [d], one a parameter, in the parameters' shapes."""
+        """Views of `flat` [d], one per parameter, in the parameters' shapes."""
         return [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
 
     def refuse_resized(self, tensors: Sequence[Tensor]) -> None:
-        """Raises ValueError if a tensor has another size than when the run began."""
+        """Raises ValueError if a tensor no longer has the size it had when the run began."""
         for (name, shape, _), size, tensor in zip(self.manifest, self._sizes, tensors, strict=True):
             if tensor.numel() != size:
                 raise ValueError(
@@ -194,7 +194,7 @@ class ParameterLayout:
 
 
 def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
-    """Names the first entry in which two manifests differ, for the error a refused worker prints."""
+    """Describes the first entry in which two manifests differ, for the error that a refused worker prints."""
     for mine, other in zip(ours, theirs, strict=False):
         if list(mine) != list(other):
             return f"`{mine[0]}` {mine[1]} {mine[2]} here, `{other[0]}` {other[1]} {other[2]} there"
@@ -202,10 +202,10 @@ def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
 
 
 def data_parallel_bytes(steps_per_worker: Sequence[int], trainable_parameters: int) -> int:
-    """Bytes that data-parallel training sends and receives for as many steps, all workers together.
+    """Bytes that data-parallel training sends and receives for the same number of steps, summed over all workers.
 
-    A ring all-reduce of d float32 gradients among n workers makes each send 2 (n - 1) / n * 4 d bytes a step, and
-    receive as many. Data-parallel SAM reduces the second gradient alone, so it exchanges no more than SGD.
+    In a ring all-reduce of d float32 gradients among n workers, each sends 2 (n - 1) / n * 4 d bytes per step and
+    receives as many. Data-parallel SAM reduces only the second gradient, so it exchanges no more than SGD.
     """
     workers = max(1, len(steps_per_worker))
     return 2 * sum(steps_per_worker) * 2 * (workers - 1) * 4 * trainable_parameters // workers

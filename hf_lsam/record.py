@@ -1,20 +1,20 @@
-"""The record of a run, in `output_dir/lsam/`: what it was, and what each worker saw, for whoever looks at it.
+"""The record of a run, in `output_dir/lsam/`: what the run is, and what each worker has logged.
 
     run.json             what the run is, written by worker 0 when it has joined (see `describe`)
-    worker-<rank>.jsonl  one JSON object a line, appended at each log point and every few seconds
+    worker-<rank>.jsonl  one JSON object per line, appended at each log point and every few seconds
 
-Lines of a worker, all with "time" (unix seconds) and "step" (its local step):
+A worker's lines, each with "time" (unix seconds) and "step" (its local step):
 
-    {"begin": true, "pid": ..., "process_started": ..., "host": ...}     it has joined, or joined again
+    {"begin": true, "pid": ..., "process_started": ..., "host": ...}     it has joined, or rejoined
     {"loss": ..., "learning_rate": ..., "lsam/drift": ..., ...}          a log point
     {"between_logs": true, "loss": ..., "lsam/anchor_version": ..., ...}  a step between log points, some seconds after
                                                                          the last entry; and the last step
     {"eval_loss": ..., "eval_accuracy": ..., ...}                        worker 0: an evaluation of the anchor
     {"end": true, "error": null or a text}                               it has left
 
-JSON has no word for what is not finite: such numbers are written as the strings "NaN", "Infinity" and "-Infinity", and
-`read_record` gives them back as numbers. Each line is one write; a line that a killed worker or a full disk has torn is
-passed over by the reader.
+JSON cannot represent numbers that are not finite: they are written as the strings "NaN", "Infinity" and "-Infinity",
+and `read_record` converts them back. Each line is a single write; the reader skips lines that were torn by a killed
+worker or a full disk.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER = "lsam"
-BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")  # of a worker since it last joined
+BYTES = ("lsam/bytes_pushed", "lsam/bytes_pulled")  # a worker's, counted since it last joined
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
-_WHAT_IT_TOOK = ("_runtime", "_per_second", "_time", "_tokens")  # ends of the names of such items of an evaluation
+_WHAT_IT_TOOK = ("_runtime", "_per_second", "_time", "_tokens")  # suffixes of an evaluation's items that are its cost
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class RecordWriter:
-    """Writes one worker's part of the record. What cannot be written is warned of once and never ends a run.
+    """Writes one worker's part of the record. A failed write is warned about once, and never ends a run.
 
     Args:
         output_dir: the run's folder; None writes nothing.
-        rank: of this worker.
+        rank: rank of this worker.
 
     Process: the training thread. Blocking: on the disk, for one short line.
     """
@@ -62,16 +62,16 @@ class RecordWriter:
         self._folder = None if output_dir is None else output_dir / FOLDER
         self._rank = rank
         self._begun = False
-        self._before: list[dict[str, Any]] = []  # evaluations of a run that has not begun
+        self._before: list[dict[str, Any]] = []  # entries logged before the run has begun: evaluations
         self._warned = False
 
     def begin(self, resumed: bool, step: int, run: dict[str, Any] | None = None) -> None:
-        """Opens the record: a resumed run's goes on, any other starts anew.
+        """Opens the record: that of a resumed run is continued, any other is started anew.
 
         Args:
-            resumed: whether training goes on from a checkpoint.
+            resumed: whether training continues from a checkpoint.
             step: the local step at which it begins.
-            run: worker 0: what `describe` gives.
+            run: what `describe` returned, at worker 0; None at the others.
         """
         if self._folder is None:
             return
@@ -91,7 +91,7 @@ class RecordWriter:
         self._before = []
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """One log point. Before `begin` it is kept, and written then."""
+        """Writes one log point. If called before `begin`, it is written then."""
         entry = {"time": time.time(), "step": step, **metrics}
         if self._begun:
             self._append(entry)
@@ -99,14 +99,14 @@ class RecordWriter:
             self._before.append(entry)
 
     def end(self, step: int, error: BaseException | None) -> None:
-        """The last line of a worker that leaves, with the error that it leaves with."""
+        """Writes the last line of a worker that leaves, with the error that made it leave, if any."""
         if self._begun:
             text = None if error is None else f"{type(error).__name__}: {error}".removesuffix(": ")
             self._append({"time": time.time(), "step": step, "end": True, "error": text})
 
     @property
     def _path(self) -> Path:
-        assert self._folder is not None  # or nothing has begun
+        assert self._folder is not None  # otherwise nothing has begun
         return worker_file(self._folder.parent, self._rank)
 
     def _write_run(self, path: Path, run: dict[str, Any], resumed: bool) -> None:
@@ -141,16 +141,16 @@ class RecordWriter:
 
 
 def describe(num_workers: int, configuration: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """What run.json holds.
+    """The contents of run.json.
 
     Args:
         num_workers: n.
         configuration: LSAM's fields and the others that matter.
-        model: "name" (None where it has none), "class" and "trainable_parameters".
+        model: "name" (None if it has none), "class", "adapter" (whether peft wraps it) and "trainable_parameters".
 
     Returns:
-        format, run_id, started (unix seconds), num_workers, host and pid (of worker 0; each worker's stand in its own
-        file), model, configuration, versions and hardware.
+        format, run_id, started (unix seconds), num_workers, host and pid (those of worker 0; each worker's are in its
+        own file), model, configuration, versions and hardware.
     """
     return {
         "format": FORMAT,
@@ -167,17 +167,17 @@ def describe(num_workers: int, configuration: dict[str, Any], model: dict[str, A
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter."""
+    """The versions of Python and of the packages that matter."""
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "hf_lsam": __version__,  # which need not be installed to be used
+        "hf_lsam": __version__,  # not from the metadata: the package need not be installed to be used
     }
 
 
 def hardware() -> dict[str, Any]:
     """`cpu`, `cores` that this process may use, `memory_gib` and `gpus` (names)."""
-    import torch  # not at the top: whoever only reads a record need not wait for it
+    import torch  # not at the top, so that merely reading a record does not wait for it
 
     return {
         "cpu": _cpu_model(),
@@ -189,27 +189,28 @@ def hardware() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Record:
-    """What `read_record` has read.
+    """What `read_record` returns.
 
     Args:
         run: the contents of run.json.
-        workers: of each rank that has written, its lines in the order in which they were written.
+        workers: for each rank that has written anything, its lines in the order in which they were written.
     """
 
     run: dict[str, Any]
     workers: dict[int, list[dict[str, Any]]]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Those of the anchor, in the order in which they were made; see `is_metric`."""
+        """The evaluations of the anchor, in the order in which they were made; see `is_metric`."""
         return [entry for entry in self.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
 
     def made_once(self) -> Record:
-        """Without the lines of steps that a resumed worker has made again; bytes count on from one part to the next."""
+        """The record without the lines of steps that a resumed worker has repeated; byte counts continue across
+        resumptions."""
         return Record(self.run, {rank: _made_once(entries) for rank, entries in self.workers.items()})
 
 
 def is_metric(name: str, value: Any) -> bool:
-    """Whether an item of an evaluation is what it has measured, and not what it took."""
+    """Whether an item of an evaluation is a result, and not its cost in time or tokens."""
     return name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(_WHAT_IT_TOOK)
 
 
@@ -232,7 +233,7 @@ class Tail:
     """Reads the lines that are added to a worker's file.
 
     Args:
-        path: the file, which need not be there yet.
+        path: the file, which need not exist yet.
     """
 
     def __init__(self, path: Path):
@@ -241,7 +242,7 @@ class Tail:
         self._offset = 0
 
     def new_entries(self) -> list[dict[str, Any]]:
-        """The whole lines since the last call; torn ones are passed over."""
+        """The complete lines added since the last call; torn ones are skipped."""
         try:
             with self._path.open("rb") as file:
                 if (first := file.readline()) != self._first:  # a new run has begun in this folder
@@ -264,7 +265,7 @@ class Tail:
 
 
 class RecordReader:
-    """Reads the record of a run again and again while it grows; what was read is not read twice.
+    """Reads the record of a run repeatedly while it grows, without reading any line twice.
 
     Args:
         run_dir: the run's output_dir.
@@ -279,7 +280,7 @@ class RecordReader:
         """The record as it is now.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if there is no record.
             ValueError: if run.json is damaged, or of a format that this version does not know.
         """
         run = _read_run(self._run_dir)
@@ -295,7 +296,7 @@ class RecordReader:
 
 
 def read_record(run_dir: Path | str) -> Record:
-    """Reads the record of a run once, also while the run goes on; see `RecordReader.read`."""
+    """Reads the record of a run once, which also works while the run goes on; see `RecordReader.read`."""
     return RecordReader(run_dir).read()
 
 
@@ -322,13 +323,14 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def worker_file(run_dir: Path, rank: int) -> Path:
-    """Where a worker's lines stand."""
+    """The file that holds a worker's lines."""
     return run_dir / FOLDER / f"worker-{rank}.jsonl"
 
 
 def worker_state(entries: Sequence[dict[str, Any]]) -> str:
-    """How a worker is: "training", "finished", "failed" (it left with an error), "dead" (its process is gone without a
-    word) or "away" (of another machine or container, where nothing can be asked).
+    """The state of a worker: "training", "finished", "failed" (it left with an error), "dead" (its process is gone, and
+    it has not left) or "away" (it runs on another machine or in another container, where this cannot be checked, or it
+    has not begun).
 
     Args:
         entries: its lines.

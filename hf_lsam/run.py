@@ -1,6 +1,6 @@
-"""A worker's part in a run: it joins, with a server process or without, and leaves.
+"""A worker's part in a run: it joins, with or without a server process, and leaves.
 
-The same for `LSAMTrainer` and for any other training loop.
+This is the same for `LSAMTrainer` and for any other training loop.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from .parameters import ParameterLayout
 from .transport.base import JoinRequest, Link, Transport
 from .worker import Worker
 
-_gathered = itertools.count()  # a key that is used again is another one
+_gathered = itertools.count()  # a number in each key keeps a key that is used again apart from its first use
 _agreed = itertools.count()
 
 
 class Run:
-    """Joins and leaves; may be joined again after it was left.
+    """Joins a run and leaves it, after which it may join again.
 
     Args:
         identity: this process among the workers.
-        shared_memory_dir: where vectors are exchanged.
+        shared_memory_dir: the folder in which vectors are exchanged.
         server_log: file that receives the log of the server process, if this worker starts it.
-        server_address: of a running server to join (see `joining.TRANSPORTS`), or None.
+        server_address: address of a running server to join (see `joining.TRANSPORTS`), or None.
         timeouts: see `Timeouts`.
-        server_port: where the first machine's server listens to those of the others; 0 lets the system choose.
-        transport: how to join, where it is not what the address or the number of workers says.
+        server_port: port on which the first machine's server listens for those of the others; 0 lets the system choose.
+        transport: how to join; if None, the address and the number of workers decide.
 
     Attributes:
-        store: of the launch.
-        transport: as given, or chosen.
+        store: the store of the launch.
+        transport: as given, or as chosen.
 
     Raises:
-        ValueError: if no transport joins by such an address.
+        ValueError: if no transport supports the address.
 
-    Process: the training thread. Blocking: `join` and `leave` as the transport's; `gather` at worker 0 until all have
-    called it, `agree` elsewhere until worker 0 has.
+    Process: the training thread. Blocking: `join` and `leave` like the transport's; `gather` at worker 0 until all have
+    called it, `agree` at the others until worker 0 has.
     """
 
     def __init__(
@@ -77,15 +77,17 @@ class Run:
         server_settings: ServerSettings,
         server_state: Path | None = None,
     ) -> Worker:
-        """Takes part with the given parameters.
+        """Joins with the given parameters.
 
         Args:
             named: (name, parameter) pairs; worker 0's values become the first anchor.
+            worker_settings, server_settings: see `algorithms`.
             server_state: a server's snapshot to continue from.
 
         Raises:
             OSError: if there is no room for the exchange.
-            RefusedError: if the parameters are not those of worker 0, or an external worker's settings the run's.
+            RefusedError: if the parameters differ from those of worker 0, or an external worker's settings from those
+                of the run.
             ServerGone: if there is no server.
         """
         parameters = [parameter.detach() for _, parameter in named]
@@ -94,10 +96,10 @@ class Run:
         return Worker(named, self._link, worker_settings)
 
     def leave(self, failed: bool = False) -> None:
-        """Closes this worker's end; worker 0 sees the server off.
+        """Closes this worker's end; the worker that started the server waits for its end.
 
         Args:
-            failed: with an error. The other workers of the launch end with one as well.
+            failed: whether this worker ends with an error. The other workers of the launch then do so as well.
         """
         finished = False
         if self._link is not None:
@@ -107,19 +109,19 @@ class Run:
         self.transport.leave(finished)
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
-        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others. Of workers that
-        come and go each has its own.
+        """Collects one JSON value per worker at worker 0, in rank order; returns None at the others. Workers that come
+        and go each get only their own.
 
-        All workers must call it as often, and in the same order.
+        All workers must call it equally often, and in the same order.
         """
         if not self._identity.meets_others:
             return [value]
         return self.store.gather(f"user/{next(_gathered)}/{key}", value)
 
     def agree(self, key: str, value: Any) -> Any:
-        """Worker 0's JSON value, for every worker; of workers that come and go each keeps its own.
+        """Gives every worker worker 0's JSON value; workers that come and go each keep their own.
 
-        All workers must call it as often, and in the same order; the others wait for worker 0.
+        All workers must call it equally often, and in the same order; the others wait for worker 0.
         """
         if not self._identity.meets_others:
             return value

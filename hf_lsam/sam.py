@@ -5,17 +5,18 @@
     s   = grad f(x + eps)                           pass 2, the gradient the optimizer steps with
     x   is put back, bit for bit                    restore
 
-Foret et al., Sharpness-Aware Minimization (arXiv 2010.01412), equation 2. The norm is one over all trainable
+Foret et al., Sharpness-Aware Minimization (arXiv 2010.01412), equation 2. There is a single norm over all trainable
 parameters. The adaptive form (ASAM, Kwon et al., arXiv 2102.11600, equation 8) measures the ball in units of the
 weights, T = |x| + 0.01:  eps = rho * T^2 g / (||T g||_2 + gamma).
 
-A direction that is known before the step makes one pass do (`gradient_along`): the optimizer's momentum m, as in MSAM
-(Becker et al., arXiv 2401.12033: the gradient at x - rho m / ||m||, where the momentum is about to carry x), or the way
-the anchor came, as in FedLESAM (Fan et al., arXiv 2405.18890: at x + rho (y_old - y) / ||y_old - y||).
+If the direction is known before the step, one pass is enough (`gradient_along`): either the optimizer's momentum m, as
+in MSAM (Becker et al., arXiv 2401.12033: the gradient at x - rho m / ||m||, where the momentum is about to carry x), or
+the reverse of the anchor's last move, as in FedLESAM (Fan et al., arXiv 2405.18890: the gradient at
+x + rho (y_old - y) / ||y_old - y||).
 
-x + eps has storage of its own, and the parameter points there until `restore` points it back. Restoring is therefore
-exact, which x + eps - eps is not. The gradients of pass 1 are freed before pass 2 begins: written into their storage,
-x + eps would save a pass over memory, but gradients that outlive a pass lie scattered among its activations, and
+x + eps has storage of its own; the parameter points there until `restore` points it back. Restoring is therefore exact,
+whereas x + eps - eps would not be. The gradients of pass 1 are freed before pass 2 begins. Writing x + eps into their
+storage would save a pass over memory, but gradients that outlive a pass lie scattered among its activations, and
 glibc's malloc then takes more time than that pass (1.03 x a step of ResNet-20 on CPU, against 1.01 x).
 """
 
@@ -30,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batchnorm import frozen_statistics
 from .generators import forked
 
-ASAM_OFFSET = 0.01  # eta in the ASAM paper: keeps weights near zero from having no radius at all
+ASAM_OFFSET = 0.01  # eta in the ASAM paper; without it, weights near zero would have no radius at all
 
 
 def gradient(
@@ -43,10 +44,10 @@ def gradient(
     batchnorm: Sequence[_BatchNorm] = (),
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the gradient at x + eps to the parameters' `.grad`, as one backward pass adds the gradient at x.
+    """Adds the gradient at x + eps to the parameters' `.grad`, just as a backward pass adds the gradient at x.
 
-    Both passes draw the same dropout masks, and together as many random numbers as the second alone. What earlier
-    micro-batches have accumulated waits aside during pass 1, which is about this batch alone.
+    Both passes draw the same dropout masks, and the generators advance as if only the second had run. Gradients that
+    earlier micro-batches have accumulated are set aside during pass 1, which concerns this batch only.
 
     Args:
         parameters: the trainable parameters, all on one device.
@@ -54,7 +55,7 @@ def gradient(
         second_pass: forward and backward on the whole batch; returns the detached loss.
         rho, eps, adaptive: see `perturb`.
         batchnorm: layers whose running statistics pass 2 must leave alone.
-        scaler: what the loss of both passes is scaled by (fp16).
+        scaler: the scaler of both passes' losses (fp16).
 
     Returns:
         the losses of pass 1 and pass 2, 0-d tensors on the device.
@@ -70,7 +71,7 @@ def gradient(
     for parameter, kept in zip(parameters, accumulated, strict=True):
         parameter.grad = kept
     if torch.is_autocast_enabled(device.type):
-        torch.clear_autocast_cache()  # an autocast that the caller has opened keeps the weights it cast in pass 1
+        torch.clear_autocast_cache()  # an autocast opened by the caller would reuse the weights it cast in pass 1
     try:
         with frozen_statistics(batchnorm):
             second_loss = second_pass()
@@ -87,11 +88,11 @@ def gradient_along(
     eps: float = 1e-12,
     adaptive: bool = False,
 ) -> Tensor:
-    """Adds the gradient at x + rho u / (||u|| + eps) to the parameters' `.grad`, with one pass.
+    """Adds the gradient at x + rho u / (||u|| + eps) to the parameters' `.grad`, with a single pass.
 
     Args:
         parameters: the trainable parameters, all on one device.
-        directions: u, one tensor a parameter; left as they are.
+        directions: u, one tensor per parameter; not changed.
         single_pass: forward and backward on the batch; returns the detached loss.
         rho, eps, adaptive: see `perturb`.
 
@@ -121,22 +122,22 @@ def perturb(
     adaptive: bool = False,
     loss_scale: Tensor | float = 1.0,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Moves every parameter that has a gradient to x + eps and takes the gradient away.
+    """Moves every parameter that has a gradient to x + eps and removes the gradient.
 
     Nothing is read back to the host: on an accelerator the norm stays on the device. After an overflow in pass 1 (fp16)
-    the perturbed parameters hold NaN, and so does the gradient of pass 2: a gradient scaler then skips the step, as it
+    the perturbed parameters hold NaN, and so does the gradient of pass 2; a gradient scaler then skips the step, as it
     does without SAM.
 
     Args:
-        parameters: the trainable parameters, `.grad` filled by pass 1 (dense, the parameters' dtype).
+        parameters: the trainable parameters, with `.grad` from pass 1 (dense, of the parameters' dtype).
         rho: L2 radius of the perturbation. Denoted rho in the paper.
         eps: stabiliser in the denominator. Denoted gamma in the paper.
         adaptive: scale the radius by the magnitude of each weight (ASAM).
-        loss_scale: the factor that the loss of pass 1 was multiplied with (fp16), as a number or 0-d tensor. It
-            cancels in g / ||g||; only `eps` has to be scaled alike.
+        loss_scale: the factor by which the loss of pass 1 was multiplied (fp16), as a number or 0-d tensor. It cancels
+            in g / ||g||, so only `eps` is scaled by it.
 
     Returns:
-        (parameter, its unperturbed data) pairs, to hand to `restore`.
+        (parameter, its unperturbed data) pairs, to pass to `restore`.
 
     Raises:
         ValueError: if a gradient is sparse.
@@ -160,7 +161,7 @@ def perturb(
 def _move_along(
     parameters: Sequence[Tensor], directions: list[Tensor], rho: float, eps: Tensor | float, adaptive: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Points the parameters at x + eps; `directions` are written over where `adaptive`."""
+    """Points the parameters at x + eps; overwrites `directions` if `adaptive`."""
     originals = [parameter.data for parameter in parameters]
     if adaptive:
         units = torch._foreach_abs(originals)

@@ -1,13 +1,13 @@
-"""One worker's part in a run, whatever drives its steps: what `LSAMTrainer` and the hand-written loop share.
+"""One worker's part in a run, whatever drives its steps: what `LSAMTrainer` and `LSAM` have in common.
 
-    prepare   model and optimizer, checked before any time is spent
-    join      the worker, at the anchor or where it was saved
-    begin     signals and the record
-    step      add_gradient for each micro-batch; hooks.before_step and after_step around the optimizer's
-    finish    the final anchor
+    prepare   checks model and optimizer, before any time is spent
+    join      creates the worker, at the anchor or where it was saved
+    begin     catches signals and opens the record
+    step      add_gradient for each micro-batch; hooks.before_step and after_optimizer_step around the optimizer's step
+    finish    takes the final anchor
     leave     in any case
 
-Trainer and loop call these in this order, and `log`, `showing_anchor` and the two that save in between.
+Trainer and loop call these in this order, with `log`, `showing_anchor`, `save_anchor` and `save_worker` in between.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
-RECORD_SECONDS = 5.0  # after which a step adds an entry to the record, where no log point has
+RECORD_SECONDS = 5.0  # after this long without a log point, a step adds an entry to the record
 
 
 class Session:
     """Takes part in runs, one after the other.
 
     Args:
-        arguments: LSAM's fields, checked.
-        output_dir: folder for the run's record (see `hf_lsam.record`) and the log of the server process. Without one
-            there is no record, and the log lies in the current folder.
+        arguments: LSAM's fields, already checked.
+        output_dir: folder for the run's record (see `hf_lsam.record`) and for the log of the server process. If None,
+            there is no record, and the log is written to the current folder.
 
     Attributes:
         arguments: as given.
         sync_steps: tau, once prepared.
-        worker: None until the first run is joined; stays when it is left.
-        hooks, metrics: of this worker (see `StepHooks`, `WorkerMetrics`).
-        budget: the steps of the run, where workers share them (see `StepBudget`).
-        finished: whether the worker has finished, so that it may hold the anchor for good.
-        cast: the tensors that are trained in another type than they came in, with the dtypes they had.
-        run, record, signals, signatures: what the session is made of.
+        worker: None until the first run is joined; kept after it is left.
+        hooks, metrics: those of this worker (see `StepHooks`, `WorkerMetrics`).
+        budget: the steps of the run, if workers share them (see `StepBudget`).
+        finished: whether the worker has finished, so that the model may hold the anchor for good.
+        cast: the tensors that are trained in a different dtype than they came in, with their original dtypes.
+        run, record, signals, signatures: the components of the session.
 
     Process: the training thread. Blocking: `join` until all workers have joined, `finish` until all have finished.
     """
@@ -95,7 +95,7 @@ class Session:
     # --- a run: prepare, join, finish, leave ---
 
     def cast_to_float32(self, model: nn.Module, optimizer: Optimizer | None = None, remark: str = "") -> None:
-        """See `parameters.cast_to_float32`; worker 0 logs what was done, with `remark`.
+        """Like `parameters.cast_to_float32`; worker 0 logs what was done, followed by `remark`.
 
         Raises:
             ValueError: if `optimizer` has made steps, or loaded a state, in half precision.
@@ -105,10 +105,10 @@ class Session:
             logger.warning("%s", " ".join(filter(None, [about_cast(self.cast), remark])))
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """What is trained, and with what.
+        """Sets, and checks, which model is trained with which optimizer.
 
         Args:
-            model: without a wrapper, on its device.
+            model: the unwrapped model, on its device.
             optimizer: any torch optimizer over its parameters, or one that Accelerate has prepared.
 
         Raises:
@@ -145,29 +145,29 @@ class Session:
             )
 
     def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> tuple[list[int], list[int]]:
-        """Tells the launch how large this worker's batches are.
+        """Exchanges batch sizes among the workers of the launch.
 
-        All workers must call it as often. Blocking: until all have.
+        All workers must call it equally often. Blocking: until all have.
 
         Args:
-            rows: of a batch of its data.
-            rows_per_step: of an optimizer step, all micro-batches together.
+            rows: rows in a batch of this worker's data.
+            rows_per_step: rows in one of its optimizer steps, all micro-batches together.
 
         Returns:
-            `rows` and `rows_per_step` of each worker, in the order of ranks.
+            `rows` and `rows_per_step` of each worker, in rank order.
         """
         sizes = self.run.agree("batch_sizes", self.run.gather("batch_size", [rows, rows_per_step]))
         each_rows, each_step = ([size[part] for size in sizes] for part in (0, 1))
         return each_rows, each_step
 
     def weigh(self, rows_per_step: list[int]) -> None:
-        """Weighs this worker's differences by what it trains on.
+        """Weights this worker's differences by the rows it trains on.
 
         Args:
-            rows_per_step: of each worker of the launch, in the order of ranks.
+            rows_per_step: of each worker of the launch, in rank order.
 
         Raises:
-            ValueError: if they differ, and the algorithm has no mean to weigh in.
+            ValueError: if they differ, and the algorithm does not average, so that there is nothing to weight.
         """
         if len(set(rows_per_step)) > 1 and not self.arguments.server_half.adds_up:
             raise ValueError(
@@ -182,15 +182,15 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """Of what is trained, once prepared."""
+        """The device of the trained parameters, once prepared."""
         return self._named[0][1].device
 
     @property
     def joined_worker(self) -> Worker:
-        """`worker`, for what only works once it has taken part in a run.
+        """`worker`, for use where it must exist.
 
         Raises:
-            RuntimeError: if no run was joined.
+            RuntimeError: if no run was joined yet.
         """
         if self.worker is None:
             raise RuntimeError("Not before the worker takes part in a run: train first, or enter `with lsam`.")
@@ -199,19 +199,19 @@ class Session:
     def join(
         self, server_state: Path | None = None, worker_state: Path | None = None, max_steps: int | None = None
     ) -> dict[str, Tensor] | None:
-        """Takes part: x is what the worker was saved with, or else the anchor.
+        """Joins a run. x is what the worker was saved with, or else the anchor.
 
         Args:
-            max_steps: see `StepBudget`; only asked for where workers share their steps.
-            server_state: a server's snapshot to go on from.
+            server_state: a server's snapshot to continue from.
             worker_state: file that `save_worker` has written.
+            max_steps: see `StepBudget`; only used if workers share their steps.
 
         Returns:
-            all tensors in `worker_state`; None where it is not there.
+            all tensors in `worker_state`; None if it is None or does not exist.
 
         Raises:
             OSError, RefusedError, ServerGone: see `Run.join`.
-            ValueError: if a state is of other trainable parameters.
+            ValueError: if a state belongs to other trainable parameters.
         """
         arguments = self.arguments
         for path in filter(None, (server_state, worker_state)):
@@ -229,9 +229,9 @@ class Session:
         self.hooks = StepHooks(self.optimizer, worker, self._factor, self._shared_momentum)
         self.budget = None
         if arguments.share_steps:
-            assert max_steps is not None  # Trainer knows it, and `LSAM` asks for it
+            assert max_steps is not None  # Trainer knows it, and `LSAM` requires it
             self.budget = StepBudget(worker.link, max_steps, arguments.identity.num_workers)
-        switch(self.optimizer, "train")  # before x is there: it is where the optimizer trains
+        switch(self.optimizer, "train")  # before x is set, because x is where the optimizer trains
         if worker_state is None or not worker_state.exists():
             worker.adopt_anchor()
             return None
@@ -241,12 +241,12 @@ class Session:
         return state
 
     def begin(self, step: int, resumed: bool, configuration: dict[str, Any]) -> None:
-        """The first step is about to be made: signals are requests, and the record is open.
+        """Call right before the first step: from here on signals are requests to end, and the record is open.
 
         Args:
-            step: optimizer steps made before.
-            resumed: whether training goes on from a checkpoint.
-            configuration: what the record tells of the run beside LSAM's own fields.
+            step: number of optimizer steps made before.
+            resumed: whether training continues from a checkpoint.
+            configuration: what the record says about the run in addition to LSAM's own fields.
         """
         self.signals.catch()
         self._record_at = 0.0
@@ -267,10 +267,10 @@ class Session:
         self.record.begin(resumed, step, run)
 
     def finish(self, stop_all: bool = False, best_step: int = -1) -> int:
-        """The last push; then the worker holds the final anchor, and the model still x. See `Worker.finish`.
+        """Makes the last push and takes the final anchor; the model still holds x. See `Worker.finish`.
 
         Raises:
-            KeyboardInterrupt, SystemExit: if a signal has asked for the end, or asks for it while the others go on.
+            KeyboardInterrupt, SystemExit: if a signal has asked for the end, or does so while the others continue.
             ValueError: if parameters were frozen or unfrozen since the run began.
             ServerGone: if there is no server.
         """
@@ -285,11 +285,11 @@ class Session:
         return best_step
 
     def leave(self, step: int, error: BaseException | None) -> None:
-        """Ends this worker's part, whether it has finished or not.
+        """Ends this worker's part, whether or not it has finished.
 
         Args:
-            step: optimizer steps made.
-            error: what it ends with; the other workers of the launch then end with one as well.
+            step: number of optimizer steps made.
+            error: the error it ends with, or None; the other workers of the launch then end with one as well.
         """
         if error is None and self.finished and self.metrics.steps_since_last_entry:
             self._add_entry(step, {"lsam/drift": self._final_drift})
@@ -298,13 +298,13 @@ class Session:
         self.run.leave(failed=error is not None)
 
     def save_anchor(self, folder: Path) -> bool:
-        """Worker 0 saves the server's state.
+        """At worker 0, saves the server's state; does nothing at the others.
 
         Returns:
-            False if there is no server at the moment, and nothing was saved.
+            False if nothing was saved because there is no server at the moment; otherwise True.
 
         Raises:
-            OSError: if there is no room.
+            OSError: if there is no space left.
         """
         worker = self.joined_worker
         return self.arguments.identity.rank != 0 or worker.link.snapshot(folder / SERVER_STATE, worker.layout.manifest)
@@ -313,7 +313,7 @@ class Session:
         """Saves x, y and what is to be pushed.
 
         Args:
-            beside: further tensors, which `join` gives back.
+            beside: further tensors to save, which `join` returns as well.
         """
         worker = self.joined_worker
         state = {**worker.state_tensors(), "exchanged": self.metrics.exchanged(), **(beside or {})}
@@ -323,11 +323,11 @@ class Session:
 
     @property
     def sam_rho(self) -> float:
-        """Radius of the perturbation: the configured one when a run is prepared; may be set between optimizer steps.
+        """Radius of the perturbation. `prepare` sets it to the configured value; set it between optimizer steps only.
 
         Raises:
-            ValueError: if it is set to what the field `sam_rho` does not take, or raised from a configured 0 with
-                `sam_direction` "momentum" or "anchor", which need what is kept from the beginning.
+            ValueError: if it is set to a value that the field `sam_rho` does not accept, or raised from a configured 0
+                with `sam_direction` "momentum" or "anchor", which need state that is kept from the beginning.
         """
         return self._sam_rho
 
@@ -345,15 +345,16 @@ class Session:
 
     @property
     def steps_are_left(self) -> bool:
-        """Whether this worker is to make another step: it has one of the run's, where workers share them."""
+        """Whether this worker may make another step. Always true, unless the workers share the run's steps and none is
+        left."""
         return self.budget is None or not self.budget.is_spent
 
     def position(self) -> int:
-        """Where the schedule of a run whose steps are shared stands (see `RunSchedule`)."""
+        """The position of the schedule in a run whose steps are shared (see `RunSchedule`)."""
         return 0 if self.budget is None else self.budget.position
 
     def after_optimizer_step(self, skipped: bool = False) -> None:
-        """The optimizer has stepped: see `StepHooks.after_step`, which says what is raised."""
+        """Call when the optimizer has stepped; see `StepHooks.after_step`, also for what it raises."""
         if self.budget is not None:
             self.budget.begin_step()
         self._at_step_begin = True
@@ -371,12 +372,13 @@ class Session:
         """Adds one (micro-)batch's gradient to `.grad`: SAM's, one along a known direction, or the plain one.
 
         Args:
-            step: optimizer steps made before this one.
+            step: number of optimizer steps made before this one.
             one_pass: forward and backward on the batch; returns the detached loss, 0-d.
             other_pass: the other of SAM's two passes; `one_pass` again if None.
-            ascent_on_part: `other_pass` is the first of the two, on a part of the batch; else the second.
-            scaler: what the losses are scaled by (fp16).
-            share: of the step's loss that the loss of `one_pass` is.
+            ascent_on_part: whether `other_pass` is the first of the two, on part of the batch; otherwise it is the
+                second.
+            scaler: the scaler of the losses (fp16).
+            share: the share of the step's loss that the loss of `one_pass` makes up.
 
         Returns:
             the loss of `one_pass`, 0-d, on the device.
@@ -412,23 +414,23 @@ class Session:
         self.metrics.add_loss(loss, share)
         return loss
 
-    # --- what is evaluated is the anchor ---
+    # --- evaluating the anchor ---
 
     @contextmanager
     def showing_anchor(self) -> Iterator[None]:
-        """The model holds y inside and x again after, with BatchNorm's running statistics of before; may be nested."""
+        """Inside, the model holds y; on exit x and BatchNorm's running statistics are restored. May be nested."""
         with showing_anchor(self.joined_worker, self.optimizer), kept_statistics(self.batchnorm):
             yield
 
     def settle_batchnorm(
         self, batches: Callable[[], Iterable[Any]] | None, forward: Callable[[Any], Any], seed: int = 0
     ) -> None:
-        """Gives BatchNorm running statistics that belong to the anchor, which the model holds.
+        """Gives the BatchNorm layers running statistics that belong to the anchor, which the model already holds.
 
         Args:
-            batches: makes the training batches to re-estimate them from; None where there are none to be had.
-            forward: runs the model on one of them.
-            seed: of what `batches` and `forward` draw at random, the same in every worker.
+            batches: returns the training batches to re-estimate them from; None if there are none.
+            forward: runs the model on one batch.
+            seed: seed of what `batches` and `forward` draw at random, the same in every worker.
         """
         if not self.batchnorm:
             return
@@ -443,11 +445,11 @@ class Session:
     # --- logging ---
 
     def log(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        """Writes one log point into the record; warns once of each way in which a run can be seen to go wrong.
+        """Writes one log point to the record; warns once about each sign that the run is going wrong.
 
         Args:
-            step: optimizer steps made.
-            logs: what else belongs there, "learning_rate" among it.
+            step: number of optimizer steps made.
+            logs: further values of the log point, including "learning_rate".
 
         Returns:
             LSAM's own metrics since the last call.
@@ -466,14 +468,14 @@ class Session:
             self._warn(warning)
         if self._buffers_before is not None:
             self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
-            self._buffers_before = None  # known from the first log point on
+            self._buffers_before = None  # the first log point has shown which buffers move
         self.record.log(step, {**metrics, **logs})
         self.metrics.entry_was_made()
         self._record_at = time.monotonic() + RECORD_SECONDS
         return metrics
 
     def _add_entry(self, step: int, more: dict[str, float]) -> None:
-        """Writes how the worker is doing into the record, between two log points; reads one number from the device."""
+        """Writes an entry between two log points to the record; reads one number from the device."""
         rates = {"learning_rate": max(self.hooks.learning_rates(), default=0.0)}
         entry = {"between_logs": True, **self.metrics.since_last_entry(), **self._steps_of_all(), **rates, **more}
         self.record.log(step, entry)
@@ -483,8 +485,8 @@ class Session:
         return {} if self.budget is None else {"lsam/steps_of_all": self.budget.steps_begun}
 
     def summary(self) -> dict[str, float]:
-        """This worker's totals of the run, or of the run so far: steps, pushes, bytes, staleness, anchor version, and
-        the drift at the last step.
+        """This worker's totals of the run so far: steps, pushes, bytes, staleness, anchor version, and the drift, which
+        after the run is that of the last step.
 
         Raises:
             RuntimeError: if no run was joined.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks for the end, the second is the end."""
+"""SIGTERM and Ctrl-C: the first is a request to end, the second ends the process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 
 class EndSignals:
-    """Turns the first SIGTERM or Ctrl-C into a request to end at the next step; a second one ends at once.
+    """Turns the first SIGTERM or Ctrl-C into a request to end at the next step; a second one ends the process at once.
 
-    Inside `at_once`, where there is no next step, the first one does.
+    Inside `at_once`, where there is no next step, even the first one does.
 
     Process: the main thread; in any other it does nothing.
     """
@@ -24,7 +24,7 @@ class EndSignals:
         self._at_once = False
 
     def catch(self) -> None:
-        """From here on signals are requests."""
+        """From here on, signals are requests."""
         self.received = None
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -46,7 +46,7 @@ class EndSignals:
             self._at_once = False
 
     def obey(self) -> None:
-        """Ends the process, as the signal would have, if one was received."""
+        """If a signal was received, ends the process as the signal would have."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

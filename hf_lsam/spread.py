@@ -1,4 +1,4 @@
-"""What several figures come to, of runs over seeds for example: their mean, and how far they lie apart."""
+"""Mean and spread of several figures, for example of runs with different seeds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from statistics import fmean, stdev
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1) of at least one number.
+    """Mean and sample standard deviation (n - 1) of one or more numbers.
 
-    The deviation is 0 for one number, otherwise NaN where not all are finite.
+    The deviation is 0 for a single number, and NaN if several are not all finite.
     """
     if len(values) == 1:
         return float(values[0]), 0.0
-    if not all(map(math.isfinite, values)):  # stdev takes none of these, and fmean no two infinities
+    if not all(map(math.isfinite, values)):  # stdev accepts no such value, and fmean not both infinities
         return sum(values) / len(values), math.nan
     return fmean(values), stdev(values)

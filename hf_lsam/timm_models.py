@@ -11,9 +11,9 @@ from torch import nn
 from .vision import NETWORKS
 
 PREFIX = "hf_lsam_"
-__all__: list[str] = []  # to which timm adds what it registers
+__all__: list[str] = []  # timm appends the names that it registers
 
-# timm's register_model looks for a variable of this name. Mean and standard deviation are CIFAR-10's.
+# timm's register_model looks for a variable of this name. Mean and standard deviation are those of CIFAR-10.
 default_cfgs = {
     f"{PREFIX}{name}": {
         "num_classes": 10,

@@ -1,3 +1,3 @@
-"""The version, for the package's front door and for the records of runs."""
+"""The version, for the package itself and for the records of runs."""
 
 __version__ = "0.1.0"

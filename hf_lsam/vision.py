@@ -1,8 +1,8 @@
-"""Networks of the literature for 32x32 images: ResNet-20, VGG-16, WRN-16-8, WRN-28-10.
+"""Networks from the literature for 32x32 images: ResNet-20, VGG-16, WRN-16-8, WRN-28-10.
 
-`create` builds them by name. `hf_lsam.timm_models` makes models of timm of them.
+`create` builds them by name. `hf_lsam.timm_models` registers them with timm.
 
-All end in global average pooling, so any image of at least 16x16 pixels will do. `width` is the number of channels
+All end in global average pooling, so they accept any image of at least 16x16 pixels. `width` is the number of channels
 after the first convolution; every other layer scales with it.
 """
 
@@ -19,14 +19,14 @@ __all__ = ["NETWORKS", "ImageClassifier", "create", "resnet20", "vgg16", "wrn_16
 
 
 class ImageClassifier(nn.Module):
-    """A stack of convolutions, global average pooling and one linear layer, with the methods that timm's models have.
+    """A stack of convolutions, global average pooling and one linear layer, with the methods of timm's models.
 
     Args:
         features: maps images, float [B, in_chans, H, W], to feature maps, float [B, num_features, H', W'].
         num_features: channels of the feature maps.
-        num_classes: of the linear layer; 0 leaves it out.
+        num_classes: outputs of the linear layer; 0 leaves it out.
         drop_rate: dropout before the linear layer.
-        global_pool: "avg", or "" for feature maps as the output, with `num_classes=0` alone.
+        global_pool: "avg", or "" to output feature maps, which requires `num_classes=0`.
     """
 
     def __init__(
@@ -57,24 +57,24 @@ class ImageClassifier(nn.Module):
         return features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits, float [B, num_classes], of feature maps; with `pre_logits` the pooled features, [B, num_features]."""
+        """Logits, float [B, num_classes], from feature maps; with `pre_logits` pooled features, [B, num_features]."""
         if self.global_pool:
             x = F.dropout(x.mean(dim=(2, 3)), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, float [B, num_classes], of images, float [B, in_chans, H, W]."""
+        """Logits, float [B, num_classes], from images, float [B, in_chans, H, W]."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer, or an identity where there is none."""
+        """The linear layer, or an identity if there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new linear layer for `num_classes` classes; 0 for none.
+        """Replaces the linear layer by a new one for `num_classes` classes; 0 for none.
 
         Raises:
-            ValueError: for a pooling that these networks do not have, or a linear layer on features without pooling.
+            ValueError: for a pooling that these networks do not support, or for a linear layer without pooling.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in ("avg", ""):
@@ -89,12 +89,12 @@ class ImageClassifier(nn.Module):
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    """Every convolution is followed by BatchNorm or starts from it, which makes a bias redundant."""
+    """A convolution without a bias, which would be redundant, as BatchNorm comes before or after each of them."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut without parameters, ReLU after the sum (He et al. 2015, option A)."""
+    """Two 3x3 convolutions and a parameter-free shortcut, with ReLU after the sum (He et al. 2015, option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -130,7 +130,8 @@ class PreActivationBlock(nn.Module):
 
 
 def _stages(block: type[nn.Module], channels: list[int], depth: int, **options: Any) -> nn.Sequential:
-    """`depth` blocks a stage from `channels[0]` to each further number; all stages but the first halve the image."""
+    """One stage of `depth` blocks for each entry of `channels` after the first, which is the input's; all stages except
+    the first halve the image."""
     return nn.Sequential(
         *(
             nn.Sequential(
@@ -160,7 +161,8 @@ def vgg16(
 ) -> ImageClassifier:
     """The 13 convolutions of VGG-16 with BatchNorm and one linear layer: 14.7 million parameters.
 
-    Simonyan and Zisserman 2014, arXiv 1409.1556, table 1, column D. Its three linear layers are for 224x224 images.
+    Simonyan and Zisserman 2014, arXiv 1409.1556, table 1, column D. The paper's three linear layers are for 224x224
+    images.
     """
     layers: list[nn.Module] = []
     inputs = in_chans
@@ -168,7 +170,7 @@ def vgg16(
         for _ in range(depth):
             layers += [_conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU()]
             inputs = outputs
-        layers.append(nn.MaxPool2d(2, ceil_mode=True))  # an image of 16 pixels is down to one before the last
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))  # a 16x16 image is down to one pixel before the last pooling
     return ImageClassifier(nn.Sequential(*layers), 8 * width, num_classes, drop_rate, global_pool)
 
 
@@ -188,14 +190,14 @@ def _wide_resnet(
 def wrn_16_8(
     num_classes: int = 10, in_chans: int = 3, width: int = 16, drop_rate: float = 0.0, global_pool: str = "avg"
 ) -> ImageClassifier:
-    """WRN-16-8: 11.0 million parameters, dropout in its blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
+    """WRN-16-8: 11.0 million parameters, dropout in the blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
     return _wide_resnet(16, 8, num_classes, in_chans, width, drop_rate, global_pool)
 
 
 def wrn_28_10(
     num_classes: int = 10, in_chans: int = 3, width: int = 16, drop_rate: float = 0.0, global_pool: str = "avg"
 ) -> ImageClassifier:
-    """WRN-28-10: 36.5 million parameters, dropout in its blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
+    """WRN-28-10: 36.5 million parameters, dropout in the blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
     return _wide_resnet(28, 10, num_classes, in_chans, width, drop_rate, global_pool)
 
 
@@ -203,21 +205,21 @@ NETWORKS = {builder.__name__: builder for builder in (resnet20, vgg16, wrn_16_8,
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """The network called `name`, with random weights unless `options` say otherwise.
+    """Builds the network called `name`, with random weights unless `options` say otherwise.
 
     Args:
-        name: one of `NETWORKS`, which win over timm's models of the same name, or any model of timm.
-        num_classes: classes to tell apart.
-        options: of the builder or of `timm.create_model`, for example `width=8`.
+        name: one of `NETWORKS`, which take precedence over timm's models of the same name, or any timm model.
+        num_classes: number of classes.
+        options: options of the builder or of `timm.create_model`, for example `width=8`.
 
     Raises:
-        ValueError: if there is no such network, or it would be timm's and timm is not installed.
+        ValueError: if there is no such network, or if `name` is not one of `NETWORKS` and timm is not installed.
     """
     if name in NETWORKS:
         return NETWORKS[name](num_classes, **options)
     known = ", ".join(NETWORKS)
     try:
-        import timm  # which takes longer to import than all else here
+        import timm  # takes longer to import than everything else here
     except ImportError:
         raise ValueError(
             f"There is no network {name!r} here, only {known}. If it is a model of timm, install timm: "

@@ -1,12 +1,12 @@
 """One worker: what happens between the steps of an ordinary training loop.
 
     x <- Sampler(x, s, eta)    the caller's: SAM gradient, clipping, optimizer
-    couple x to y              at every step, if the algorithm does (see `algorithms`)
-    y <- newest anchor         if there is one; x merges with it, if the algorithm does
+    couple x to y              at every step, if the algorithm does so (see `algorithms`)
+    y <- newest anchor         if there is one; x merges with it, if the algorithm does so
     every tau steps: push      if the server has taken the last one
 
-Nothing here waits for another worker or for the server; a push that finds the mailbox still full is skipped, and what
-it would have held goes out with the next.
+Nothing here waits for another worker or for the server. A push that finds the mailbox still full is skipped, and what
+it would have held goes out with the next one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .transport.base import Link
 
 logger = logging.getLogger(__name__)
 
-# Anchors that a worker may miss in a period of its own. In step with the others it sees each; behind one at a tenth of
-# their speed ten pass by. More have passed only by one that stood still for long: what it has done since its last push
-# belongs to an anchor that is gone and to a learning rate that may have been higher, and would undo what is settled.
+# How many anchors a worker may miss in one of its own periods. In step with the others it misses none; at a tenth of
+# their speed it misses about ten. A worker that misses more stood still for long: what it has done since its last push
+# belongs to an anchor that is gone, and to a learning rate that may have been higher, and would undo what is settled.
 MISSED_ANCHORS = 32
 
 
 class Worker:
-    """The parameters x of one process, their anchor y and the exchange between them.
+    """The parameters x of one process, their anchor y, and the exchange between them.
 
     Args:
-        named: (name, parameter) pairs as `trainable_parameters` gives them.
+        named: (name, parameter) pairs, as returned by `trainable_parameters`.
         link: this worker's end of the exchange (see `transport.base`).
         settings: see `WorkerSettings`.
 
     State: x, y, what is to be pushed, the steps in it, the anchor version, the number of local steps; the algorithm's.
-    Process: the training thread. Blocking: `finish` waits for the other workers, all else for nobody.
+    Process: the training thread. Blocking: `finish` waits for the other workers; nothing else waits.
     """
 
     def __init__(self, named: Sequence[tuple[str, Tensor]], link: Link, settings: WorkerSettings):
@@ -58,8 +58,8 @@ class Worker:
         self._algorithm: WorkerHalf = ALGORITHMS[settings.algorithm].worker_half(settings.coupling)(
             settings, self.parameters
         )
-        # On an accelerator vectors are copied beside the training stream: the next y while it comes needs a place of
-        # its own, and so does the last push while it goes, where the next is gathered step by step.
+        # On an accelerator vectors are copied in parallel with the training stream. The next y therefore needs a buffer
+        # of its own while it arrives, and so does the last push while it leaves, if the next accumulates step by step.
         at_once = device.type == "cpu" or link.anchor_in_place is not None
         self._incoming = self.anchor if at_once else vector()
         self._total_in_flight = self._total if at_once or not self._algorithm.accumulates else vector()
@@ -70,29 +70,29 @@ class Worker:
         self.local_steps = 0
         self.steps_in_total = 0
         self.version = -1
-        self._steps_at_anchor = 0  # local steps when the last anchor came
+        self._steps_at_anchor = 0  # local steps when the last anchor arrived
         self.skipped_pushes = 0
-        self.fell_back = False  # until the owner of the optimizer has seen it, and cleared the optimizer's state
+        self.fell_back = False  # stays True until the optimizer's owner has seen it and cleared the optimizer's state
         self.anchor_move: list[Tensor] | None = None  # y_old - y of the last move that was seen, as views
         self._last_anchor: Tensor | None = None
-        self._at_fall_back = link.status  # the last time it began again, or began
-        self._dropped_push = False  # it has begun again since the last push: x holds nothing of it
-        while self.version < 0:  # the first anchor is there already; on an accelerator its copy takes a moment
+        self._at_fall_back = link.status  # at the last fall-back, or at the beginning
+        self._dropped_push = False  # it has started again since the last push, so x holds nothing of that push
+        while self.version < 0:  # the first anchor exists already, but on an accelerator its copy takes a moment
             self._pull()
         if settings.keeps_anchor_move:
             self._last_anchor, self._move = self.anchor.clone(), vector()
 
     def weigh(self, weight: float) -> None:
-        """Sets how much this worker's differences count (see `WorkerHalf.weight`)."""
+        """Sets the weight of this worker's differences (see `WorkerHalf.weight`)."""
         self._algorithm.weight = weight
 
     def adopt_anchor(self) -> None:
-        """x <- y: how a worker begins, so that all begin at one point."""
+        """x <- y: how a worker starts, so that all start at the same point."""
         self.layout.write(self.anchor, self.parameters)
         self._algorithm.begin(self.parameters)
 
     def before_optimizer_step(self, learning_rates: Sequence[float]) -> None:
-        """Couples inside the gradient, where the algorithm does.
+        """Couples inside the gradient, if the algorithm does so.
 
         Args:
             learning_rates: eta of each parameter, in the order of `named`.
@@ -104,15 +104,16 @@ class Worker:
         self._algorithm.before_step(self.parameters, self._anchor_views, learning_rates)
 
     def note_loss(self, loss: Tensor, share: float) -> None:
-        """Adds the loss of one (micro-)batch, 0-d, `share` of a step's, to the mean that a leader is chosen by."""
+        """Adds the loss of one (micro-)batch, 0-d, to the mean by which a leader is chosen; it makes up `share` of the
+        step's loss."""
         if self._algorithm.wants_loss:
             self._loss_sum.add_(loss, alpha=share)
 
     def after_optimizer_step(self, learning_rates: Sequence[float]) -> None:
-        """Noise, coupling, a push every tau steps; the newest anchor if it is there.
+        """Adds noise, couples, and exchanges (see `exchange`).
 
         Args:
-            learning_rates: eta of each parameter, of the step just made.
+            learning_rates: eta of each parameter in the step just made.
         """
         if temperature := self.settings.langevin_temperature:
             for parameter, eta in zip(self.parameters, learning_rates, strict=True):
@@ -123,37 +124,37 @@ class Worker:
         self.exchange()
 
     def exchange(self) -> None:
-        """All that a step costs beside the optimizer's and the coupling: a push every tau steps, and y <- newest anchor
-        if it is there; never waits."""
+        """All that a step does in addition to the optimizer's step and the coupling: a push every tau steps, and
+        y <- newest anchor if there is a new one. Never waits."""
         if self.local_steps % self.settings.sync_steps == 0:
-            self.pull_newest()  # so that what is handed in is measured from the newest anchor there is
+            self.pull_newest()  # so that the push is measured from the newest available anchor
             if not self.link.can_push:
                 self.skipped_pushes += 1
-            elif self.steps_in_total:  # it may just have begun again
+            elif self.steps_in_total:  # 0 if the pull has just made it start again
                 self._push()
         self.pull_newest()
 
     def finish(self, stop_all: bool = False, best_step: int = -1) -> int:
-        """Hands over what is left, waits until all workers have finished, and takes the final anchor.
+        """Pushes what is left, waits until all workers have finished, and takes the final anchor.
 
         Args:
             stop_all: ask the others to stop as well.
-            best_step: step of the best checkpoint where this worker knows one, else -1.
+            best_step: step of the best checkpoint if this worker knows one, else -1.
 
         Returns:
-            the best step that any worker named, or -1.
+            the best step that any worker reported, or -1.
         """
         self.link.settle()
         if self.steps_in_total and self._algorithm.pushes_a_part:
             self._push()
             self.link.settle()
         self.version, best_step = self.link.finish(stop_all, best_step, self._incoming)
-        self._swap_in_incoming()  # x stays what it was
+        self._swap_in_incoming()  # x is unchanged
         return best_step
 
     @contextmanager
     def showing_anchor(self) -> Iterator[None]:
-        """The model holds y inside and x again after; may be nested."""
+        """Inside, the model holds y; on exit it holds x again. May be nested."""
         if self._away is not None:
             yield
             return
@@ -167,12 +168,12 @@ class Worker:
 
     @property
     def shows_anchor(self) -> bool:
-        """Whether the model holds y now, and not x."""
+        """Whether the model currently holds y instead of x."""
         return self._away is not None
 
     @property
     def own_parameters(self) -> Tensor:
-        """A copy of x, float32 [d], whatever the model shows."""
+        """A copy of x, float32 [d], even while the model holds the anchor."""
         if self._away is not None:
             return self._away.clone()
         return self.layout.read(self.parameters, torch.empty_like(self.anchor))
@@ -183,7 +184,7 @@ class Worker:
         return float(torch.dist(x, self.anchor) / self.anchor.norm().clamp_min(1e-12))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold of this worker, as tensors by name."""
+        """Everything a checkpoint must hold of this worker, as named tensors."""
         accumulates = self._algorithm.accumulates
         counters = [self.local_steps, self.steps_in_total, self.version, self.skipped_pushes, accumulates]
         return {
@@ -196,7 +197,7 @@ class Worker:
         }
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave, for a worker with the same parameters: x goes into the model."""
+        """Restores what `state_tensors` returned for a worker with the same parameters; x is written to the model."""
         self.layout.write(state["parameters"].to(self.anchor.device), self.parameters)
         self.anchor.copy_(state["anchor"])
         self._total.copy_(state["total"])
@@ -205,7 +206,7 @@ class Worker:
         self._algorithm.load_state_tensors(state)
         *counters, accumulated = state["counters"].tolist()
         self.local_steps, self.steps_in_total, self.version, self.skipped_pushes = counters
-        if accumulated != self._algorithm.accumulates:  # saved with another coupling, whose sum means something else
+        if accumulated != self._algorithm.accumulates:  # saved with a coupling whose sum means something else
             self._total.zero_()
             self.steps_in_total = 0
         self._steps_at_anchor = self.local_steps
@@ -225,7 +226,7 @@ class Worker:
         self._dropped_push = False
 
     def pull_newest(self) -> None:
-        """Replies from the server, and y <- newest anchor if it is there; never waits."""
+        """Processes the server's answers, and takes y <- newest anchor if there is a new one. Never waits."""
         version, periods = self.version, (self.local_steps - self._steps_at_anchor) / self.settings.sync_steps
         if self._pull():
             self._steps_at_anchor = self.local_steps
@@ -266,7 +267,7 @@ class Worker:
         self.steps_in_total = 0
 
     def _fall_back(self) -> None:
-        """Begins again without what the optimizer remembers: after an eviction, or once x is no longer finite."""
+        """Starts again at the anchor, without the optimizer's state: after an eviction, or too many refused pushes."""
         logger.warning("worker %d begins again at anchor %d", self.link.worker, self.version)
         self._begin_again()
         self._at_fall_back = self.link.status

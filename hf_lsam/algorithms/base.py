@@ -1,4 +1,4 @@
-"""What a method is made of: what a worker does between its optimizer's steps, and what the server does with a push."""
+"""The two halves of a method: what a worker does between its optimizer's steps, and how the server handles pushes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..anchor import Anchor
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How a worker is held and when it exchanges.
+    """How a worker is coupled to the anchor, and when it exchanges.
 
     Args:
         sync_steps: local steps between two pushes. Denoted tau in the paper.
         coupling_strength: lambda0, the share of its distance to the anchor that a worker gives up in a period; for
             "easgd", alpha.
-        coupling: "merge" (at once, when a new anchor comes), "decoupled" (step by step, after the optimizer's step) or
-            "score" (step by step, inside the gradient; SGD only).
+        coupling: "merge" (all at once, when a new anchor arrives), "decoupled" (at every step, after the optimizer's)
+            or "score" (at every step, inside the gradient; SGD only).
         langevin_temperature: T; 0 injects no noise, 1 samples exactly.
         algorithm: "lsam", "easgd" or "lsgd".
-        max_bad_pushes: refused pushes (NaN, infinity) in a row after which the worker begins again at the anchor.
-        keeps_anchor_move: keep y_old - y of the last move that was seen, at the price of two vectors.
+        max_bad_pushes: refused pushes (NaN, infinity) in a row after which the worker starts again at the anchor.
+        keeps_anchor_move: keep y_old - y of the anchor's last move that was seen, at the cost of two vectors.
     """
 
     sync_steps: int
@@ -37,13 +37,13 @@ class WorkerSettings:
 
     @property
     def coupling_per_step(self) -> float:
-        """c = lambda0 / tau, the share of the distance to the anchor that one decoupled step takes away."""
+        """c = lambda0 / tau, the share of the distance to the anchor that one decoupled step removes."""
         return self.coupling_strength / self.sync_steps
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server needs to know of a run.
+    """What the server needs to know about a run.
 
     Args:
         sync_steps: tau, local steps between two pushes of a worker.
@@ -53,7 +53,7 @@ class ServerSettings:
         anchor_momentum: momentum of "nesterov", first decay rate of "adam".
         algorithm: "lsam", "easgd" or "lsgd".
         moving_rate: alpha of "easgd".
-        exchange_bits: of a value that crosses between machines: 32, or 8 or 4 (see `compression`).
+        exchange_bits: bits per value sent between machines: 32, 8 or 4 (see `compression`).
     """
 
     sync_steps: int
@@ -71,7 +71,7 @@ class ServerSettings:
 class WorkerHalf:
     """A method's part in a worker. The defaults do nothing.
 
-    Every tensor list holds one tensor a parameter, in the model's order; y and `push` are float32 views of flat
+    Every tensor list holds one tensor per parameter, in the model's order; y and `push` are float32 views of flat
     vectors.
 
     Args:
@@ -79,57 +79,57 @@ class WorkerHalf:
         x: the worker's parameters.
 
     Attributes:
-        weight: of this worker in the mean difference of "lsam", where workers' batches differ in size: its rows a step
-            over the workers' mean. The weights of a launch sum to n.
+        weight: weight of this worker in the mean difference of "lsam" if the workers' batches differ in size: its rows
+            per step divided by the workers' mean. The weights of a launch sum to n.
 
     Process: the training thread; nothing here waits.
     """
 
     weight = 1.0
-    accumulates = False  # whether `push` grows at every step, and not only when it is handed in
-    pushes_a_part = True  # whether a period that the run's end cuts short is handed in
-    pushes_movement = False  # whether that is what it has moved by itself, and not where it stands
+    accumulates = False  # whether `push` grows at every step, instead of being written when it is sent
+    pushes_a_part = True  # whether a period that is cut short by the end of the run is pushed
+    pushes_movement = False  # whether it pushes how far it has moved on its own, instead of where it is
     moves_at_once = False  # whether coupling_strength is its whole move at an exchange
-    brakes = False  # whether it is drawn at every step to an anchor that follows the workers' mean, and slows it down
-    wants_loss = False  # whether the server is told the mean loss
-    vectors = 0  # of d values that it keeps
+    brakes = False  # whether every step draws it to an anchor that follows the workers' mean, which slows both down
+    wants_loss = False  # whether the server gets the mean loss
+    vectors = 0  # how many vectors of d values it keeps
 
     def __init__(self, settings: WorkerSettings, x: Sequence[Tensor]):
         self.settings = settings
 
     def begin(self, x: Sequence[Tensor]) -> None:
-        """x has just been set to y: the worker begins, or begins again."""
+        """Called when x has just been set to y, because the worker starts, or starts again."""
 
     def before_step(self, x: Sequence[Tensor], y: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
-        """`.grad` of x is what the optimizer will step with, at `learning_rates`, one a parameter."""
+        """Called before the optimizer steps with the `.grad` of x, at `learning_rates`, one per parameter."""
 
     def after_step(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor]) -> None:
-        """The optimizer has moved x; what `push` gathers until it is handed in is this method's."""
+        """Called when the optimizer has moved x. Methods that accumulate add to `push` here."""
 
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
-        """A period of `steps` local steps ends: `push` is to hold what the server gets.
+        """Called at the end of a period of `steps` local steps, to write what the server gets into `push`.
 
         Returns:
-            how many steps it counts as.
+            how many steps the push counts as.
         """
         return steps
 
     def after_push(self, push: Sequence[Tensor]) -> None:
-        """`push` is free again; on an accelerator it is another vector than the one that is under way."""
+        """Called when `push` is free again; on an accelerator it is a different vector from the one being sent."""
 
     def take_anchor(self, x: Sequence[Tensor], y: Sequence[Tensor], uncounted: Sequence[Tensor] | None) -> None:
-        """A new anchor y has come.
+        """Called when a new anchor y has arrived.
 
         Args:
-            uncounted: what the last push held, if this anchor cannot have counted it yet.
+            uncounted: the contents of the last push, if this anchor cannot have counted it yet.
         """
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold of this half, as tensors by name."""
+        """Everything a checkpoint must hold of this half, as named tensors."""
         return {}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave."""
+        """Restores what `state_tensors` returned."""
 
 
 class ServerHalf:
@@ -140,9 +140,11 @@ class ServerHalf:
         settings: see `ServerSettings`.
 
     Attributes:
-        adds_up: pushes are added up, and their mean moves the anchor: they can be weighed, a relay can add them up for
-            another machine, and since the sum is looked at, that a push is finite may be taken on its sender's word.
-        moves_elastically: the anchor moves at a push as far as the worker does: `moving_rate` is its coupling strength.
+        adds_up: whether pushes are summed and their mean moves the anchor. They can then be weighted, and a relay can
+            sum those of its machine; and because the sum is checked, the server may trust a sender's claim that a push
+            is finite.
+        moves_elastically: whether a push moves the anchor as far as the worker, `moving_rate` being the worker's
+            coupling strength.
 
     Process: the server's.
     """
@@ -156,41 +158,41 @@ class ServerHalf:
 
     @staticmethod
     def vectors(settings: ServerSettings) -> int:
-        """Of d values that it and the anchor's step keep, beside y."""
+        """How many vectors of d values it and the anchor's optimizer keep in addition to y."""
         return 0
 
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
-        """Takes what one worker hands in.
+        """Takes one worker's push.
 
         Args:
             vector: float32 [d]; read, not kept.
             steps: local steps that it covers.
-            worker: who hands it in.
-            loss: the worker's mean loss over these steps, where its half `wants_loss`.
-            live: n, the workers that take part.
+            worker: the sender.
+            loss: the worker's mean loss over these steps, if its half `wants_loss`.
+            live: n, the number of live workers.
         """
         raise NotImplementedError
 
     def leave(self, worker: int, gone: int, live: int) -> None:
-        """A worker, or `gone` of those that push as one, have finished or died; what they pushed stays."""
+        """Called when a worker, or `gone` of those that push as one, have finished or died; their pushes remain."""
 
     def flush(self) -> None:
-        """The run ends."""
+        """Called at the end of the run."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold of this half, as tensors by name."""
+        """Everything a checkpoint must hold of this half, as named tensors."""
         return {}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave."""
+        """Restores what `state_tensors` returned."""
 
 
 class Algorithm(Protocol):
-    """What a method's file has."""
+    """What a method's file defines."""
 
     def worker_half(self, coupling: str) -> type[WorkerHalf]:
-        """What a worker does with this `coupling`, where the method leaves a choice."""
+        """The worker's half for this `coupling`, which some methods ignore."""
 
     @property
     def server_half(self) -> type[ServerHalf]:
-        """What the server does."""
+        """The server's half."""

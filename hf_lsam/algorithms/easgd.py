@@ -15,7 +15,7 @@ from .base import ServerHalf, WorkerHalf
 
 
 class EASGDWorker(WorkerHalf):
-    """Moves only when it hands in: both sides move, or neither."""
+    """Moves only when it pushes, so that either both sides move or neither does."""
 
     pushes_a_part = False
     moves_at_once = True
@@ -27,18 +27,18 @@ class EASGDWorker(WorkerHalf):
 
 
 class EASGDServer(ServerHalf):
-    """Every push moves the anchor, whoever sends it."""
+    """Every push moves the anchor, no matter which worker sends it."""
 
     moves_elastically = True
 
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
-        """Takes x - y of one worker at one step."""
+        """Takes one worker's x - y at one step."""
         self.anchor.vector.add_(vector, alpha=self.settings.moving_rate)
         self.anchor.version += 1
 
 
 def worker_half(coupling: str) -> type[WorkerHalf]:
-    """It has one, whatever `coupling` says."""
+    """The only worker's half, whatever `coupling` says."""
     return EASGDWorker
 
 

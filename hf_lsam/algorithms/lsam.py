@@ -1,24 +1,25 @@
 """LSAM: the anchor climbs the smoothed landscape by the mean difference between the workers' samples and itself.
 
-The server, once n tau worker steps are in, from whichever workers they came:
+The server, once n tau worker steps are in, no matter from which workers:
 
     g' = mean of (y - x)     g = g' + beta (g' - g'_prev)     y <- Optimizer(y, g, eta')        (anchor.py)
 
 A worker is held near y by a coupling, in one of two ways.
 
 *Step by step* ("decoupled", "score"; arXiv 2509.03110, Algorithm 2). Every step draws x to y by c (x - y), c = lambda0
-/ tau, and hands in the differences of all steps. This brakes: y does not know yet what the worker has done since, so in
-a steady drift all move at eta' / (eta' + lambda0) of the speed that the optimizer alone would give.
+/ tau, and the worker pushes the sum of its differences over all steps. This slows everyone down: y does not include yet
+what the worker has done since, so in a steady drift all move at about eta' / (eta' + lambda0) of the speed that the
+optimizer alone would give (`coupling.drift_slowdown` is exact).
 
-*Merge* (the default). A worker hands in what it has moved since it last did, d = x - r, and remembers r = x. When an
-anchor comes that counts d,
+*Merge* (the default). A worker pushes how far it has moved since its last push, d = x - r, and then sets r = x. When an
+anchor arrives that counts d,
 
     x <- x + lambda0 (y_new - r)        r <- r + lambda0 (y_new - r)
 
-The distance is measured at the point of the worker's path that y_new knows of: what it has done meanwhile is kept, and
-nothing brakes it. With eta' = 1 the workers' mean is y for every lambda0, which decides only how far they stay apart:
-deviations from the mean shrink by 1 - lambda0 at every exchange. lambda0 = 1 is the delta rule, local SGD without its
-barrier; with `anchor_optimizer="nesterov"`, DiLoCo (arXiv 2311.08105) without it.
+The distance is measured from the point of the worker's path that y_new includes. What the worker has done in the
+meantime is kept, so nothing slows it down. With eta' = 1 the workers' mean is y for every lambda0, which decides only
+how far apart they stay: deviations from the mean shrink by a factor of 1 - lambda0 at every exchange. lambda0 = 1 is
+the delta rule: local SGD or, with `anchor_optimizer="nesterov"`, DiLoCo (arXiv 2311.08105), both without a barrier.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 class CoupledWorker(WorkerHalf):
-    """Algorithm 2's worker: coupled to y at every step, hands in the sum of x - y over its steps."""
+    """Algorithm 2's worker: coupled to y at every step, pushes the sum of x - y over its steps."""
 
     accumulates = True
     brakes = True
 
     def before_step(self, x: Sequence[Tensor], y: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
-        """Adds lambda (x - y) to the gradient, lambda = lambda0 / (eta tau), where `coupling` is "score".
+        """Adds lambda (x - y) to the gradient, lambda = lambda0 / (eta tau), if `coupling` is "score".
 
         Parameters with eta = 0 are not coupled.
         """
@@ -68,9 +69,9 @@ class CoupledWorker(WorkerHalf):
 
 
 class MergingWorker(WorkerHalf):
-    """Hands in its own movement; merges with every anchor that comes.
+    """Pushes its own movement, and merges with every anchor that arrives.
 
-    State: r, the last point of its path that it has handed in, moved along with its merges.
+    State: r, the point of its path at the last push, shifted by the merges since.
     """
 
     pushes_movement = True
@@ -86,8 +87,8 @@ class MergingWorker(WorkerHalf):
 
     @torch.no_grad()
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
-        """push = w tau (x - r), which counts as tau steps however many it took: the server's mean over steps is the
-        mean movement of those who pushed, weighted. r <- x."""
+        """push = w tau (x - r), which counts as tau steps however many were taken, so that the server's mean over steps
+        is the weighted mean movement of the workers that pushed. r <- x."""
         for current, known, handed_in in blocks([parameter.detach() for parameter in x], self._known, push):
             torch._foreach_copy_(handed_in, torch._foreach_sub(current, known))
             torch._foreach_mul_(handed_in, self.weight * self.settings.sync_steps)
@@ -96,7 +97,7 @@ class MergingWorker(WorkerHalf):
 
     @torch.no_grad()
     def take_anchor(self, x: Sequence[Tensor], y: Sequence[Tensor], uncounted: Sequence[Tensor] | None) -> None:
-        """x <- x + lambda0 (y - r); r of before the last push where y does not count it yet."""
+        """x <- x + lambda0 (y - r), with the r from before the last push if y does not count that push yet."""
         share = self.settings.coupling_strength
         handed_in = y if uncounted is None else uncounted
         for current, known, anchor, last in blocks([p.detach() for p in x], self._known, y, handed_in):
@@ -111,7 +112,7 @@ class MergingWorker(WorkerHalf):
         return {"known": torch.cat([known.reshape(-1) for known in self._known])}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        if "known" not in state:  # saved by a worker that did not merge: it has handed in all that it had
+        if "known" not in state:  # saved by a worker with another coupling or algorithm: `begin` has set r = x
             return
         parts = state["known"].split([known.numel() for known in self._known])
         for known, part in zip(self._known, parts, strict=True):
@@ -119,18 +120,18 @@ class MergingWorker(WorkerHalf):
 
 
 def worker_half(coupling: str) -> type[WorkerHalf]:
-    """The worker's half that `coupling` asks for."""
+    """The worker's half for this `coupling`."""
     return MergingWorker if coupling == "merge" else CoupledWorker
 
 
 class MeanDifference(ServerHalf):
     """Sums the differences of all workers and moves the anchor once n * tau steps are in.
 
-    n counts the live workers, and those that have left since they pushed into the period under way. At the end of a run
-    each worker pushes what it has left and goes: if n shrank with them, the last few pushes would move the anchor as
-    far as those of all.
+    n counts the live workers, plus those that have left after pushing into the current period. At the end of a run each
+    worker pushes what it has left and leaves: if n shrank with them, the last few pushes would move the anchor as far
+    as those of all workers.
 
-    State: the step count and sum of the period under way; at 0 steps the sum has no meaning.
+    State: the step count and the sum of the current period; at 0 steps the sum is meaningless.
     """
 
     adds_up = True
@@ -143,8 +144,8 @@ class MeanDifference(ServerHalf):
         super().__init__(anchor, settings)
         self._pending = torch.zeros_like(anchor.vector)
         self.pending_steps = 0
-        self._contributors: set[int] = set()  # to the period under way
-        self._departed = 0  # of their workers
+        self._contributors: set[int] = set()  # workers or machines that have pushed into the current period
+        self._departed = 0  # how many of their workers have left
 
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes a sum of differences over `steps` local steps."""
@@ -154,28 +155,28 @@ class MeanDifference(ServerHalf):
             self._update(vector, steps)
             return
         else:
-            self._pending.copy_(vector)  # a new period; what the last one left behind is written over
+            self._pending.copy_(vector)  # a new period: overwrites what the last one left behind
         self.pending_steps += steps
         self._contributors.add(worker)
         self._update_if_complete(live)
 
     def leave(self, worker: int, gone: int, live: int) -> None:
-        """n shrinks, which can itself complete a period, unless the period holds a push of who leaves."""
+        """n shrinks, which may itself complete the period, unless that holds a push of the worker that leaves."""
         if worker in self._contributors:
             self._departed += gone
         self._update_if_complete(live)
 
     def flush(self) -> None:
-        """Ends the run: a last update from a period that was not completed.
+        """Ends the run with a last update from an incomplete period, if there is one.
 
-        Its sum is divided by the steps of a whole period, not by the few in it: y moves by the fraction of a period
-        that was seen, instead of jumping to the mean of a handful of samples.
+        Its sum is divided by the steps of a whole period, not by the few in it, so that y moves by the fraction of the
+        period that was seen instead of jumping to the mean of a handful of samples.
         """
         if self.pending_steps:
             self._update(self._pending, max(self.pending_steps, self._period(0)))
 
     def _period(self, live: int) -> int:
-        """n tau."""
+        """n tau, the length of a period in steps."""
         return max(1, live + self._departed) * self.settings.sync_steps
 
     def _update_if_complete(self, live: int) -> None:
@@ -187,14 +188,14 @@ class MeanDifference(ServerHalf):
         self._contributors.clear()
         if is_finite(total):
             self.anchor.update(total, steps, gradient=self._pending)
-        else:  # a sender was wrong about what it handed in
+        else:  # a sender was wrong about its push being finite
             logger.error("a sum of differences over %d steps was dropped: NaN or infinity", steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {"pending": self._pending, "pending_steps": torch.tensor(self.pending_steps)}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        if "pending" in state:  # else it is of another algorithm's server
+        if "pending" in state:  # absent if another algorithm's server saved it
             self._pending.copy_(state["pending"])
             self.pending_steps = int(state["pending_steps"])
 

@@ -1,8 +1,8 @@
-"""LSGD: the anchor is the worker whose mean loss over its last tau steps was the lowest, and draws all others to it.
+"""LSGD: the anchor is the worker whose mean loss over its last tau steps was the lowest, and it draws all others to it.
 
 Teng et al., Leader Stochastic Gradient Descent (arXiv 1905.10395), Algorithm 1; its lambda is lambda0 / tau. The paper
-has a leader a machine besides the global one; on one machine they are the same. Only what was pushed is known, so the
-lead changes when the new leader pushes, not when the old one gets worse.
+has one leader per machine in addition to the global one; on a single machine they are the same. The server only knows
+what was pushed, so the lead changes when the new leader pushes, not when the old one gets worse.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .base import ServerHalf, ServerSettings, WorkerHalf
 
 
 class LSGDWorker(WorkerHalf):
-    """Drawn to the leader after every step, x <- x - c (x - y); hands in x and its loss."""
+    """Drawn to the leader after every step, x <- x - c (x - y); pushes x and its loss."""
 
     wants_loss = True
 
@@ -33,7 +33,7 @@ class LSGDWorker(WorkerHalf):
 
 
 class LSGDServer(ServerHalf):
-    """Keeps the parameters of whoever leads.
+    """Keeps the parameters of the leader.
 
     State: the last loss of each worker.
     """
@@ -57,12 +57,12 @@ class LSGDServer(ServerHalf):
         return {"losses": torch.tensor([*self._losses.items()], dtype=torch.float64).reshape(-1, 2)}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        if "losses" in state:  # else it is of another algorithm's server
+        if "losses" in state:  # absent if another algorithm's server saved it
             self._losses = {int(worker): loss for worker, loss in state["losses"].tolist()}
 
 
 def worker_half(coupling: str) -> type[WorkerHalf]:
-    """It has one, whatever `coupling` says."""
+    """The only worker's half, whatever `coupling` says."""
     return LSGDWorker
 
 

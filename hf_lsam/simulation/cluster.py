@@ -27,19 +27,20 @@ class Cluster:
     """n simulated workers and their server.
 
     Args:
-        model: what every worker begins with.
-        make_optimizer: given parameters, the optimizer of one worker.
+        model: the model that every worker starts from; it is copied.
+        make_optimizer: makes the optimizer of one worker from its parameters.
         loss: see `Loss`.
-        machines: one a worker.
+        machines: one per worker.
         worker, server: settings (see `algorithms`).
         gradient: see `Gradient`.
-        make_scheduler: given an optimizer, its learning rate schedule, stepped once a step.
+        make_scheduler: makes the learning rate schedule of an optimizer, which is stepped once per step.
         learning_rate_factor: see `LSAMArguments.learning_rate_factor`.
         shared_momentum: see `StepHooks`.
-        share_steps: workers share the steps of the run (see `budget`); schedules follow it.
-        barrier: after a push a worker waits for the anchor that counts it, as local SGD and DiLoCo do.
-        push_seconds: that the server takes for each push; those that arrive meanwhile wait in line.
-        seed: of jitter, and of what workers draw from torch's generator (dropout, noise); worker r draws from seed + r.
+        share_steps: whether the workers share the steps of the run (see `budget`); schedules then follow the run.
+        barrier: whether, after a push, a worker waits for the anchor that counts it, as in local SGD and DiLoCo.
+        push_seconds: time that the server takes for each push; pushes that arrive in the meantime queue.
+        seed: seed of the jitter, and of what workers draw from torch's generator (dropout, noise): worker r draws from
+            seed + r.
 
     State: everything; a run cannot be saved.
     """
@@ -73,21 +74,21 @@ class Cluster:
         self.clock = Clock()
         self.server = SimulatedServer(self.clock, ServerCore(start, server), longest, push_seconds)
         self._before = (0, 0)  # accepted pushes and the sum of their staleness, at the last moment
-        self._workers: list[SimulatedWorker] = []  # that have joined
+        self._workers: list[SimulatedWorker] = []  # those that have joined
 
     def run(self, steps: int, moments: int = 1) -> Iterator[Moment]:
-        """Every worker makes `steps` steps, or as many as it lives for; with `share_steps` on average.
+        """Runs until every worker has made `steps` steps, or has died; with `share_steps`, `steps` is their average.
 
         Args:
-            moments: how many times to look at the run, evenly spaced by the steps of the worker that has made the most,
-                with `share_steps` by their mean; the last is when all have finished.
+            moments: how many moments to yield, evenly spaced in the steps of the worker that has made the most, or with
+                `share_steps` in their mean; the last is when all have finished.
         """
         due = [round(steps * (index + 1) / moments) for index in range(moments - 1)]
         for number, machine in enumerate(self.machines):
             join = functools.partial(self._join, number, steps)
             if machine.joins_at:
                 self.clock.at(machine.joins_at, number, join)
-            else:  # those that begin together all count before the first step
+            else:  # workers that start together must all be counted before the first step
                 join()
         for _ in self.clock.run():
             if due and self._steps_done >= due[0]:
@@ -132,7 +133,7 @@ class Cluster:
 
 
 class SimulatedWorker:
-    """One worker of a `Cluster` from when it joins: takes a step when its time has come."""
+    """One worker of a `Cluster`, created when it joins; takes a step whenever the clock reaches the end of one."""
 
     def __init__(self, cluster: Cluster, number: int, steps: int):
         self._cluster, self._number, self._machine, self._steps = cluster, number, cluster.machines[number], steps
@@ -152,7 +153,7 @@ class SimulatedWorker:
         scheduler = cluster.make_scheduler(self._optimizer) if cluster.make_scheduler else None
         self._scheduler: LRScheduler | RunSchedule | None = scheduler
         self._batchnorm = tracking_layers(self._model)
-        self._budget: StepBudget | None = None  # of the run, where workers share one
+        self._budget: StepBudget | None = None  # the steps of the run, if workers share them
         if cluster.share_steps:
             self._budget = budget = StepBudget(self.link, steps, len(cluster.machines))
             budget.begin_step()
@@ -205,7 +206,7 @@ class SimulatedWorker:
             self._scheduler.step()
 
     def _look_for_anchor(self) -> None:
-        """Behind a barrier: goes on once the anchor that counts its last push has come."""
+        """With a barrier: continues once the anchor that counts its last push has arrived."""
         self.worker.pull_newest()
         counted_at = self.link.status.counted_at
         if counted_at is not None and counted_at < self.worker.version:

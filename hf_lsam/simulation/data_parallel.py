@@ -1,4 +1,4 @@
-"""The baseline: workers that wait for each other at every step."""
+"""The data-parallel baseline: workers that wait for each other at every step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .setting import Loss, Machine, MakeOptimizer, MakeScheduler, Moment
 class DataParallel:
     """The baseline: n workers with one model, whose gradients are averaged at every step (see `Cluster`).
 
-    SAM's perturbation is each worker's own, on its own batch, and costs no all-reduce. A step takes as long as the
-    slowest worker's, and a ring all-reduce over the slowest link: 2 (n - 1) messages of a n-th of the gradient each.
+    Each worker computes SAM's perturbation on its own batch, without an all-reduce. A step takes as long as that of the
+    slowest worker, plus a ring all-reduce over the slowest link: 2 (n - 1) messages, each an n-th of the gradient.
     """
 
     def __init__(

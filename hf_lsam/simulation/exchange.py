@@ -1,4 +1,4 @@
-"""The virtual exchange: a clock, the server behind it, and a worker's link to that."""
+"""The virtual exchange: a clock, a server, and the workers' links to it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..server.core import ServerCore
 from ..transport.base import FinalAnchor, Link, LinkStatus
 from .setting import Machine
 
-LAST = 1 << 32  # a rank behind all workers
+LAST = 1 << 32  # a rank that comes after all workers
 
 
 class Clock:
-    """Events in the order of their time; at one time, in the order of `rank`, then as they came."""
+    """Runs events in the order of their time; ties in the order of `rank`, then in the order of insertion."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -31,11 +31,11 @@ class Clock:
         self._order = itertools.count()
 
     def at(self, time: float, rank: int, do: Callable[[], None]) -> None:
-        """Has `do` called when the clock shows `time`, in seconds."""
+        """Schedules `do` to be called at `time`, in seconds."""
         heapq.heappush(self._events, (time, rank, next(self._order), do))
 
     def run(self) -> Iterator[None]:
-        """Goes from event to event until none is left, and yields after each."""
+        """Runs one event after another until none is left, and yields after each."""
         while self._events:
             self.now, _, _, do = heapq.heappop(self._events)
             do()
@@ -43,10 +43,10 @@ class Clock:
 
 
 class SimulatedServer:
-    """The core, and the versions that are still on their way to somebody.
+    """The server's core, and the anchor versions that may still be on their way to somebody.
 
-    What crosses the links is the change of the anchor since the last version, rounded to `bits`; what that leaves
-    behind goes with the next.
+    What crosses the links is the change of the anchor since the last version, rounded to `bits`; the rounding error is
+    carried over to the next.
     """
 
     def __init__(self, clock: Clock, core: ServerCore, longest_transfer: float, push_seconds: float):
@@ -59,7 +59,7 @@ class SimulatedServer:
         self._clock, self._longest = clock, longest_transfer
 
     def publish_if_newer(self) -> None:
-        """To be called whenever the core may have moved the anchor."""
+        """Call whenever the core may have moved the anchor."""
         anchor, now = self.core.anchor, self._clock.now
         if anchor.version == self.published[-1][1]:
             return
@@ -67,17 +67,17 @@ class SimulatedServer:
         newest = anchor.vector.clone() if self.bits == 32 else held + round_(anchor.vector - held, self.bits)
         self.published.append((now, anchor.version, newest))
         while len(self.published) > 1 and self.published[1][0] + self._longest <= now:
-            self.published.pop(0)  # whoever asks from now on has a newer one
+            self.published.pop(0)  # whoever asks from now on gets a newer one
         waiting, self._waiting = self._waiting, []
         for transfer, rank, do in waiting:
             self._clock.at(now + transfer, rank, do)
 
     def await_anchor(self, transfer: float, rank: int, do: Callable[[], None]) -> None:
-        """Does it once a newer anchor has come, which takes `transfer` seconds on the way."""
+        """Calls `do` once a newer anchor has arrived, which is under way for `transfer` seconds."""
         self._waiting.append((transfer, rank, do))
 
     def take(self, rank: int, do: Callable[[], None], seconds: float = 0.0) -> None:
-        """Does what has arrived, which takes `seconds`, after all that arrived before it."""
+        """Queues `do`, which takes `seconds` of the server's time, after everything that arrived before it."""
         self._busy_until = max(self._clock.now, self._busy_until) + seconds
         if self._busy_until > self._clock.now:
             self._clock.at(self._busy_until, rank, do)
@@ -91,7 +91,7 @@ class SimulatedServer:
 
 
 class SimulatedLink(Link):
-    """A worker's end of the virtual exchange; no call waits, whatever has to is an event."""
+    """A worker's end of the virtual exchange. No call waits; whatever has to wait is an event."""
 
     def __init__(self, clock: Clock, server: SimulatedServer, machine: Machine, worker: int, numel: int):
         self._worker = worker
@@ -101,7 +101,7 @@ class SimulatedLink(Link):
         self.transfer = machine.transfer(self._size)
         self._clock, self._server, self._latency = clock, server, machine.latency
         self._answered_at = -math.inf
-        self._answer: int | None = None  # the version that the last push came to, on its way back
+        self._answer: int | None = None  # the anchor version that the last push met, on its way back
         server.core.join(worker)
 
     @property
@@ -117,7 +117,7 @@ class SimulatedLink(Link):
         return self._server.core.steps_begun
 
     def begin_step(self) -> None:
-        self._server.core.steps_begun += 1  # all know at once: a link would delay it as it delays anchors
+        self._server.core.steps_begun += 1  # all know at once; real links would delay this as they delay anchors
 
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
         self._status, self._answered_at = self._status.after_push(self._size), math.inf
@@ -134,7 +134,7 @@ class SimulatedLink(Link):
         self._clock.at(self._clock.now + self.transfer, self._worker, take)
 
     def _rounded(self, total: Tensor) -> Tensor:
-        if self._held_back is None or not is_finite(total):  # the core refuses what is not
+        if self._held_back is None or not is_finite(total):  # the core refuses what is not finite
             return total
         return round_(self._held_back + total, self._server.bits, rest=self._held_back)
 
@@ -156,10 +156,10 @@ class SimulatedLink(Link):
         return version
 
     def settle(self) -> None:
-        """Whoever finishes does not wait: what is under way arrives before the end."""
+        """Nothing to wait for: what is under way arrives before `finish` does."""
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
-        # After the steps that others end at the same time: who finishes together is counted together.
+        # After steps that others end at the same time, so that workers that finish together are counted together.
         rank = LAST + self._worker
 
         def take() -> None:

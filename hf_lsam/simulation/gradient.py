@@ -15,10 +15,10 @@ class Gradient:
     """How a step's gradient is computed (see `sam`).
 
     Args:
-        sam_rho: 0 is the plain gradient.
-        sam_adaptive: ASAM.
-        sam_direction: see `LSAMArguments`; "anchor" is for a `Cluster` whose workers keep the anchor's last move.
-        max_grad_norm: clips the gradient that the optimizer steps with; None does not.
+        sam_rho: L2 radius of the perturbation; 0 for the plain gradient.
+        sam_adaptive: whether to use ASAM.
+        sam_direction: see `LSAMArguments`; "anchor" needs a `Cluster` whose workers keep the anchor's last move.
+        max_grad_norm: clip the gradient that the optimizer steps with to this norm; None does not clip.
     """
 
     sam_rho: float = 0.0
@@ -37,8 +37,9 @@ class Gradient:
         """Adds one worker's gradient, plain or SAM's, to `.grad`.
 
         Args:
-            directions: u of a perturbation along `sign` times u that is known before the step; None while there is
-                none.
+            directions: u, if the step perturbs along a direction that is known in advance, sign * u; None while there
+                is none.
+            sign: 1 or -1.
         """
 
         def one_pass() -> Tensor:
@@ -55,7 +56,7 @@ class Gradient:
             one_pass()
 
     def clip(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Scales `.grad` of all together to a norm of at most `max_grad_norm`; None leaves it."""
+        """Scales the `.grad` of all parameters together to a norm of at most `max_grad_norm`, unless that is None."""
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 

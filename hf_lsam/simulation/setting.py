@@ -1,4 +1,4 @@
-"""What a simulated run is given, beside its algorithm, and what it tells."""
+"""What a simulated run takes in addition to its algorithm, and what it yields."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# Given the model of a worker and its number, draws that worker's next batch and returns a closure that computes its
-# loss, 0-d; it is called twice where the gradient is SAM's in two passes.
+# Takes a worker's model and number, draws that worker's next batch, and returns a closure that computes its loss, 0-d.
+# The closure is called twice if the gradient is SAM's with two passes.
 Loss = Callable[[nn.Module, int], Callable[[], Tensor]]
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -23,13 +23,13 @@ class Machine:
     """Where one simulated worker runs.
 
     Args:
-        step_seconds: of one optimizer step, as virtual time.
+        step_seconds: virtual time of one optimizer step, in seconds.
         jitter: relative standard deviation of a step's time (log-normal, drawn from the run's seed).
-        latency: seconds that a message takes to the server, and back.
-        bandwidth: bytes a second in each direction; infinite on one machine.
-        pauses: (from, for) pairs of virtual seconds in which it does nothing.
-        joins_at: when it begins, virtual seconds.
-        dies_at: when it is gone; what it has handed in stays.
+        latency: seconds that a message takes to the server, and the same on the way back.
+        bandwidth: bytes per second in each direction; infinite within a machine.
+        pauses: (start, duration) pairs of virtual seconds during which it does nothing.
+        joins_at: virtual time at which it joins, in seconds.
+        dies_at: virtual time at which it dies, in seconds; what it has pushed stays.
     """
 
     step_seconds: float = 1.0
@@ -45,7 +45,7 @@ class Machine:
         return self.latency + size / self.bandwidth
 
     def end_of_step(self, begin: float, draw: float) -> float:
-        """When a step that begins at `begin` is done; `draw` is a standard normal number."""
+        """The time at which a step that begins at `begin` ends; `draw` is a standard normal number."""
         end = begin + self.step_seconds * (math.exp(self.jitter * draw - self.jitter**2 / 2) if self.jitter else 1.0)
         for start, seconds in self.pauses:
             if begin <= start < end or start <= begin < start + seconds:
@@ -55,16 +55,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is known of a run at one time.
+    """A snapshot of a run.
 
     Args:
         seconds: virtual time.
         steps: optimizer steps of the worker that has made the most.
-        steps_in_all: of all workers together.
-        bytes: sent and received, all workers together.
+        steps_in_all: optimizer steps of all workers together.
+        bytes: bytes sent and received by all workers together.
         anchor: y, float32 [d].
-        staleness: mean anchor versions between reading y and handing in, since the last moment.
-        dispersion: root mean square distance of the workers from their mean, over ||y||.
+        staleness: mean number of anchor versions between reading y and pushing, since the last moment.
+        dispersion: root mean square distance of the workers from their mean, divided by ||y||.
     """
 
     seconds: float

@@ -9,7 +9,7 @@ from recipes.common.recipe import FEW_STEPS
 
 
 def smoke(folder: Path) -> dict[str, Any]:
-    """Keys on top of those of a YAML file, and the data they name written into `folder`."""
+    """Keys to add to those of a YAML file; writes the data that they name into `folder`."""
     model = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     file = folder / "text.txt"

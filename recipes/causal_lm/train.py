@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate.yaml recipes/causal_lm/train.py \\
         --config recipes/causal_lm/lsam.yaml [--key value ...]
 
-The keys are the fields of `ModelArguments`, `DataArguments` and `LSAMConfig`, and with it of `TrainingArguments`. The
-texts are joined, an end-of-text token after each, and cut into blocks, as in transformers' run_clm.py.
+The keys are the fields of `ModelArguments`, `DataArguments` and `LSAMConfig`, which includes `TrainingArguments`. The
+texts are concatenated, with an end-of-text token after each, and cut into blocks, as in transformers' run_clm.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from recipes.common.run import begin, main, measured_run
 
 @dataclass
 class DataArguments(RecordArguments):
-    """Where the text comes from: a .txt file, a column of another one, or a data set on the Hub.
+    """Where the text comes from: a .txt file, a column of another kind of file, or a data set on the Hub.
 
-    The limits on samples count blocks. Without validation data the last blocks are held out.
+    The limits on samples count blocks. Without validation data, the last blocks are held out.
     """
 
     text_column: str = field(default="text", metadata={"help": "Column of the texts; of a .txt file it is `text`."})
@@ -41,10 +41,10 @@ KEYS = (ModelArguments, DataArguments, LSAMConfig)
 
 
 def to_blocks(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Dataset:
-    """Blocks of `size` tokens with columns `input_ids` and `labels`; what does not fill the last one is dropped.
+    """Blocks of `size` tokens with columns `input_ids` and `labels`; tokens that do not fill a block are dropped.
 
     Args:
-        texts: with a column of strings.
+        texts: a data set with the texts in `column`.
 
     Raises:
         ValueError: if the texts do not fill one block.
@@ -77,17 +77,17 @@ def load_blocks(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tupl
     if held_out is not None:
         held_out = to_blocks(held_out, args.text_column, tokenizer, args.block_size)
     for _ in range((held_out is None) + args.tuning):
-        # Not at random: a block's neighbours in its own text would be trained on.
+        # Not at random, because a held-out block's neighbours in the same text would be trained on.
         begin = len(train) - held_out_size(args, len(train), "blocks")
         train, held_out = train.select(range(begin)), train.select(range(begin, len(train)))
     return first(train, args.max_train_samples), first(held_out, args.max_eval_samples)
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains, evaluates, saves; the results at worker 0, None at the others.
+    """Trains, evaluates and saves; returns the results at worker 0, None at the others.
 
     Args:
-        values: the value of every key, as `parse_configuration` gives them.
+        values: the value of every key, from `parse_configuration`.
     """
     args = begin(values, TRAINERS)
     tokenizer = load_tokenizer(values)

@@ -1,4 +1,4 @@
-"""Five methods for the loop of train.py: a worker with a server, or one of a data-parallel group."""
+"""Five methods for the loop of train.py: a worker with a server, or a member of a data-parallel group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_lsam.batchnorm import running_statistics, tracking_layers
 from hf_lsam.identity import Identity
 from hf_lsam.parameters import ParameterLayout, data_parallel_bytes, trainable_parameters
 
-# Where the methods differ. `algorithm` None is data-parallel training; where `sam_rho` is given, it holds.
+# How the methods differ. `algorithm` None is data-parallel training; a `sam_rho` given here overrides the key.
 METHODS: dict[str, dict[str, Any]] = {
     "lsam": {"algorithm": "lsam"},
     "easgd": {"algorithm": "easgd", "sam_rho": 0.0},
@@ -32,8 +32,9 @@ class Asynchronous:
     """A worker of LSAM, EASGD or LSGD.
 
     Args:
-        model, optimizer: of this worker.
+        model, optimizer: those of this worker.
         lsam: the fields of `LSAMArguments`.
+        out: the output folder.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lsam: dict[str, Any], out: Path):
@@ -55,7 +56,7 @@ class Asynchronous:
     def vector(self) -> Tensor:
         worker = self._lsam.worker
         if self._lsam.arguments.batchnorm_statistics == "worker":
-            with self._lsam.anchor():  # which warns
+            with self._lsam.anchor():  # because this warns
                 return worker.layout.read(
                     [tensor.cpu() for tensor in worker.parameters], torch.empty(worker.layout.numel)
                 )
@@ -83,9 +84,10 @@ class DataParallel:
     """Data-parallel SAM or SGD: DDP averages the gradients that the optimizer steps with.
 
     Args:
-        model, optimizer: of this process.
-        identity: of this process among the workers.
-        ascent_sync: perturb along the gradient of all workers' batches instead of this one's.
+        model, optimizer: those of this process.
+        identity: this process among the workers.
+        lsam: the fields of `LSAMArguments`.
+        ascent_sync: perturb along the gradient of all workers' batches instead of only this worker's.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, lsam, ascent_sync: bool):
@@ -95,7 +97,7 @@ class DataParallel:
         device = next(model.parameters()).device
         if self._workers > 1:
             one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= identity.num_workers
-            # A name of its own: a process that trains again must not find the addresses of the group before.
+            # A prefix per group: a process that trains again must not find the addresses of the previous group.
             store, rank, size = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"group {next(_groups)}", store)
             dist.init_process_group("nccl" if one_gpu_each else "gloo", store=store, rank=rank, world_size=size)

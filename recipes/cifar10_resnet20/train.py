@@ -3,9 +3,8 @@
     accelerate launch --config_file recipes/accelerate.yaml --num_processes 4 recipes/cifar10_resnet20/train.py \\
         --config recipes/cifar10_resnet20/lsam.yaml --data_dir FOLDER [--key value ...]
 
-The keys are the fields of
-`RunArguments`, `ImageDataArguments` (recipes/common/image_data.py) and `LSAMArguments`. What makes the methods differ
-stands in `METHODS` (methods.py), and for the three with a server in `hf_lsam.algorithms`:
+The keys are the fields of `RunArguments`, `ImageDataArguments` (recipes/common/image_data.py) and `LSAMArguments`. How
+the methods differ is defined in `METHODS` (methods.py) and, for the three with a server, in `hf_lsam.algorithms`:
 
     lsam       asynchronous, SAM's gradient, the smoothed anchor
     easgd      asynchronous, plain gradient, elastic averaging
@@ -13,8 +12,8 @@ stands in `METHODS` (methods.py), and for the three with a server in `hf_lsam.al
     ddp_sam    data-parallel (DDP), SAM's gradient
     ddp        data-parallel (DDP), plain gradient
 
-The model is kept at `eval_points` points of the run and evaluated when training is over, so that no worker pauses for
-it. `output_dir` then holds model.safetensors (the anchor), results.json and a model card.
+The model is kept at `eval_points` points of the run and evaluated after training, so that no worker pauses for it.
+Afterwards `output_dir` holds model.safetensors (the anchor, if there is one), results.json and a model card.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from recipes.common.results import provenance, write_json
 
 @dataclass
 class RunArguments:
-    """What is trained, how long and with which optimizer (SGD with momentum)."""
+    """What is trained, for how long, and with which settings of the optimizer (SGD with momentum)."""
 
     method: str = field(default="lsam", metadata={"help": f"One of {', '.join(METHODS)}."})
     ascent_sync: bool = field(
@@ -89,7 +88,7 @@ PIPELINE_TAG = "image-classification"
 
 
 class Warnings(logging.Handler):
-    """Collects what hf_lsam warns of."""
+    """Collects hf_lsam's warnings."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -100,7 +99,7 @@ class Warnings(logging.Handler):
 
 
 def check(values: dict[str, Any], identity: Identity) -> None:
-    """Raises ValueError for what the script cannot do."""
+    """Raises ValueError for settings that the script does not support."""
     if values["method"] not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {values['method']!r}.")
     for key, choices in (
@@ -126,7 +125,7 @@ def check(values: dict[str, Any], identity: Identity) -> None:
 
 
 def pick_device(identity: Identity, use_cpu: bool) -> torch.device:
-    """The worker's GPU; workers share where there are more of them."""
+    """The worker's GPU, or the CPU; if there are more workers than GPUs, they share them."""
     if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", identity.local_rank % torch.cuda.device_count())
@@ -148,7 +147,7 @@ def train_batches(values: dict[str, Any], images: ImageSet, identity: Identity, 
         rank=0 if independent else identity.rank,
         world_size=1 if independent else identity.num_workers,
         device=device,
-        flip=values["dataset"] != "svhn",  # a mirrored digit is another one
+        flip=values["dataset"] != "svhn",  # a mirrored digit is not the same digit
     )
 
 
@@ -158,10 +157,10 @@ class Point:
 
     Args:
         step: local steps of worker 0.
-        seconds: since the first step began.
-        bytes: sent and received until then, all workers together.
-        vector: the model, as the method's layout has it.
-        statistics: BatchNorm's running means and variances in worker 0.
+        seconds: time since the first step began.
+        bytes: bytes sent and received until then by all workers together.
+        vector: the model, in the layout of the method.
+        statistics: worker 0's BatchNorm running means and variances.
     """
 
     step: int
@@ -188,15 +187,15 @@ def evaluate(model: nn.Module, batches: Batches, autocast: Callable) -> tuple[fl
 
 @lru_cache(maxsize=2)
 def images_of(arguments: tuple[tuple[str, Any], ...]) -> ImageSet:
-    """The images; a process that makes several runs reads them once."""
+    """The images, cached so that a process that makes several runs reads them once."""
     return load_images(ImageDataArguments(**dict(arguments)))
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains and evaluates; the results in worker 0, None in the others.
+    """Trains and evaluates; returns the results at worker 0, None at the others.
 
     Raises:
-        ValueError: for values out of range or files that are not there.
+        ValueError: for values out of range, or missing files.
     """
     identity = Identity.from_environment()
     check(values, identity)
@@ -283,7 +282,7 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     if identity.rank != 0:
         return None
 
-    if points:  # the final anchor is that of all workers, wherever they were when worker 0 passed its last point
+    if points:  # the last point is the final anchor, to which all workers have contributed everything
         total = (
             method_run.layout.read([t.cpu() for t in method_run.tensors], torch.empty(method_run.layout.numel))
             if method["algorithm"]
@@ -332,7 +331,7 @@ def evaluate_points(
     autocast: Callable,
     workers: int,
 ) -> Iterator[dict[str, float]]:
-    """Accuracy and loss at every point; the model is left at the last one."""
+    """Yields accuracy and loss at every point; the model is left at the last one."""
     device = next(model.parameters()).device
     mean, std = channel_statistics(images.train_images)
     held_out = Batches(

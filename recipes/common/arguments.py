@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class MethodArguments:
-    """How it is trained, and what is trained on."""
+    """The method, and the model to start from."""
 
     method: str = field(
         default="lsam", metadata={"help": "'lsam', 'ddp_sam' (data-parallel SAM) or 'ddp' (without SAM)."}
@@ -30,7 +30,7 @@ class ScratchArguments:
 
 @dataclass
 class TokenizerArguments:
-    """The tokenizer, where it is not the model's."""
+    """The tokenizer, if it is not the model's."""
 
     tokenizer_name: str | None = field(
         default=None,
@@ -52,10 +52,10 @@ class LoraArguments:
 
 
 def pick(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass `kind` of the values of its fields."""
+    """An instance of the dataclass `kind`, from the values of its fields."""
     return kind(**{each.name: values[each.name] for each in fields(kind) if each.init})
 
 
 @dataclass
 class ModelArguments(LoraArguments, TokenizerArguments, ScratchArguments, MethodArguments):
-    """What language model is trained, and how."""
+    """Which language model is trained, and how."""

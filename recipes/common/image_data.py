@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, SVHN or an image set of your own in memory as uint8 tensors."""
+"""CIFAR-10, CIFAR-100, SVHN or an image set of your own, in memory as uint8 tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from recipes.common.image_batches import generator_for
 from recipes.common.image_formats import PickledArray, read_matlab, read_plain_pickle
 from recipes.common.labels import natural_order
 
-# What each kind of data set takes to say where it lies.
+# The keys that say where each kind of data set is.
 SOURCES = {
     "cifar10": ("data_dir",),
     "cifar100": ("data_dir",),
@@ -69,7 +69,7 @@ class ImageSet:
 
     Args:
         train_images, eval_images: uint8 [N, 3, H, W].
-        train_labels, eval_labels: int64 [N], numbers of `labels`.
+        train_labels, eval_labels: int64 [N], indices into `labels`.
         labels: the names of the classes.
     """
 
@@ -82,12 +82,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Split:
-    """Images that are decoded only when asked for.
+    """Images that are decoded only on demand.
 
     Args:
         source: the file or split, for messages.
         labels: the label of every image.
-        decode: the images of the given numbers, as uint8 [n, 3, H, W], some at a time.
+        decode: takes image indices and returns the images in several parts, uint8 [n, 3, H, W].
     """
 
     source: str
@@ -99,7 +99,7 @@ def load_images(args: ImageDataArguments) -> ImageSet:
     """The training images and those to evaluate on.
 
     Raises:
-        ValueError: if the data cannot be what was meant; it names the file, what there is, the remedy.
+        ValueError: if the data cannot be what was meant; the message names the file, what it holds, and the remedy.
     """
     _check(args)
     reader = {"svhn": _svhn, "parquet": _parquet, "folder": _folder, "hub": _hub}.get(args.dataset, _cifar)
@@ -152,7 +152,7 @@ def _check(args: ImageDataArguments) -> None:
 
 
 def _wanted(dataset: str) -> str:
-    """What to put where."""
+    """Which files to put where, for error messages."""
     if dataset in CIFAR:
         return (
             f"put {CIFAR[dataset].archive} of https://www.cs.toronto.edu/~kriz/cifar.html, or the folder "
@@ -178,7 +178,7 @@ def _place(args: ImageDataArguments) -> Path:
 
 
 def _stratified(labels: Tensor, seed: int) -> list[int]:
-    """All image numbers in random order, such that every beginning has each class in its share.
+    """All image indices in a random order in which every prefix has each class in proportion.
 
     Args:
         labels: int64 [N].
@@ -194,7 +194,11 @@ def _stratified(labels: Tensor, seed: int) -> list[int]:
 
 
 def _number(split: Split, names: list[str]) -> Tensor:
-    """The labels as numbers of `names`, int64 [N]."""
+    """The labels as indices into `names`, int64 [N].
+
+    Raises:
+        ValueError: if there are no images, or if some labels are not in `names`.
+    """
     numbers = {name: number for number, name in enumerate(names)}
     unseen = sorted(set(split.labels) - set(names), key=natural_order)
     if unseen:
@@ -222,7 +226,7 @@ def _size(images: Tensor) -> str:
 
 
 def scale(images: Tensor, size: int) -> Tensor:
-    """Their central squares scaled to `size` pixels a side, bilinear and antialiased.
+    """Scales the images' central squares to `size` pixels a side, bilinear and antialiased.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -242,7 +246,7 @@ def scale(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Cifar:
-    """How the official archive of one of the two sets is laid out."""
+    """The layout of the official archive of one of the two data sets."""
 
     folder: str
     archive: str
@@ -413,7 +417,7 @@ def _parquet_split(args: ImageDataArguments, paths: list[Path]) -> tuple[Split, 
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
-    """The class names that the datasets library leaves in a parquet file, if it wrote it."""
+    """The class names that the datasets library stores in the parquet files it writes; None if there are none."""
     try:
         return json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError):
@@ -421,7 +425,7 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] 
 
 
 def _hub(args: ImageDataArguments) -> tuple[Split, Split | None, list[str] | None]:
-    from datasets import load_dataset  # takes a second that the other kinds need not wait for
+    from datasets import load_dataset  # takes a second, which the other kinds of data need not wait for
 
     with fetching("dataset_name", args.dataset_name):
         splits = load_dataset(resolve(args.dataset_name))
@@ -520,7 +524,7 @@ def _open(content: bytes | str | Path, source: str) -> Tensor:
 
 
 def write_example_images(folder: Path, size: int) -> Path:
-    """A small image set for `dataset: folder`: dark noise and light noise of `size` pixels a side, 12 + 6 of each."""
+    """Writes a small image set for `dataset: folder`: dark and light noise, `size` pixels a side, 12 + 6 of each."""
     draw = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 6)):
         for name, level in (("dark", 60), ("light", 180)):

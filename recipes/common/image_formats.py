@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PickledName:
-    """A function or class that a pickle names; it is never looked up."""
+    """A function or class that a pickle refers to; it is never looked up."""
 
     module: str
     name: str
@@ -25,7 +25,7 @@ class PickledName:
 
 @dataclass
 class PickledArray:
-    """A numpy array that a pickle describes; `values` is None until its description is complete."""
+    """A numpy array that a pickle describes; `values` is None until the description is complete."""
 
     values: np.ndarray | None = None
 
@@ -46,13 +46,13 @@ SHORT_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_plain_pickle(data: bytes) -> dict:
-    """A pickled dict of lists, strings, numbers and arrays of bytes.
+    """Reads a pickled dict of lists, strings, numbers and arrays of bytes.
 
-    Nothing that it names is imported or called: pickletools takes the file apart into operations, and the few that
-    describe data are interpreted here. Python 2's strings come as str, by latin-1.
+    Nothing that it refers to is imported or called: pickletools splits the file into operations, and the few that
+    describe data are interpreted here. Python 2's strings become str, decoded as latin-1.
 
     Raises:
-        ValueError: if it is damaged, or holds or does anything else.
+        ValueError: if the pickle is damaged, or holds or does anything else.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -71,7 +71,7 @@ def read_plain_pickle(data: bytes) -> dict:
 
 
 def _interpret(operation: str, argument: Any, stack: list, memo: dict[int, Any]) -> bool:
-    """Carries out one operation; False for one that is not known to be harmless."""
+    """Carries out one operation; returns False for one that is not known to be harmless."""
     if operation == "PROTO":
         return True
     if operation in PUSHES:
@@ -140,7 +140,7 @@ def _of_type(value: Any, kind: type) -> Any:
 
 
 def _array(state: tuple) -> np.ndarray:
-    """The array that numpy's state tuple (version, shape, dtype, Fortran order, bytes) describes."""
+    """The array described by numpy's state tuple (version, shape, dtype, Fortran order, bytes)."""
     _, shape, dtype, fortran, content = state
     if dtype is not BYTES_DTYPE:
         raise ValueError("it has an array of something other than bytes")
@@ -158,12 +158,12 @@ MATLAB_NUMBERS = {
 
 
 def read_matlab(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of numbers in a MATLAB 5 file, by name, of the types they are stored as.
+    """The numeric arrays in a MATLAB 5 file, by name, in the types in which they are stored.
 
-    scipy reads more kinds of them, and may crash the process on a damaged one. Layout: MathWorks, MAT-File Format.
+    scipy can read more kinds of files, but may crash the process on a damaged one. Layout: MathWorks, MAT-File Format.
 
     Raises:
-        ValueError: if it is damaged, of another version, or holds something other than arrays of real numbers.
+        ValueError: if the file is damaged, of another version, or holds anything but arrays of real numbers.
     """
     if data[124:MATLAB_HEADER] != b"\x00\x01IM":
         raise ValueError("it does not begin as a MATLAB 5 file with little-endian numbers does")
@@ -187,7 +187,7 @@ def read_matlab(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _matlab_elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Type and content of each element in turn."""
+    """Yields the type and content of each element."""
     position = 0
     while position < len(data):
         if len(data) - position < 8:

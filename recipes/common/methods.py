@@ -1,5 +1,5 @@
-"""Three methods for any Trainer. A method names the gradient and the distribution; the optimizer is what the training
-arguments say, or NesterovAdamW by the key `nesterov`:
+"""Three methods for any Trainer. A method decides on the gradient and on how training is distributed; the optimizer is
+that of the training arguments, or NesterovAdamW with the key `nesterov`:
 
     lsam            LSAMTrainerMixin: asynchronous workers and a server
     ddp_sam         SAMMixin: two passes, each worker perturbing on its own batch; DDP averages the second gradient
@@ -24,8 +24,8 @@ METHODS = ("lsam", "ddp_sam", "ddp")
 
 
 class SAMMixin:
-    """Data-parallel SAM: each worker perturbs along the gradient of its own batch (m-sharpness), DDP averages the
-    gradients taken there.
+    """Data-parallel SAM: each worker perturbs along the gradient of its own batch (m-sharpness), and DDP averages the
+    gradients computed there.
 
     Args:
         rho, eps, adaptive: see `hf_lsam.sam.perturb`.
@@ -55,7 +55,7 @@ class SAMTrainer(SAMMixin, Trainer):
     """transformers' Trainer with data-parallel SAM."""
 
 
-# Of each method the Trainer and the class of its arguments. A script with another Trainer has a table of its own.
+# For each method, the Trainer and the class of its arguments. A script with a different Trainer has its own table.
 TRAINERS = {
     "lsam": (LSAMTrainer, LSAMConfig),
     "ddp_sam": (SAMTrainer, TrainingArguments),
@@ -68,17 +68,17 @@ def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, t
 
     Args:
         values: the value of every key.
-        trainers: of each method the Trainer and the class of its arguments.
+        trainers: for each method, the Trainer and the class of its arguments.
 
     Raises:
-        ValueError: for an unknown method, for LSAM fields out of range, or if the launcher started another number of
-            workers than `num_workers`.
+        ValueError: for an unknown method, without `output_dir`, for LSAM fields out of range, or if the launcher
+            started a different number of workers from `num_workers`.
     """
     if values["method"] not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {values['method']!r}.")
     if values["output_dir"] is None:
         raise ValueError("`output_dir` is not set: the run would have nowhere to leave the model. Name a folder.")
-    # The arguments of LSAM check this field and sam_rho; the other methods use them as well.
+    # With method lsam, LSAMArguments checks num_workers and sam_rho; the other methods use them too.
     if values["method"] != "lsam":
         Identity.from_environment().require_workers(values["num_workers"])
     if values["method"] == "ddp_sam":
@@ -97,16 +97,16 @@ def training_arguments(values: dict[str, Any], trainers: dict[str, tuple[type, t
 def build_trainer(
     values: dict[str, Any], args: TrainingArguments, trainers: dict[str, tuple[type, type]], **keywords
 ) -> tuple[Trainer, StepTimer]:
-    """The Trainer of the method, and what takes the time of its steps.
+    """The Trainer of the method, and the timer of its steps.
 
     Args:
-        keywords: what the Trainer takes beside `args` and `callbacks`.
+        keywords: the Trainer's arguments other than `args` and `callbacks`.
     """
     kind, timer = trainers[values["method"]][0], StepTimer()
     if values["method"] == "ddp_sam":
         keywords |= {"rho": values["sam_rho"], "eps": values["sam_eps"], "adaptive": values["sam_adaptive"]}
     trainer = kind(args=args, callbacks=[timer], **keywords)
-    if values["nesterov"]:  # not every Trainer takes it at construction
+    if values["nesterov"]:  # not every Trainer accepts it at construction
         betas = (args.adam_beta1, args.adam_beta2)
         settings = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         trainer.optimizer_cls_and_kwargs = (NesterovAdamW, settings)

@@ -1,4 +1,4 @@
-"""The model that is trained and its tokenizer: pretrained, or from scratch; an adapter."""
+"""The model to train and its tokenizer, pretrained or from scratch, and its adapter."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from recipes.common.configuration import fetching, resolve
 
 
 def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTrainedModel:
-    """A pretrained model, or one with random weights (`model_config`); its weights in float32.
+    """A pretrained model, or one with random weights (`model_config`), with its weights in float32.
 
     Args:
+        values: the value of every key.
         auto_class: for example `AutoModelForCausalLM`.
-        changes: fields of the configuration that the data settles, such as id2label. A `model_config` may say
-            otherwise.
+        changes: fields of the configuration that follow from the data, such as id2label. A `model_config` takes
+            precedence over them.
 
     Raises:
-        ValueError: without a model, with two, for an adapter on random weights, or for a `model_config` with a field
-            that this type of model has not.
+        ValueError: if there is no model or more than one, for an adapter on random weights, or for a `model_config`
+            with a field that this type of model does not have.
     """
     name, config = values["model_name_or_path"], values["model_config"]
     if (name is None) == (config is None):
@@ -43,7 +44,7 @@ def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTraine
             f"scratch), got {'neither' if name is None else 'both'}."
         )
     if name is not None:
-        # transformers would keep the type of the checkpoint, often bfloat16, in which small steps are lost.
+        # transformers would keep the dtype of the checkpoint, often bfloat16, in which small steps are lost.
         with fetching("model_name_or_path", name):
             return auto_class.from_pretrained(resolve(name), dtype=torch.float32, **changes)
     if values.get("use_lora"):
@@ -53,16 +54,19 @@ def load_model(values: dict[str, Any], auto_class: type, **changes) -> PreTraine
         )
     model = auto_class.from_config(model_configuration(config, changes))
     if model.config.model_type == "timm_wrapper":
-        model.timm_model.init_weights()  # the wrapper has drawn all weights anew, as if each were a classifier's
+        model.timm_model.init_weights()  # the wrapper has redrawn all weights as if each were a classification head's
     return model
 
 
 def model_configuration(config: dict | str, changes: dict[str, Any]) -> PretrainedConfig:
-    """The configuration of a model from scratch; a field that it does not have is an error.
+    """The configuration of a model from scratch.
 
     Args:
         config: `model_type` and fields of that type's configuration, as a mapping or as JSON.
-        changes: further fields, for which `config` may have other values.
+        changes: further fields; `config` takes precedence.
+
+    Raises:
+        ValueError: if `config` has no `model_type`, or a field that this type does not have.
     """
     fields_given = json.loads(config) if isinstance(config, str) else dict(config)
     model_type = fields_given.pop("model_type", None)
@@ -79,7 +83,7 @@ def model_configuration(config: dict | str, changes: dict[str, Any]) -> Pretrain
     return AutoConfig.for_model(model_type, **{**changes, **fields_given})
 
 
-# Marks what the assistant says, so that trl can train on it alone (assistant_only_loss).
+# Marks the assistant's turns, so that trl can train on them alone (assistant_only_loss).
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -89,7 +93,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes: it needs no file, and there is no text it does not know."""
+    """A tokenizer whose tokens are the 256 bytes: it needs no file and can encode any text."""
     special = ["<pad>", "</s>", "<|im_start|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*special, *alphabet])}, []))
@@ -103,7 +107,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(values: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """That of `tokenizer_name`, else of the model; of bytes for a model from scratch."""
+    """The tokenizer called `tokenizer_name`, or else the model's; for a model from scratch, one of bytes."""
     key = "tokenizer_name" if values["tokenizer_name"] else "model_name_or_path"
     if values[key] is None:
         return byte_tokenizer()
@@ -112,7 +116,7 @@ def load_tokenizer(values: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def token_fields(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """What a model from scratch has to know of its tokenizer; nothing for a pretrained one, which knows."""
+    """The configuration fields that a model from scratch takes from its tokenizer; empty for a pretrained model."""
     if values["model_config"] is None:
         return {}
     special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -123,7 +127,8 @@ def lora_config(args: LoraArguments, task_type: str) -> LoraConfig:
     """peft's configuration.
 
     Args:
-        task_type: a `peft.TaskType`; of a classifier the head is trained in full.
+        args: the keys of the adapter.
+        task_type: a `peft.TaskType`; a classifier's head is trained in full.
     """
     targets = args.lora_target_modules
     return LoraConfig(
@@ -132,7 +137,7 @@ def lora_config(args: LoraArguments, task_type: str) -> LoraConfig:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","),
-        # peft keeps "all-linear" off the head of a sequence classifier, but not of a token classifier.
+        # peft excludes the head of a sequence classifier from "all-linear", but not that of a token classifier.
         exclude_modules=["classifier", "score"] if task_type == TaskType.TOKEN_CLS else None,
     )
 
@@ -145,8 +150,8 @@ def with_adapter(model: PreTrainedModel, args: LoraArguments, task_type: str) ->
 
 @contextmanager
 def adding_adapter() -> Iterator[None]:
-    """Around what adds an adapter."""
-    # peft asks for an attribute that transformers 5 has renamed and warns of; nothing that is passed to them avoids it.
+    """Wraps code that adds an adapter, to suppress a warning."""
+    # peft reads an attribute that transformers 5 has renamed and warns about; no argument avoids this.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

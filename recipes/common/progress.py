@@ -1,4 +1,4 @@
-"""How far long work has come and how long it will take: a bar in a terminal, plain lines anywhere else."""
+"""The progress of long work and the time left: a bar in a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LINE_SECONDS = 5.0  # between two plain lines
 
 
 class Progress:
-    """Shown on the error stream, so that what a script prints stays clean.
+    """Shows progress on stderr, so that a script's own output stays clean.
 
     Args:
         total: how much there is to do.
         what: what is counted, such as "runs".
-        quiet: plain lines in a terminal too.
+        quiet: print plain lines even in a terminal.
     """
 
     def __init__(self, total: float, what: str, quiet: bool = False):
@@ -35,7 +35,7 @@ class Progress:
         )
 
     def advance(self, by: float = 1) -> None:
-        """So much more is done."""
+        """Advances the progress by `by`."""
         self._done += by
         self._bar.update(by)
         now = time.monotonic()
@@ -46,14 +46,14 @@ class Progress:
             print(f"{self._what}: {self._done:.6g} of {self._total:.6g}{to_go}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._bar.disable:
             print(text, flush=True)
         else:
             self._bar.write(text, file=sys.stdout)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar, which stays on the screen."""
         self._bar.close()
 
     def __enter__(self) -> Progress:
@@ -64,7 +64,7 @@ class Progress:
 
 
 def track(items: Sequence[Item], what: str, quiet: bool = False) -> Iterator[Item]:
-    """The items, one after the other, while their progress is shown."""
+    """Yields the items one by one, showing progress."""
     with Progress(len(items), what, quiet) as progress:
         for item in items:
             yield item
@@ -72,11 +72,11 @@ def track(items: Sequence[Item], what: str, quiet: bool = False) -> Iterator[Ite
 
 
 def pairs(first: Iterable, second: Iterable) -> list[tuple]:
-    """Every pair, the second running faster: two loops in one that can be tracked."""
+    """All pairs, with the second item varying faster: two nested loops as a single one that can be tracked."""
     second = list(second)
     return [(one, other) for one in first for other in second]
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """The option --quiet."""
+    """Adds the option --quiet."""
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")

@@ -1,14 +1,14 @@
-"""Which recipes there are. A recipe is a folder of recipes/ with
+"""Finds the recipes. A recipe is a folder in recipes/ with
 
     README.md
-    train.py     its docstring: the first line is what lists of recipes say of it, the next paragraph its launch
+    train.py     its docstring: the first line describes it in lists of recipes, the next paragraph is its launch
                  KEYS             the dataclasses whose fields are its keys
-                 run(values)      trains by the values of the keys; the results at worker 0, None at the others
+                 run(values)      trains with these values of the keys; returns results at worker 0, None at the others
                  PIPELINE_TAG     the Hub's name of the task, or None
     smoke.py     smoke(folder)    keys of a run that takes seconds, on data that it writes into the folder
-    lsam.yaml    its settings for a method; ddp_sam.yaml, ddp.yaml and others likewise
+    lsam.yaml    its settings for this method; ddp_sam.yaml, ddp.yaml and others likewise
 
-Lists, tables, model cards, comparisons and tests find all of it here: a new recipe is a new folder.
+Lists, tables, model cards, comparisons and tests find everything here, so a new recipe is just a new folder.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def load(name: str, part: str = "train") -> ModuleType:
 
 
 def described(name: str) -> tuple[str, str]:
-    """What a recipe says of itself, without importing it: what it trains, and the words of its launch.
+    """How a recipe describes itself, without importing it: what it trains, and the command that launches it.
 
     Raises:
-        ValueError: if the docstring of its train.py does not say so.
+        ValueError: if the docstring of its train.py has no such command.
     """
     path = RECIPES / name / "train.py"
     summary, *rest = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()

@@ -1,4 +1,4 @@
-"""Records from a file or from the Hub, as the training scripts read them: checked, and a part held out."""
+"""Records from a file or from the Hub for the training scripts: checked, with a part held out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_text(name: str, encoding: str) -> tuple[Path, str]:
     """The path of a file and its text.
 
     Raises:
-        ValueError: if there is no such file, or it is in another encoding.
+        ValueError: if there is no such file, or if it cannot be decoded.
     """
     path = Path(resolve(name))
     if not path.is_file():
@@ -67,7 +67,7 @@ def parse_rows(path: Path, text: str) -> tuple[list[dict], list[str]]:
     """The rows of a CSV, TSV, JSON or JSON-lines file, and its columns.
 
     Raises:
-        ValueError: if it is malformed, or another kind of file.
+        ValueError: if it is malformed, or some other kind of file.
     """
     suffix = path.suffix.lower()
     try:
@@ -103,10 +103,10 @@ def _read_file(name: str, args: RecordArguments) -> Dataset:
 
 
 def load_splits(args: RecordArguments) -> tuple[Dataset, Dataset | None]:
-    """The training and the held-out split of `dataset_name`, the second None where there is none.
+    """The training split and the held-out split of `dataset_name`; the latter is None if there is none.
 
     Raises:
-        ValueError: if a split is asked for that there is not, or without `dataset_name`.
+        ValueError: if a requested split does not exist, or `dataset_name` is not set.
     """
     if args.validation_file or not args.dataset_name:
         raise ValueError(
@@ -138,14 +138,15 @@ def refuse_two_sources(args: RecordArguments) -> None:
 def read_records(
     args: RecordArguments, columns: Mapping[str, str], may_be_empty: bool = False
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out records, the latter None where none are given; only the columns that are wanted.
+    """Training and held-out records with only the requested columns; the latter are None if none are given.
 
     Args:
-        columns: of each key that names a column, the column; `translation.en` is the field `en` of objects.
-        may_be_empty: let rows pass in which they are.
+        columns: maps each key that names a column to that column; `translation.en` is the field `en` of objects.
+        may_be_empty: allow rows in which a column is empty.
 
     Raises:
-        ValueError: if there is no data, or a column is missing or empty somewhere; it names the file and the remedy.
+        ValueError: if there is no data, or a column is missing or empty somewhere; the message names the file and the
+            remedy.
     """
     if args.train_file:
         refuse_two_sources(args)
@@ -195,8 +196,8 @@ def held_out_size(args: RecordArguments, available: int, what: str) -> int:
 
 
 def load_records(args: RecordArguments, columns: Mapping[str, str]) -> tuple[Dataset, Dataset]:
-    """As `read_records`, with a random part of the training records held out where there are no others; `tuning` holds
-    out another part of the rest instead."""
+    """Like `read_records`, but holds out a random part of the training records if there are no others; with `tuning`, a
+    part of what would be trained on is held out instead."""
     train, held_out = read_records(args, columns)
     for _ in range((held_out is None) + args.tuning):
         parts = train.train_test_split(held_out_size(args, len(train), "records"), seed=args.split_seed)
@@ -205,5 +206,5 @@ def load_records(args: RecordArguments, columns: Mapping[str, str]) -> tuple[Dat
 
 
 def first(records: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` records; all for None."""
+    """The first `limit` records; all of them if it is None."""
     return records if limit is None else records.select(range(min(limit, len(records))))

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: results.json, the plot of its curves, a model card; a table on the terminal."""
+"""Reports of a run: results.json, a plot of its curves, a model card, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from recipes.common.tables import text_table
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, and from it the plot of the curves and the Hub's card."""
+    """Writes results.json, and from the results the plot of the curves and the Hub's card."""
     write_json(folder / "results.json", results, indent=2)
     plot_curves(results, folder / "curves.png")
     write_card(folder, results)
 
 
 def write_card(folder: Path, results: dict[str, Any]) -> None:
-    """Writes the Hub's card, and what `hf-lsam card` would make it of."""
+    """Writes the Hub's card, and the facts from which `hf-lsam card` can make it again."""
     facts = facts_of_results(folder, results)
     save_facts(folder, facts)
     write_atomically(folder / "README.md", str(model_card(facts)))
 
 
 def result_table(results: dict[str, Any], folder: str) -> str:
-    """What a run came to, for the end of its output."""
+    """The results of a run as a table, printed at the end."""
     return text_table([("", ""), *result_rows(results), ("Saved in", folder)])
 
 

@@ -1,4 +1,4 @@
-"""What results have in common: where they come from, and their files."""
+"""What all results share: their provenance, and how their files are written."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def provenance() -> dict[str, Any]:
     """Where and with what a result was measured.
 
     Returns:
-        `commit` (with "-dirty" where files differ from it; None outside a git checkout), `versions` (of Python and of
-        the packages that matter), `hardware` (`cpu`, `cores` that this process may use, `memory_gib`, `gpus`) and
-        `date` (UTC, ISO 8601).
+        `commit` (with "-dirty" if files differ from it; None outside a git checkout), `versions` (of Python and the
+        packages that matter), `hardware` (`cpu`, `cores` that this process may use, `memory_gib`, `gpus`) and `date`
+        (UTC, ISO 8601).
     """
     git = subprocess.run(
         ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -37,6 +37,6 @@ def provenance() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """Writes a value that JSON can hold, whole or not at all; the folder is made."""
+    """Writes `value` as JSON, completely or not at all; creates the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A run: trained, evaluated, saved, and what it came to."""
+"""A run of a recipe: trains, evaluates, saves and reports."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ from recipes.common.results import provenance
 
 
 def begin(values: dict[str, Any], trainers: dict[str, tuple[type, type]]) -> TrainingArguments:
-    """The arguments of the method's Trainer, see `training_arguments`. Sets the seed, and who shows bars."""
+    """The arguments of the method's Trainer (see `training_arguments`). Also sets the seed, and silences progress bars
+    where they do not belong."""
     args = training_arguments(values, trainers)
     set_seed(args.seed)
     if args.process_index > 0 or not sys.stderr.isatty():
         disable_progress_bars()
         logging.disable_progress_bar()
     if args.process_index > 0:
-        logging.set_verbosity_error()  # worker 0 has said it
+        logging.set_verbosity_error()  # worker 0 says the same
     return args
 
 
 def measured_run(
     trainer: Trainer, timer: StepTimer, values: dict[str, Any], metric: str, **facts: Any
 ) -> dict[str, Any] | None:
-    """Evaluates, trains, evaluates, saves, reports; the results at worker 0, None at the others.
+    """Evaluates, trains, evaluates, saves and reports; returns the results at worker 0, None at the others.
 
     Args:
-        trainer: of any method.
+        trainer: the Trainer of any method.
+        timer: the timer of its steps.
         values: the value of every key.
-        metric: what tells how good the model is: "loss", or what `compute_metrics` calls it.
-        facts: further results, known already.
+        metric: the metric by which the model is judged: "loss", or a name from `compute_metrics`.
+        facts: further results that are already known.
     """
     args = trainer.args
     asynchronous = values["method"] == "lsam"
     evaluated = []
     if not asynchronous:
-        # A model that was evaluated before `train` would stay without DDP in it: each process would train by itself.
+        # If a model is evaluated before `train`, Trainer does not wrap it in DDP: each process would train on its own.
         args.eval_on_start = True
     elif args.process_index == 0:
         evaluated = [{"step": 0, **trainer.evaluate()}]
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = trainer.evaluate()  # by all, who share it with every method
+    after = trainer.evaluate()  # called by all workers, which share the work with every method
     trainer.save_model()
     gather = gather_lsam if asynchronous else gather_data_parallel
     measured = gather(trainer, timer, metric)
@@ -88,19 +90,19 @@ def measured_run(
         "configuration": without_secrets(values),
         "curves": curves,
     }
-    if metric == "loss":  # of a language model
+    if metric == "loss":  # only language models are judged by it
         results["eval_perplexity"] = math.exp(results["eval_loss"])
     write_report(Path(args.output_dir), results)
     return results
 
 
 def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, tokens blanked."""
+    """The configuration with access tokens blanked."""
     return {key: f"<{key}>" if key.endswith("_token") and value else value for key, value in values.items()}
 
 
 def gather_lsam(trainer: LSAMTrainer, timer: StepTimer, metric: str) -> dict[str, Any] | None:
-    """What the workers measured, in the order of ranks, at worker 0; None at the others."""
+    """The workers' measurements, in rank order, at worker 0; None at the others."""
     with trainer.local():
         own = trainer.evaluate(metric_key_prefix="worker")
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -138,7 +140,7 @@ def gather_lsam(trainer: LSAMTrainer, timer: StepTimer, metric: str) -> dict[str
 
 
 def gather_data_parallel(trainer: Trainer, timer: StepTimer, metric: str) -> dict[str, Any]:
-    """As `gather_lsam`; what only LSAM has is None, and the loss is the workers' mean."""
+    """Like `gather_lsam`; what only LSAM has is None, and the loss is the workers' mean."""
     median = torch.tensor([timer.median()], device=trainer.args.device)
     medians = trainer.accelerator.gather(median).tolist()
     return {
@@ -159,7 +161,7 @@ def gather_data_parallel(trainer: Trainer, timer: StepTimer, metric: str) -> dic
 
 
 def main(keys: Sequence[type], run: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """A script: the command line in, a run, its results as a table out.
+    """The main function of a training script: parses the command line, makes the run, and prints a table of results.
 
     Args:
         keys: the dataclasses whose fields are the keys.

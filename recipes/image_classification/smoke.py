@@ -10,7 +10,7 @@ from recipes.common.recipe import FEW_STEPS
 
 
 def smoke(folder: Path) -> dict[str, Any]:
-    """Keys on top of those of a YAML file, and the data they name written into `folder`."""
+    """Keys to add to those of a YAML file; writes the data that they name into `folder`."""
     model = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32}
     model |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     data = {"data_dir": write_example_images(folder / "images", 8), "image_size": 8}

@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate.yaml recipes/image_classification/train.py \\
         --config recipes/image_classification/lsam.yaml --data_dir images [--key value ...]
 
-The keys are the fields of `ModelArguments`, `DataArguments` (image_data.py) and `LSAMConfig`, and with it of
-`TrainingArguments`. All images are held in memory, as bytes at the size that the model takes.
+The keys are the fields of `ModelArguments`, `DataArguments` (image_data.py) and `LSAMConfig`, which includes
+`TrainingArguments`. All images are held in memory, as bytes, at the size that the model takes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from recipes.common.run import begin, main, measured_run
 
 @dataclass
 class ModelArguments(ScratchArguments, MethodArguments):
-    """What is trained, and how."""
+    """Which model is trained, and how."""
 
 
 @dataclass
 class DataArguments(ImageDataArguments):
-    """Where the images come from, and how they are changed in training."""
+    """Where the images come from, and how they are augmented in training."""
 
-    # TrainingArguments has a `data_seed` as well, for the order of batches; the choice of images has none here.
+    # TrainingArguments also has a `data_seed`, for the order of batches; here the choice of images has no key.
     data_seed: int = field(default=0, init=False)
     random_flip: bool = field(default=True, metadata={"help": "Mirror every second training image."})
     crop_padding: int = field(
@@ -50,13 +50,13 @@ class DataArguments(ImageDataArguments):
 
 
 class Images(Dataset):
-    """Images and labels as the models of transformers take them.
+    """Images and labels in the form that transformers' models take.
 
     Args:
         images: uint8 [N, 3, H, W].
         labels: int64 [N].
-        mean, std: float32 [3], of pixels in [0, 1].
-        change: applied to an image as uint8 [3, H, W] whenever it is read.
+        mean, std: float32 [3], for pixels in [0, 1].
+        change: applied to an image, uint8 [3, H, W], whenever it is read.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, change=None):
@@ -77,7 +77,7 @@ KEYS = (ModelArguments, DataArguments, LSAMConfig)
 
 
 def augmentation(args: DataArguments, size: tuple[int, int]) -> v2.Transform | None:
-    """What is done to a training image of `size` (height, width); None for nothing."""
+    """The augmentation of training images of `size` (height, width); None if there is none."""
     steps = [v2.RandomHorizontalFlip()] if args.random_flip else []
     if args.crop_padding:
         steps.append(v2.RandomCrop(size, padding=args.crop_padding))
@@ -85,7 +85,7 @@ def augmentation(args: DataArguments, size: tuple[int, int]) -> v2.Transform | N
 
 
 def statistics_of(args: DataArguments, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation that normalise, float32 [3] each.
+    """The mean and standard deviation for normalising, float32 [3] each.
 
     Raises:
         ValueError: if one of them is given without the other, or not for three channels.
@@ -102,7 +102,7 @@ def statistics_of(args: DataArguments, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def image_processor(size: tuple[int, int], mean: Tensor, std: Tensor) -> ViTImageProcessor:
-    """What is saved beside the model: it makes of any image what the model was trained on."""
+    """The image processor saved with the model: it turns any image into what the model was trained on."""
     height, width = size
     return ViTImageProcessor(
         size={"height": height, "width": width}, image_mean=mean.tolist(), image_std=std.tolist(), resample=2
@@ -110,15 +110,15 @@ def image_processor(size: tuple[int, int], mean: Tensor, std: Tensor) -> ViTImag
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics`: the share of images whose likeliest class is theirs."""
+    """`compute_metrics`: the share of images whose most likely class is the right one."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains, evaluates, saves; the results at worker 0, None at the others.
+    """Trains, evaluates and saves; returns the results at worker 0, None at the others.
 
     Args:
-        values: the value of every key, as `parse_configuration` gives them.
+        values: the value of every key, from `parse_configuration`.
     """
     data_args = pick(DataArguments, values)
     args = begin(values, TRAINERS)
@@ -127,9 +127,9 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     names = dict(enumerate(images.labels))
     changes: dict[str, Any] = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     if values["model_name_or_path"]:
-        changes["ignore_mismatched_sizes"] = True  # the head is for other classes
+        changes["ignore_mismatched_sizes"] = True  # the pretrained head is for other classes
     model = load_model(values, AutoModelForImageClassification, **changes)
-    # Its loss is a mean over the micro-batch, whatever `num_items_in_batch` says.
+    # The model's loss is a mean over the micro-batch, whatever `num_items_in_batch` says.
     model.accepts_loss_kwargs = False
     size = tuple(images.train_images.shape[-2:])
     trainer, timer = build_trainer(

@@ -11,7 +11,7 @@ from recipes.seq2seq.example_data import records
 
 
 def smoke(folder: Path) -> dict[str, Any]:
-    """Keys on top of those of a YAML file, and the data they name written into `folder`."""
+    """Keys to add to those of a YAML file; writes the data that they name into `folder`."""
     model = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     file = write_lines(folder / "pairs.jsonl", records(), 36)
     short = {"train_file": file, "eval_size": 4, "generation_max_length": 16, "model_config": model}

@@ -4,8 +4,8 @@
         --config recipes/seq2seq/lsam.yaml [--key value ...]
 
 The keys are the fields of `ModelArguments`, `DataArguments`, `LSAMArguments` and `Seq2SeqTrainingArguments`. With
-`predict_with_generate` the model generates at every evaluation, with LSAM at the anchor, and `metric` scores what it
-says; without, the loss alone is measured.
+`predict_with_generate` the model (with LSAM, the anchor) generates at every evaluation, and `metric` scores the output;
+without it, only the loss is measured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TRAINERS = {
 
 
 def exact_match(texts: list[str], references: list[str]) -> float:
-    """The share of texts that are the reference, blanks around them aside."""
+    """The share of texts that equal their reference, apart from surrounding whitespace."""
     return float(np.mean([text.strip() == wanted.strip() for text, wanted in zip(texts, references, strict=True)]))
 
 
@@ -70,7 +70,7 @@ METRICS = {
 
 @dataclass
 class DataArguments(RecordArguments):
-    """Where the pairs of texts come from, and how what is generated is scored."""
+    """Where the pairs of texts come from, and how generated texts are scored."""
 
     source_column: str = field(
         default="source", metadata={"help": "Column of the inputs, or `translation.en` for nested."}
@@ -111,10 +111,10 @@ def generation_metric(tokenizer: PreTrainedTokenizerBase, name: str):
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains, evaluates, saves; the results at worker 0, None at the others.
+    """Trains, evaluates and saves; returns the results at worker 0, None at the others.
 
     Args:
-        values: the value of every key, as `parse_configuration` gives them.
+        values: the value of every key, from `parse_configuration`.
 
     Raises:
         ValueError: for an unknown metric, or for data or a model that cannot be what was meant.
@@ -130,7 +130,7 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     if fields:
         fields["decoder_start_token_id"] = tokenizer.pad_token_id
     model = load_model(values, AutoModelForSeq2SeqLM, **fields)
-    # Its loss is a mean over the micro-batch, whatever `num_items_in_batch` says.
+    # The model's loss is a mean over the micro-batch, whatever `num_items_in_batch` says.
     model.accepts_loss_kwargs = False
     if values["use_lora"]:
         model = with_adapter(model, pick(ModelArguments, values), TaskType.SEQ_2_SEQ_LM)

@@ -1,4 +1,4 @@
-"""Chats to try the recipe with: a tweet, and what an assistant says of its mood.
+"""Chats to try the recipe with: a tweet, and what an assistant says about its mood.
 
 python recipes/sft/example_data.py [FILE.jsonl] [--count N]
 """

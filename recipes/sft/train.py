@@ -4,7 +4,7 @@
         --config recipes/sft/lsam.yaml [--key value ...]
 
 The keys are the fields of `ModelArguments`, `DataArguments`, `LSAMArguments` and trl's `SFTConfig`. A record has
-`messages`, or `prompt` and `completion`, or `text`, as trl takes them.
+`messages`, or `prompt` and `completion`, or `text`, in trl's format.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ KEYS = (ModelArguments, DataArguments, LSAMSFTConfig)
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains, evaluates, saves; the results at worker 0, None at the others.
+    """Trains, evaluates and saves; returns the results at worker 0, None at the others.
 
     Args:
-        values: the value of every key, as `parse_configuration` gives them.
+        values: the value of every key, from `parse_configuration`.
     """
     args = begin(values, TRAINERS)
     data_args = pick(DataArguments, values)

@@ -1,4 +1,4 @@
-"""Labelled sentences from a CSV or JSON file or from the Hub, checked before any time is spent on them."""
+"""Labelled sentences from a CSV or JSON file or from the Hub, checked before any time is spent on training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.common.records import RecordArguments, first, load_splits, parse_ro
 
 @dataclass
 class DataArguments(RecordArguments):
-    """Where the sentences come from. Give `train_file` or `dataset_name`; what is held out is stratified."""
+    """Where the sentences come from. Give `train_file` or `dataset_name`; held-out parts are stratified."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the sentences."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels: strings or integers."})
@@ -30,7 +30,7 @@ class Examples:
 
     Args:
         source: the file or split, for messages.
-        columns: the columns there are.
+        columns: all columns of the source.
     """
 
     source: str
@@ -43,7 +43,8 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
     """Training and held-out examples with columns `text` (string) and `labels` (`ClassLabel`), and the label names.
 
     Raises:
-        ValueError: if the data cannot be what was meant; it names the file, the column, what there is, the remedy.
+        ValueError: if the data cannot be what was meant; the message names the file, the column, what is there, and the
+            remedy.
     """
     train, held_out = _read_files(args) if args.train_file else _read_dataset(args)
     train = _keep(train, args)
@@ -146,7 +147,7 @@ def _dataset(examples: Examples, names: list[str]) -> Dataset:
 
 
 def _split(dataset: Dataset, source: str, args: DataArguments) -> tuple[Dataset, Dataset]:
-    """A stratified split; a sentence that is held out is not trained on, however often it stands in the data."""
+    """A stratified split. A sentence that is held out is not trained on, however often it occurs in the data."""
     size = args.eval_size if 0 < args.eval_size < 1 else int(args.eval_size)
     classes = dataset.features["labels"].num_classes
     held_out = size * len(dataset) if size < 1 else size

@@ -9,7 +9,7 @@ from recipes.common.recipe import FEW_STEPS
 
 
 def smoke(folder: Path) -> dict[str, Any]:
-    """Keys on top of those of a YAML file, and the data they name written into `folder`."""
+    """Keys to add to those of a YAML file; writes the data that they name into `folder`."""
     file = folder / "train.csv"
     rows = (f"film {number} was {word},{word}\n" for number in range(12) for word in ("positive", "negative"))
     file.write_text("text,label\n" + "".join(rows))

@@ -3,10 +3,10 @@
     accelerate launch --config_file recipes/accelerate.yaml recipes/text_classification/train.py \\
         --config recipes/text_classification/quickstart.yaml [--key value ...]
 
-The keys are the fields of `ModelArguments`, `DataArguments` (sentences.py), `LSAMConfig` and `TrainingArguments`; what
-`method` may be is in recipes/common/methods.py.
+The keys are the fields of `ModelArguments`, `DataArguments` (sentences.py) and `LSAMConfig`, which includes
+`TrainingArguments`; recipes/common/methods.py lists the values of `method`.
 
-`output_dir` then holds the model or adapter, the tokenizer, results.json, a model card (README.md) and curves.png.
+Afterwards `output_dir` holds the model or adapter, the tokenizer, results.json, a card (README.md) and curves.png.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from recipes.text_classification.sentences import DataArguments, load_examples
 
 @dataclass
 class ModelArguments(LoraArguments, MethodArguments):
-    """What is trained, and how."""
+    """Which model is trained, and how."""
 
     base_model_id: str | None = field(
         default=None, metadata={"help": "Hub id that the model card names, where model_name_or_path is none."}
@@ -54,10 +54,10 @@ KEYS = (ModelArguments, DataArguments, LSAMConfig)
 def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, list[str]]:
     """The model with a head for `labels`, and the labels in the order of its outputs.
 
-    A model that has a classification head already keeps it, with its own numbering of the labels.
+    A model that already has a classification head keeps it, with its own numbering of the labels.
 
     Raises:
-        ValueError: if its head is for other labels, or for another number of them.
+        ValueError: if no model is named, or if its head is for other labels or a different number of them.
     """
     if not args.model_name_or_path:
         raise ValueError("`model_name_or_path` is not set. Name a model on the Hub or a folder.")
@@ -70,8 +70,9 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     model = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}
     )
-    # The loss is a mean over examples, whatever `num_items_in_batch` says. Trainer takes it for a sum over that number
-    # where the model's forward accepts it, and would scale the gradient by processes and accumulation steps.
+    # The model's loss is a mean over the micro-batch, whatever `num_items_in_batch` says. If its forward accepts that
+    # argument, Trainer assumes that the loss is divided by it, and would scale the gradient by the numbers of processes
+    # and accumulation steps.
     model.accepts_loss_kwargs = False
     if args.use_lora:
         model = with_adapter(model, args, TaskType.SEQ_CLS)
@@ -89,7 +90,7 @@ def _labels_of_head(name: str, config: PretrainedConfig, labels: list[str]) -> l
         )
     own = [str(config.id2label[number]) for number in range(config.num_labels)]
     if own == [f"LABEL_{number}" for number in range(config.num_labels)]:
-        return labels  # it never was told their names
+        return labels  # the model does not know their names
     if set(own) != set(labels):
         raise ValueError(
             f"{name} classifies into {', '.join(map(repr, own))}, the data has {', '.join(map(repr, labels))}. {remedy}"
@@ -98,7 +99,7 @@ def _labels_of_head(name: str, config: PretrainedConfig, labels: list[str]) -> l
 
 
 def tokenize(examples: Dataset, tokenizer, names: list[str], max_length: int) -> Dataset:
-    """Token ids and label numbers; the labels numbered in the order of `names`."""
+    """Token ids and label numbers, numbered in the order of `names`."""
     numbers = [names.index(name) for name in examples.features["labels"].names]
 
     def encode(batch):
@@ -113,7 +114,7 @@ def tokenize(examples: Dataset, tokenizer, names: list[str], max_length: int) ->
 
 
 def accuracy_metric(rank: int):
-    """`compute_metrics` from the metric beside this script, which needs no network."""
+    """Makes `compute_metrics` from the metric next to this script, which needs no network."""
     metric = evaluate.load(
         str(Path(__file__).with_name("accuracy")), experiment_id=f"{os.getpid()}-{rank}", keep_in_memory=True
     )
@@ -125,10 +126,10 @@ def accuracy_metric(rank: int):
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains, evaluates, saves; the results at worker 0, None at the others.
+    """Trains, evaluates and saves; returns the results at worker 0, None at the others.
 
     Args:
-        values: the value of every key, as `parse_configuration` gives them.
+        values: the value of every key, from `parse_configuration`.
     """
 
     data_args, model_args = pick(DataArguments, values), pick(ModelArguments, values)

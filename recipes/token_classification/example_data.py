@@ -1,4 +1,4 @@
-"""Tagged words to try the recipe with: those of a tweet, handles and hashtags tagged.
+"""Tagged words to try the recipe with: the words of tweets, with handles and hashtags tagged.
 
 python recipes/token_classification/example_data.py [FILE.jsonl] [--count N]
 """
@@ -14,7 +14,7 @@ SIGNS = {"@": "B-HANDLE", "#": "B-HASHTAG"}
 
 
 def records() -> Iterator[dict[str, Any]]:
-    """The signs that tell a handle or a hashtag are taken away: the words around are to tell."""
+    """Removes the signs that mark handles and hashtags, so that they have to be recognised from the words around."""
     for text, _ in tweets():
         tokens, tags = [], []
         for word in text.split():

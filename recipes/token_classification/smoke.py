@@ -11,6 +11,6 @@ from recipes.token_classification.example_data import records
 
 
 def smoke(folder: Path) -> dict[str, Any]:
-    """Keys on top of those of a YAML file, and the data they name written into `folder`."""
+    """Keys to add to those of a YAML file; writes the data that they name into `folder`."""
     file = write_lines(folder / "entities.jsonl", records(), 40)
     return {**FEW_STEPS, "train_file": file}

@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate.yaml recipes/token_classification/train.py \\
         --config recipes/token_classification/lsam.yaml [--key value ...]
 
-The keys are the fields of `ModelArguments`, `DataArguments` and `LSAMConfig`, and with it of `TrainingArguments`. A
-record has the words of a sentence and a tag for each; tags B-X and I-X make entities, which `f1` is about.
+The keys are the fields of `ModelArguments`, `DataArguments` and `LSAMConfig`, which includes `TrainingArguments`. A
+record has the words of a sentence and a tag for each word; tags B-X and I-X form entities, over which `f1` is computed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recipes.common.models import load_model, load_tokenizer, token_fields, with
 from recipes.common.records import RecordArguments, load_records
 from recipes.common.run import begin, main, measured_run
 
-IGNORED = -100  # the label of what is no beginning of a word, for the loss
+IGNORED = -100  # the label, ignored by the loss, of tokens that do not begin a word
 
 
 @dataclass
@@ -47,11 +47,11 @@ KEYS = (ModelArguments, DataArguments, LSAMConfig)
 
 
 def load_sentences(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
-    """Training and held-out sentences, their tags as strings, and the tags: those that the data set names, else those
-    of the training sentences in alphabetical order.
+    """Training and held-out sentences with tags as strings, and the list of tags: those that the data set declares, or
+    else those of the training sentences in alphabetical order.
 
     Raises:
-        ValueError: if words and tags differ in number, or a held-out tag is never trained on.
+        ValueError: if words and tags differ in number, or if a held-out tag is not among the tags.
     """
     parts = load_records(args, {"tokens_column": args.tokens_column, "tags_column": args.tags_column})
     feature = getattr(parts[0].features[args.tags_column], "feature", None)
@@ -86,7 +86,7 @@ def load_sentences(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
 
 
 def tokenize(sentences: Dataset, tokenizer: PreTrainedTokenizerBase, tags: list[str], max_length: int) -> Dataset:
-    """Token ids, and labels: a word's tag at its first token, `IGNORED` at every other."""
+    """Token ids and labels: a word's tag at its first token, `IGNORED` at all others."""
     numbers = {tag: number for number, tag in enumerate(tags)}
 
     def encode(batch):
@@ -102,10 +102,10 @@ def tokenize(sentences: Dataset, tokenizer: PreTrainedTokenizerBase, tags: list[
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(kind, first word, word after the last) of each entity.
+    """(kind, index of the first word, index after the last word) of each entity.
 
-    As in conlleval, a tag I-X that continues no entity begins one. Another tag than B-X, I-X and O is an entity of one
-    word.
+    As in conlleval, a tag I-X that does not continue an entity begins one. Any tag other than B-X, I-X and O is an
+    entity of a single word.
     """
     found, kind, begin = set(), None, 0
     for at, tag in enumerate([*tags, "O"]):
@@ -119,7 +119,7 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_scores(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of entities over all sentences, and the accuracy of tags."""
+    """Precision, recall and F1 of the entities in all sentences, and the accuracy of the tags."""
     pairs = [(entities(a), entities(b)) for a, b in zip(predicted, wanted, strict=True)]
     right = sum(len(a & b) for a, b in pairs)
     said, there = sum(len(a) for a, _ in pairs), sum(len(b) for _, b in pairs)
@@ -133,7 +133,7 @@ def entity_scores(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[
 
 
 def entity_metric(tags: list[str]):
-    """`compute_metrics` from `entity_scores`."""
+    """Makes `compute_metrics` from `entity_scores`."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         labels, best = prediction.label_ids, prediction.predictions.argmax(-1)
@@ -145,10 +145,10 @@ def entity_metric(tags: list[str]):
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains, evaluates, saves; the results at worker 0, None at the others.
+    """Trains, evaluates and saves; returns the results at worker 0, None at the others.
 
     Args:
-        values: the value of every key, as `parse_configuration` gives them.
+        values: the value of every key, from `parse_configuration`.
     """
     data_args = pick(DataArguments, values)
     args = begin(values, TRAINERS)
@@ -162,7 +162,7 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
         label2id={tag: number for number, tag in names.items()},
         **token_fields(values, tokenizer),
     )
-    # Its loss is a mean over the micro-batch, whatever `num_items_in_batch` says.
+    # The model's loss is a mean over the micro-batch, whatever `num_items_in_batch` says.
     model.accepts_loss_kwargs = False
     if values["use_lora"]:
         model = with_adapter(model, pick(ModelArguments, values), TaskType.TOKEN_CLS)

@@ -3,17 +3,18 @@
     python scripts/benchmarks/asynchrony.py --output benchmarks/async.json
 
 Two workers fine-tune MiniLM on CPU, one thread each, started through `accelerate launch`, first with LSAMTrainer, then
-with Trainer (DDP). Worker 1 is slowed in two of three kinds of block, which take turns within a run, so that the
-machine's noise hits all alike:
+with Trainer (DDP). Worker 1 is slowed down in two of three kinds of block, which alternate within a run, so that the
+machine's noise affects all equally:
 
     free    no pause
-    sleep   after each step, worker 1 sleeps for 1.5 times its own step without a pause
+    sleep   after each step, worker 1 sleeps for 1.5 times as long as one of its steps takes without a pause
     busy    the same pause, spent on forward and backward passes of a spare model
 
 Worker 0's step is compared with its own step in free blocks. Workers share caches and memory, so a sleeping neighbour
-can make worker 0 faster, which would hide waiting; in busy blocks worker 1 is as slow but the machine as loaded as in
-free ones. A step lasts from one `on_step_begin` to the next. LSAM's workers are not in step, so their blocks are spans
-of time, and steps that reach over a block's end are left out; DDP's are in step, and their blocks are counted in steps.
+can make worker 0 faster, which would hide waiting. In busy blocks worker 1 is just as slow, but the machine is as
+loaded as in free ones. A step lasts from one `on_step_begin` to the next. LSAM's workers are not in lock step, so their
+blocks are spans of time, and steps that cross the end of a block are left out; DDP's are, and their blocks are counted
+in steps.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ from scripts.common.launches import launch
 NAME = "async"  # of benchmarks/async.json
 KINDS = ("free", "sleep", "busy")
 METHODS = ("lsam", "ddp")
-PAUSE = 1.5  # worker 1's pause, in steps of its own
-UNCOUNTED = 1  # steps at the begin of a run that only warm up
+PAUSE = 1.5  # worker 1's pause, in units of its own step
+UNCOUNTED = 1  # steps at the beginning of a run that only warm up
 
 
 class Blocks(TrainerCallback):
-    """Pauses worker 1 in its blocks and notes which step of this worker lay in which kind of block.
+    """Pauses worker 1 in its blocks, and records in which kind of block each step of this worker was.
 
     Args:
-        rank: of this worker.
+        rank: rank of this worker.
         warmup: steps before the first block; the pause is 1.5 times their median.
-        rounds: free, sleep, busy, and again.
-        block: length of a block; a number of steps, or with `clock` of seconds.
+        rounds: how often the blocks free, sleep and busy are repeated.
+        block: length of a block: a number of steps or, with `clock`, of seconds.
         clock: a file by which the workers agree on when the first block begins, or None to count steps.
-        spare: what a busy pause trains.
+        spare: the model that is trained during a busy pause.
         batch: one batch for it.
     """
 
@@ -78,7 +79,7 @@ class Blocks(TrainerCallback):
             begin, before = self._begin
             if before is None and state.global_step > UNCOUNTED:
                 self._free.append(now - begin)
-            # In lock step a step belongs to the block it began in; else it must lie in one block altogether.
+            # In lock step, a step belongs to the block in which it began; otherwise it must lie entirely in one block.
             if before is not None and before < len(self._kinds) and (self._clock is None or before == block):
                 self.steps[self._kinds[before]].append(now - begin)
         self._begin = (now, block)
@@ -98,7 +99,7 @@ class Blocks(TrainerCallback):
         return None if self._start is None or now < self._start else int((now - self._start) // self._block)
 
     def _agree(self, step: int) -> None:
-        """Each worker says that it has warmed up; the first block begins once both have."""
+        """Announces that this worker has warmed up; the first block begins once both have."""
         if self._start is not None:
             return
         mine, other = (self._clock.with_suffix(f".{rank}") for rank in (self._rank, 1 - self._rank))
@@ -155,7 +156,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def measure(method: str, arguments: argparse.Namespace) -> list[dict]:
-    """Runs two workers; returns what each has measured."""
+    """Runs two workers; returns the measurements of both."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--worker", method, "--folder", folder]
         for name in ("batch", "length", "warmup", "rounds", "block_steps", "block_seconds"):
@@ -165,7 +166,7 @@ def measure(method: str, arguments: argparse.Namespace) -> list[dict]:
 
 
 def summarize(method: str, reports: list[dict]) -> list[dict]:
-    """One row a kind of block."""
+    """One row per kind of block."""
     rows = []
     for kind in KINDS:
         row = {"method": method, "worker_1": kind}

@@ -1,15 +1,15 @@
-"""What a worker notices of another one's death, and how soon the server does.
+"""How a worker is affected by another one's death, and how soon the server notices it.
 
     python scripts/benchmarks/faults.py --output benchmarks/faults.json
 
-Two external workers of a server that was started by hand, one thread each. One makes local steps without a pause
-(products of matrices, the coupling, an exchange every 4 steps). The other does the same until it is killed with
-SIGKILL; a new one takes its place, and so on. In between a process that shares nothing multiplies as many matrices: the
-machine is as loaded after a kill as before. Reported over the kills:
+Two external workers of a server that was started manually, one thread each. One makes local steps without a pause
+(matrix products, the coupling, an exchange every 4 steps). The other does the same until it is killed with SIGKILL; a
+new one takes its place, and so on. In between, an unrelated process multiplies as many matrices, so that the machine is
+as loaded after a kill as before. Reported over the kills:
 
 1. seconds from the kill until the server has dropped the worker,
-2. the survivor's median step in the time after a kill, until the next one joins, of its median step in as long a time
-   before; and its slowest step in each of the two, of the median before.
+2. the survivor's median step in the time between a kill and the next join, divided by its median step in an equally
+   long time before; and its slowest step in each of the two, divided by the median before.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from scripts.stress.chaos import processes
 
 NAME = "faults"  # of benchmarks/faults.json
 SYNC_STEPS = 4
-SIDE = 256  # of the matrices that a step multiplies
+SIDE = 256  # size of the matrices that a step multiplies
 GONE = re.compile(r"^(\d+\.\d+) worker \d+ is gone", re.MULTILINE)
 
 
@@ -53,7 +53,8 @@ def serve(run_dir: Path, log: Path) -> None:
 
 
 def work(run_dir: Path, numel: int, pipe: Connection) -> None:
-    """The body of a worker: says that it has joined, steps until it is told to end, reports (when, seconds) a step."""
+    """The body of a worker: announces that it has joined, steps until it is told to end, and reports (time, seconds) of
+    each step."""
     torch.set_num_threads(1)
     x = nn.Parameter(torch.zeros(numel))
     matrix = torch.randn(SIDE, SIDE)
@@ -87,7 +88,7 @@ def multiply(begin: Event, numel: int) -> None:
 
 
 def measure(kills: int, seconds: float, numel: int, quiet: bool) -> dict:
-    """Kills `kills` workers beside one that goes on; what that one and the server's log say of it."""
+    """Kills `kills` workers next to one that keeps going; returns what that one and the server's log say about it."""
     with tempfile.TemporaryDirectory(prefix="hf_lsam-bench-", dir="/dev/shm") as scratch:
         folder, log = Path(scratch) / "run", Path(scratch) / "log"
         server = processes.Process(target=serve, args=(folder, log))
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     add_quiet(parser)
     arguments = parser.parse_args()
-    torch.optim.SGD([torch.zeros(1)])  # loads what every forked process would otherwise load by itself
+    torch.optim.SGD([torch.zeros(1)])  # loads what every forked process would otherwise have to load
     results = measure(arguments.kills, arguments.seconds, arguments.numel, arguments.quiet)
     print(table(results))
     parameters = {

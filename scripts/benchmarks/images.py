@@ -4,13 +4,13 @@
 
 ResNet-20, SGD with momentum, random images, channels last. Two questions:
 
-1. A step of `LSAM` alone, of two forward-backward passes, against two of a plain PyTorch loop. The loops take turns, a
-   few steps each, in several processes one after the other: where malloc happens to put things favours one loop or
-   the other by some per cent for as long as a process lives. The median over processes is reported, each counting
-   with the median over its rounds. Once with glibc's malloc as it comes, which gives the memory of a pass back to the
-   system and takes it again page by page, and once told to keep it, for both loops.
-2. Images a second of two workers: two LSAM processes that know nothing of each other, two workers of one LSAM run with
-   its server, and two processes of data-parallel SAM. They take turns too; a process has one thread.
+1. A step of a lone `LSAM` worker, which has two forward-backward passes, against two steps of a plain PyTorch loop. The
+   loops alternate, a few steps each, in several processes one after the other, because the places that malloc happens
+   to choose favour one loop or the other by several per cent for as long as a process lives. The median over processes
+   of each one's median over rounds is reported: once with glibc's malloc as it is, which returns the memory of a pass
+   to the system and takes it back page by page, and once told to keep it, for both loops.
+2. Images per second of two workers: two independent LSAM processes, two workers of one LSAM run with its server, and
+   two processes of data-parallel SAM. These alternate too; each process has one thread.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def problem(batch: int):
 
 
 def step_ratios(batch: int, rounds: int, steps: int) -> dict:
-    """Medians over the rounds: seconds of both loops' steps, and the ratio of an LSAM step to two plain ones."""
+    """Medians over rounds: seconds per step of both loops, and the ratio of an LSAM step to two plain ones."""
     model, optimizer, images, labels = problem(batch)
     other, other_optimizer, *_ = problem(batch)
     seconds: dict[str, list[float]] = {"plain": [], "lsam": []}
@@ -96,7 +96,7 @@ def step_ratios(batch: int, rounds: int, steps: int) -> dict:
 
 
 def work(kind: str, batch: int, steps: int, folder: Path) -> float:
-    """Images a second of this process, over its steps after a warm-up of one period."""
+    """Images per second of this process, over its steps after a warm-up of one period."""
     torch.set_num_threads(1)
     model, optimizer, images, labels = problem(batch)
     fields = {**LSAM_FIELDS, "sam_eps": 1e-12, "sam_adaptive": False, "batchnorm_statistics": "reestimate"}
@@ -115,7 +115,7 @@ def work(kind: str, batch: int, steps: int, folder: Path) -> float:
 
 
 def step_cost(allocator: str, batch: int, rounds: int, steps: int) -> dict:
-    """`step_ratios` in a process of its own: malloc reads its settings when a process starts."""
+    """`step_ratios` in a new process, because malloc reads its settings when a process starts."""
     with tempfile.NamedTemporaryFile() as file:
         command = [sys.executable, str(Path(__file__).resolve()), "--work", "step", "--batch", str(batch)]
         command += ["--rounds", str(rounds), "--steps", str(steps), "--output", file.name]
@@ -124,13 +124,13 @@ def step_cost(allocator: str, batch: int, rounds: int, steps: int) -> dict:
 
 
 def over_processes(allocator: str, costs: list[dict]) -> dict:
-    """The medians over processes of what `step_ratios` gave in each."""
+    """The medians over processes of what `step_ratios` returned in each."""
     medians = {key: statistics.median(cost[key] for cost in costs) for key in ("plain_step_s", "lsam_step_s", "ratio")}
     return {"allocator": allocator, **medians, "ratios": [cost["ratio"] for cost in costs], "n": len(costs)}
 
 
 def throughput(kind: str, batch: int, steps: int) -> float:
-    """Images a second of two processes together."""
+    """Images per second of two processes together."""
     with tempfile.TemporaryDirectory() as folder:
         script = str(Path(__file__).resolve())
         options = ["--work", kind, "--batch", str(batch), "--steps", str(steps), "--output", folder]

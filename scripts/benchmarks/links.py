@@ -1,14 +1,14 @@
-"""How fast do vectors cross between machines, against what a bare connection does with the same bytes?
+"""How fast are vectors sent between machines, compared with a bare connection that sends the same bytes?
 
     python scripts/benchmarks/links.py --output benchmarks/links.json
 
-A process sends vectors to another one, over loopback, and over a link of so many Mbit/s between two network namespaces
-(root and iproute2 are needed). Within one run these take turns, each from the first byte until the receiver has said
-that all is there:
+A process sends vectors to another one, over loopback, and over a link of a given speed between two network namespaces
+(which needs root and iproute2). Within one run these modes alternate, each timed from the first byte until the receiver
+has acknowledged everything:
 
     tcp     a plain socket moves as many bytes, and does nothing with them: the yardstick
-    curve   pyzmq moves as many bytes, encrypted and authenticated with CURVE: what the link might have been built on
-    link    a `Peer` sends the vector as servers do: encoded in so many bits, encrypted, received and decoded again
+    curve   pyzmq moves as many bytes, encrypted and authenticated with CURVE: an alternative basis for the link
+    link    a `Peer` sends the vector as servers do: encoded in few bits, encrypted, received and decoded again
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from tests.netns import machines, why_not
 
 NAME = "links"  # of benchmarks/links.json
 MODES = ("tcp", "curve", "link")
-PIECE = 1 << 16  # bytes of one message of pyzmq; at 1 MiB it was slower
+PIECE = 1 << 16  # bytes per message of pyzmq; with 1 MiB it was slower
 SECRET = bytes(range(32))
 RUN = {"run_id": "benchmark", "fingerprint": bytes(32)}
 KEY, SECRET_KEY = b"rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7", b"JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6"  # any pair
 
 
 def receive(host: str, numels: list[int]) -> None:
-    """What the receiving process does: says on stdout where it listens, and takes what comes until it is killed."""
+    """The receiving process: prints where it listens, and receives until it is killed."""
     torch.set_num_threads(1)
     plain = socket.create_server((host, 0))
     router = zmq.Context().socket(zmq.ROUTER)
@@ -89,13 +89,13 @@ def take_vectors(listener: Listener) -> None:
         select.select([listener, *peers], [], [])
         peers += listener.accept()
         for peer in peers:
-            with suppress(ConnectionError):  # all has been measured, and this process is about to be killed
+            with suppress(ConnectionError):  # everything has been measured, and this process is about to be killed
                 while peer.poll() is not None:
                     pass
 
 
 def send(host: str, ports: dict, numel: int, bits: int, rounds: int) -> dict[str, list[float]]:
-    """What the sending process does: seconds of each round, and one before that is not counted, by mode."""
+    """The sending process: returns the seconds of each round by mode, after one round that is not counted."""
     torch.set_num_threads(1)
     vector = torch.randn(numel, generator=torch.Generator().manual_seed(0))
     data = memoryview(bytes(encoded_bytes(numel, bits)))
@@ -138,7 +138,7 @@ def send(host: str, ports: dict, numel: int, bits: int, rounds: int) -> dict[str
 
 
 def cross(numel: int, bits: int, rounds: int, host: str, here: list[str], there: list[str]) -> list[dict]:
-    """One row a mode, of two processes that are started with `here` and `there` before their commands."""
+    """One row per mode, from two processes whose commands are prefixed with `here` and `there`."""
     command = [sys.executable, __file__, "--host", host, "--numel", str(numel)]
     receiver = subprocess.Popen([*there, *command, "--receive"], stdout=subprocess.PIPE, text=True)
     try:

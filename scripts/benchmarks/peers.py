@@ -1,31 +1,31 @@
-"""Two workers of hf_lsam beside two of what else averages workers, in one run.
+"""Two workers of hf_lsam against two workers of other methods that average, in one run.
 
     python scripts/benchmarks/peers.py --dataset parquet --train_file train.parquet --eval_file test.parquet \\
         --output benchmarks/peers.json
 
 Contestants, with SAM's gradient or the plain one; those whose package is not installed are left out:
 
-    ddp         torch's DistributedDataParallel over Gloo; SAM is pytorch_optimizer's, its first pass without reduction
+    ddp         torch's DistributedDataParallel over Gloo; with pytorch_optimizer's SAM, pass 1 is not reduced
     local sgd   accelerate's LocalSGD
     diloco      torchft's DiLoCo, with the outer step of its paper (arXiv 2311.08105): Nesterov, 0.7, momentum 0.9
-    hf_lsam     `LSAM` as a launch of two machines starts it, or of one, with its defaults but the radius
+    hf_lsam     `LSAM` as started by a launch of one or two machines, with its defaults except for the radius
     32 bits     the same with exchange_bits=32; on one machine vectors are float32 anyway
 
-All have the same model, batches, optimizer, learning rate and number of steps; who averages now and then does so
-every 4 steps, hf_lsam's default for two workers. A worker is a process with one thread, forked; each link is that of a
-network namespace (root and iproute2 are needed), and its bytes are those that the kernel has counted there.
-Parts, of which `--parts` chooses:
+All have the same model, batches, optimizer, learning rate and number of steps. Methods that average periodically do so
+every 4 steps, hf_lsam's default for two workers. A worker is a forked process with one thread. Each link is that of a
+network namespace (which needs root and iproute2), and its bytes are those that the kernel has counted there.
+`--parts` selects among:
 
-    race       ResNet-20, CIFAR-10 at 16x16 pixels, SGD with momentum: the held-out loss by the clock, on this machine
+    race       ResNet-20, CIFAR-10 at 16x16 pixels, SGD with momentum: the held-out loss over time, on this machine
                and over links
     links      MiniLM, 22.7 M parameters, AdamW, random tokens: the same without a loss
-    straggler  the race on this machine, worker 1 sleeping at each step for as long as one process's own step takes
-    killed     worker 1 kills itself in the middle (SIGKILL): what worker 0 does
-    cut        the link of worker 1's machine goes silent in the middle: what worker 0 does, for `--timeout` seconds
+    straggler  the race on this machine; at each step, worker 1 sleeps for as long as a step of a lone process takes
+    killed     worker 1 kills itself halfway (SIGKILL): what worker 0 does
+    cut        the link of worker 1's machine goes silent halfway: what worker 0 does, for `--timeout` seconds
 
-A step's time is the median over periods of 4 steps, a fourth of each, as most steps of a period exchange nothing. It
-is compared with one process's own step of the same kind, made alone in the same run. Two workers have two cores, so
-servers and TLS take their time from them.
+The time of a step is the median over periods of 4 steps, divided by 4, because most steps of a period exchange nothing.
+It is compared with the same kind of step of a lone process in the same run. Two workers have two cores, so servers and
+TLS take their time from them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ NAME = "peers"  # of benchmarks/peers.json
 
 
 def of_period(seconds: list[float]) -> float:
-    """A step's time: the median over periods of `PERIOD` steps but the first, a part of each; of few steps the mean."""
+    """The time of a step: the median over periods of `PERIOD` steps, except the first, per step; if there are only few
+    steps, their mean."""
     ends = seconds[PERIOD - 1 :: PERIOD]
     periods = [later - earlier for earlier, later in itertools.pairwise(ends)]
     return statistics.median(periods) / PERIOD if periods else seconds[-1] / len(seconds)
@@ -68,8 +69,8 @@ def measured(run: Run, printed: str, alone: float | None = None) -> dict[str, An
     """The figures of a run without a fault.
 
     Args:
-        printed: what its processes have said, for errors.
-        alone: seconds of one process's own step.
+        printed: what its processes have printed, for errors.
+        alone: seconds per step of a lone process.
 
     Raises:
         RuntimeError: if a worker failed.
@@ -112,7 +113,7 @@ def after_fault(run: Run, printed: str) -> dict[str, Any]:
 
 
 def seconds_to(loss: float, points: list[dict[str, Any]]) -> float | None:
-    """When a run's held-out loss was first that low, between two points as on a straight line; None if it never was."""
+    """The time at which a run's held-out loss first reached `loss`, interpolated linearly; None if it never did."""
     for number, point in enumerate(points):
         if point["loss"] <= loss:
             if number == 0:
@@ -139,13 +140,13 @@ class Measurement:
 
     @property
     def rows(self) -> int:
-        """Of all parts together."""
+        """The number of rows of all parts together."""
         parts, links = self._arguments.parts, len(self._arguments.megabits)
         on_links = sum(links * len(self.of_part(part, on_links=True)) for part in parts if part in ("race", "links"))
         return on_links + sum(len(self.of_part(part)) for part in parts)
 
     def of(self, part: str) -> Iterator[dict[str, Any]]:
-        """A part's rows."""
+        """The rows of a part."""
         return self.faults(part) if part in ("killed", "cut") else getattr(self, part)()
 
     def job(self, contestant: Contestant, task: type, **further: Any) -> Job:
@@ -160,7 +161,7 @@ class Measurement:
         return measured(run, printed, alone)
 
     def alone(self, task: type, sam: bool) -> float:
-        """Seconds of a step of one process."""
+        """Seconds per step of a lone process."""
         if (task, sam) not in self._alone:
             one = Contestant("one process", DataParallel, sam, fields={"sam": sam})
             job = self.job(one, task)
@@ -168,7 +169,7 @@ class Measurement:
         return self._alone[task, sam]
 
     def over(self, part: str, task: type, points: int) -> Iterator[dict[str, Any]]:
-        """Rows of the race, and of the links."""
+        """The rows of the parts `race` and `links`."""
         for megabits in (None, *self._arguments.megabits):
             with ExitStack() as stack:
                 hosts = stack.enter_context(machines(WORKERS)) if megabits else []
@@ -200,7 +201,7 @@ class Measurement:
             }
 
     def faults(self, fault: str) -> Iterator[dict[str, Any]]:
-        """All contestants beside each other: most of the time is waiting."""
+        """Runs all contestants at the same time, because most of the time is spent waiting."""
         contestants = self.of_part(fault)
         with ExitStack() as stack:
             hosts = stack.enter_context(machines(WORKERS * len(contestants))) if fault == "cut" else []
@@ -284,7 +285,7 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             ],
         )
     if rows := results.get("killed", []) + results.get("cut", []):
-        # hf_lsam's worker 0 makes its steps and then waits for the other machine; the others wait within a step.
+        # hf_lsam's worker 0 completes its steps and then waits for the other machine; the others wait within a step.
         said = {
             "finished": "goes on to the end; longest pause {longest_pause_s:.1f} s",
             "error": "ends with an error after {after_s:.1f} s: {error}",
@@ -343,7 +344,7 @@ def main() -> None:
             for row in measurement.of(part):
                 results[part].append(row)
                 progress.advance()
-            write_benchmark(arguments.output, NAME, parameters, results)  # whoever breaks off keeps whole parts
+            write_benchmark(arguments.output, NAME, parameters, results)  # so that an interruption keeps complete parts
     print(table(results))
 
 

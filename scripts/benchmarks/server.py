@@ -1,18 +1,18 @@
-"""How fast a server takes pushes, against a plain copy of the same bytes.
+"""How fast a server takes pushes, compared with a plain copy of the same bytes.
 
     python scripts/benchmarks/server.py --output benchmarks/server.json
 
 k sender processes push vectors to a server process (`python -m hf_lsam.server`) through shared memory, as workers do,
-without a pause between pushes. Within one run these windows take turns:
+without a pause between pushes. Within one run these windows alternate:
 
-    copy        one thread copies a vector from one buffer to another, all else idle: the yardstick
+    copy        one thread copies a vector from one buffer to another while everything else is idle: the yardstick
     end to end  senders write their vector into the mailbox, push it and wait for the reply, as a worker would
-    absorb      the mailboxes are full already and are pushed again and again: the server's work alone
-    sum         the same, each push said to cover one step: a period takes 16 times as many pushes, so what remains is
-                checking and adding, and next to nothing of moving and publishing the anchor
+    absorb      the mailboxes are already full and are pushed again and again: the server's work alone
+    sum         the same, but each push claims to cover one step: a period takes 16 times as many pushes, so what
+                remains is checking and adding, with almost no moving and publishing of the anchor
 
-Absorbed bytes are those of accepted pushes. In the first two a push covers tau steps, as a worker's does: every k-th
-one completes a period, so with one sender each moves the anchor and publishes it.
+Absorbed bytes are those of accepted pushes. In "end to end" and "absorb" a push covers tau steps, as a worker's does:
+every k-th push completes a period, so with one sender each push moves the anchor and publishes it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from scripts.common.benchmark import write_benchmark
 
 NAME = "server"  # of benchmarks/server.json
 SYNC_STEPS = 16
-VECTOR = "vector"  # file in the run folder: what all senders push
+VECTOR = "vector"  # file in the run folder with the vector that all senders push
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["scripts.benchmarks.server"])  # so that senders share its imports, and their memory
 MODES = ("end to end", "absorb", "sum")
-MARGIN = 0.2  # share of a window that is not counted, at its begin
+MARGIN = 0.2  # share of a window, at its beginning, that is not counted
 
 
 def layout_of(numel: int) -> ParameterLayout:
@@ -57,16 +57,18 @@ def schedule(rounds: int) -> list[str]:
 
 
 def send(run_dir: Path, worker: int, rounds: int, seconds: float, pipe: Connection) -> None:
-    """What one sender process does: joins, says so, is told when the first window begins, and answers in the end.
+    """One sender process: announces that it has joined, receives the time at which the first window begins, and reports
+    at the end.
 
-    The answer is when each push was acknowledged, on the monotonic clock, which the processes of a machine share.
+    The report is the time at which each push was acknowledged, on the monotonic clock, which the processes of a machine
+    share.
     """
     torch.set_num_threads(1)
     folder = RunFolder(run_dir)
-    # One file for all: as many vectors again as there are mailboxes would not fit a small machine.
+    # One file for all senders: another vector for each mailbox would not fit on a small machine.
     vector = torch.from_file(str(run_dir / VECTOR), shared=True, size=folder.numel)
     link = SharedMemoryLink(folder, worker, layout_of(folder.numel), torch.device("cpu"))
-    assert link.mailbox is not None  # it has been welcomed
+    assert link.mailbox is not None  # the server has welcomed it
     link.mailbox.copy_(vector)
     accepted = []
     pipe.send("ready")
@@ -78,12 +80,12 @@ def send(run_dir: Path, worker: int, rounds: int, seconds: float, pipe: Connecti
             if mode == "end to end":
                 link.push(vector, SYNC_STEPS, 0)
             else:
-                link.push(link.mailbox, SYNC_STEPS if mode == "absorb" else 1, 0)  # which is there already
+                link.push(link.mailbox, SYNC_STEPS if mode == "absorb" else 1, 0)  # the vector is there already
             link.settle()
             accepted.append(time.monotonic())
     if link.status.refused:
         raise RuntimeError(f"the server refused {link.status.refused} pushes of sender {worker}")
-    link.finish(False, -1, link.mailbox)  # which nobody needs any longer
+    link.finish(False, -1, link.mailbox)  # nobody needs the mailbox any longer, so the anchor may be written there
     link.close()
     pipe.send(accepted)
 
@@ -92,7 +94,7 @@ def serve(senders: int, megabytes: float, rounds: int, seconds: float, shared_me
     """One run: a fresh server, `senders` processes, `rounds` rounds of windows.
 
     Returns:
-        of each window, in turn: bytes a second, and for all but "copy" the pushes counted.
+        for each window, in order: bytes per second and, except for "copy", the pushes counted.
     """
     numel = int(megabytes * 1e6 / FLOAT_BYTES)
     path = Path(tempfile.mkdtemp(prefix="hf_lsam-", dir=shared_memory_dir))
@@ -142,7 +144,7 @@ def serve(senders: int, megabytes: float, rounds: int, seconds: float, shared_me
             results[mode].append({"bytes_per_s": copies[window]})
             continue
         begin, end = start + (window + MARGIN) * seconds, start + (window + 1) * seconds
-        # From one acknowledgement to another: no push is counted in part.
+        # From one acknowledgement to another, so that no push is counted in part.
         moments = [moment for moment in accepted if begin <= moment <= end]
         if len(moments) < 3:
             raise ValueError(f"{len(moments)} pushes of {megabytes:g} MB in {end - begin:.1f} s: raise --seconds.")
@@ -153,7 +155,7 @@ def serve(senders: int, megabytes: float, rounds: int, seconds: float, shared_me
 
 
 def copy_speed(numel: int, end: float) -> float:
-    """Bytes a second of a plain copy by one thread: the median over repetitions until `end` (monotonic clock)."""
+    """Bytes per second of a plain copy by one thread: the median over repetitions until `end` (monotonic clock)."""
     torch.set_num_threads(1)
     source, target = torch.full((numel,), 1.0), torch.zeros(numel)
     target.copy_(source)
@@ -178,7 +180,7 @@ def require_room(shared_memory_dir: str, senders: int, megabytes: float) -> None
 
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
-    """One row a vector size, number of senders and mode; ratios are taken within a round, then their median."""
+    """One row per vector size, number of senders and mode; ratios are taken within a round, then their median."""
     rows = []
     for megabytes, senders in track(pairs(arguments.megabytes, arguments.senders), "settings", arguments.quiet):
         results = serve(senders, megabytes, arguments.rounds, arguments.seconds, arguments.shared_memory_dir)

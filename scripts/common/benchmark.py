@@ -1,4 +1,4 @@
-"""The report of a benchmark: one schema, in one place."""
+"""Writes the report of a benchmark, so that all reports have one schema."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from recipes.common.results import REPOSITORY, provenance, write_json
 
 
 def write_benchmark(output: Path | None, name: str, parameters: dict[str, Any], results: Any, **further: Any) -> None:
-    """Writes `benchmark`, `command`, `provenance`, `parameters`, `results` and what is `further`, as JSON.
+    """Writes `benchmark`, `command`, `provenance`, `parameters`, `results` and the `further` fields, as JSON.
 
     Args:
-        output: the file, or None for nothing.
-        name: of the benchmark: what its file in benchmarks/ is called.
+        output: the file; None writes nothing.
+        name: name of the benchmark, which is that of its file in benchmarks/.
     """
     if output is None:
         return

@@ -1,4 +1,4 @@
-"""Many runs in few launches: those that have finished are kept, the others share the start of their processes."""
+"""Many runs in few launches: finished runs are kept, and the others share the startup of their processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recipes.common.progress import Progress
 
 
 def launch_command(processes: int) -> list[str]:
-    """What starts a script in that many processes on this machine; the script's path and arguments follow it."""
+    """The command that starts a script in that many processes on this machine, without the script and its arguments."""
     if processes == 1:
         return [sys.executable]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
@@ -29,7 +29,7 @@ def launch_command(processes: int) -> list[str]:
 
 
 def launch(processes: int, script: str, arguments: Sequence[str]) -> None:
-    """Runs a script in that many processes on this machine; what they say is no part of what the caller prints.
+    """Runs a script in that many processes on this machine, and keeps their output out of the caller's own.
 
     Raises:
         subprocess.CalledProcessError: if it fails.
@@ -38,12 +38,12 @@ def launch(processes: int, script: str, arguments: Sequence[str]) -> None:
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
-    """The option that `finished` gives to the processes it starts: the script then calls `make_runs`."""
+    """Adds the option that `finished` passes to the processes it starts; with it, a script calls `make_runs`."""
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
 
 
 def in_folder_of_its_own(values: dict[str, Any], runs_dir: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A run's values with an `output_dir` below `runs_dir` that is named after all that are not the keys' defaults."""
+    """A run's values with an `output_dir` in `runs_dir`, named after all values that are not the keys' defaults."""
     what = {key: value for key, value in values.items() if key != "output_dir" and value != defaults.get(key)}
     name = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return {**values, "output_dir": str(runs_dir / name)}
@@ -52,18 +52,18 @@ def in_folder_of_its_own(values: dict[str, Any], runs_dir: Path, defaults: dict[
 def finished(
     script: str, runs: Sequence[dict[str, Any]], quiet: bool, with_trainer: bool = False
 ) -> list[dict[str, Any]]:
-    """The results of the runs, in their order; those that are missing are made first.
+    """The results of the runs, in their order; missing runs are made first.
 
     Args:
         script: the script to launch, with the option of `add_runs`.
-        runs: the value of every key of each, `output_dir` and `num_workers` among them; the first receives
-            results.json.
+        runs: for each run, the value of every key, including `output_dir`, which receives results.json, and
+            `num_workers`.
         quiet: plain lines instead of a progress bar.
-        with_trainer: whether they go through Trainer, with which a process is an asynchronous worker or one of a
-            data-parallel group for as long as it lives, so that one launch cannot make runs of both kinds.
+        with_trainer: whether the runs use Trainer. A process with Trainer is either an asynchronous worker or a member
+            of a data-parallel group for as long as it lives, so one launch cannot make runs of both kinds.
 
     Raises:
-        subprocess.CalledProcessError: if a run fails. Those that finished before it are kept.
+        subprocess.CalledProcessError: if a run fails. Runs that finished before it are kept.
     """
     folders = [Path(values["output_dir"]) for values in runs]
     batches: dict[tuple[int, bool], dict[Path, dict[str, Any]]] = {}
@@ -83,13 +83,13 @@ def finished(
 def make_runs(
     plan: Path, run: Callable[[dict[str, Any]], dict[str, Any] | None], quiet: bool, keep_model: bool = True
 ) -> None:
-    """Makes runs one after the other, as one process of their launch; process 0 shows how far they are.
+    """Makes runs one after the other, as one process of their launch; process 0 shows progress.
 
     Args:
         plan: the JSON file that `--runs` names.
-        run: makes one from the value of every key; returns its results at process 0, None at the others.
+        run: makes one run from the value of every key; returns its results at process 0, None at the others.
         quiet: plain lines instead of a progress bar.
-        keep_model: without it the weights that a run has saved are removed, and its results stay.
+        keep_model: whether to keep the weights that a run has saved; its results are always kept.
     """
     several = json.loads(plan.read_text())
     first = Identity.from_environment().rank == 0

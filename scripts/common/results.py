@@ -1,4 +1,4 @@
-"""Published results, as the tables and the model cards read them, and where they come from."""
+"""Published results, as read by the tables and the model cards, and their provenance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FORMER = {"sam": "ddp_sam", "sgd": "ddp", "patience": "timeout"}
 
 
 def load_results(path: Path) -> Any:
-    """A file of results, its methods and parameters called by their names of today."""
+    """A file of results, with its methods and parameters under their current names."""
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
 
 
 def machines_and_packages(origins: Sequence[dict[str, Any]]) -> str:
-    """Hardware and versions, in one line; several where several were used."""
+    """Hardware and versions, in one line; several of each if several were used."""
     machines = {
         ", ".join([f"{hardware['cores']} core{'s' * (hardware['cores'] > 1)} of {hardware['cpu']}", *hardware["gpus"]])
         for hardware in (origin["hardware"] for origin in origins)
@@ -39,7 +39,7 @@ def origin(report: dict[str, Any]) -> str:
 
 
 def of_runs(runs: Sequence[dict[str, Any]]) -> str:
-    """One line: hardware, versions, commits and date of runs that each say where they come from."""
+    """One line: hardware, versions, commits and date of runs that each have their own provenance."""
     commits = sorted({run["commit"][:12] for run in runs})
     dates = max(run["date"][:10] for run in runs)
     return f"On {machines_and_packages(runs)}; commit {', '.join(commits)}; {dates}."

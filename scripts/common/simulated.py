@@ -1,4 +1,4 @@
-"""Simulated runs: how one is set up, and many that are made once, several at a time."""
+"""Simulated runs: sets one up, and makes many, each once, several at a time."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def make_run(
     barrier: bool = False,
     push_seconds: float = 0.0,
 ) -> tuple[Cluster | DataParallel, int | None]:
-    """A run with these arguments of LSAM, or data-parallel if they are None; and its sync_steps.
+    """A run with these arguments of LSAM, or a data-parallel one if they are None, and its sync_steps.
 
     Args:
-        barrier: workers wait for their anchor; else they share the steps of the run.
+        barrier: whether workers wait for their anchor; otherwise they share the steps of the run.
         model, make_optimizer, loss, machines, gradient, make_scheduler, push_seconds, seed: see `Cluster`.
     """
     if arguments is None:
@@ -65,19 +65,19 @@ def make_run(
 
 
 class SimulatedRuns:
-    """Makes the runs that are not there yet, and keeps them.
+    """Makes the runs that do not exist yet, and keeps them.
 
     Attributes:
         data: what all runs share, as JSON.
 
     Args:
-        simulate: of a run (a dataclass with `method` and `seed`) and of `data` as JSON gives the result, a mapping with
-            the run under "run"; a function of a module, since other processes call it.
-        figure: of a result gives what its line on the screen says.
-        data: what all runs share; a run is found again under its own fields and these.
-        runs_dir: where results are kept.
-        processes: runs at a time, a core each; 1 makes them in this process.
-        quiet: no progress.
+        simulate: takes a run (a dataclass with `method` and `seed`) and `data` as JSON, and returns the result, a
+            mapping that has the run under "run". It must be a module-level function, because other processes call it.
+        figure: takes a result and returns the text shown for it on the screen.
+        data: what all runs share; a kept run is identified by these fields and its own.
+        runs_dir: the folder in which results are kept.
+        processes: how many runs to make at a time, one per core; 1 makes them in this process.
+        quiet: do not show progress.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SimulatedRuns:
         self._runs_dir, self._processes, self._quiet = runs_dir, processes, quiet
 
     def results(self, runs: Sequence[Any]) -> list[dict[str, Any]]:
-        """In the order of `runs`."""
+        """The results, in the order of `runs`."""
         paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
         missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
         self._runs_dir.mkdir(parents=True, exist_ok=True)

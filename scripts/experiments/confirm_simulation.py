@@ -1,12 +1,12 @@
-"""Does a run take as long, and end where, its simulation says?
+"""Does a run take as long as its simulation says, and end with the same error?
 
     python scripts/experiments/confirm_simulation.py --dataset parquet \\
         --train_file train.parquet --eval_file test.parquet
 
-Two processes, through the launcher and with a server, one thread each, train what simulate_images.py trains, and share
-the steps of the run; where worker 1 is slow, it sleeps after each step for as long as the step took. A run before them
-measures how long a step of each worker takes, and the virtual clock is told that alone. `--output_dir` receives
-confirmed.json and confirmed.md.
+Two processes with one thread each, started by the launcher, and a server train what simulate_images.py trains; the
+processes share the steps of the run. Where worker 1 is slow, it sleeps after each step for as long as the step took. A
+preceding run measures how long a step of each worker takes, which is all that the virtual clock is given.
+`--output_dir` receives confirmed.json and confirmed.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.launches import launch
 from scripts.experiments.simulate_images import SHORT, SMALL_IMAGES, Run, Task, loss_of, simulate
 
-METHOD = {"lsam": {"exchange_bits": 32}}  # what crosses on one machine
+METHOD = {"lsam": {"exchange_bits": 32}}  # within a machine, vectors are float32
 PACES = {"alike": False, "worker 1 at half speed": True}  # whether it sleeps
 CALIBRATION_SEED = 100
 
@@ -70,7 +70,7 @@ def train(run: Run, data: str, slow: bool, folder: Path) -> dict[str, Any]:
 
 
 def in_processes(runs: Sequence[tuple[Run, bool]], data: str, quiet: bool) -> list[list[dict[str, Any]]]:
-    """What both workers return of each run, with or without a slow worker; all in one launch."""
+    """What both workers return for each run, with or without a slow worker; all runs share one launch."""
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder, "plan.json")
         plan.write_text(json.dumps({"runs": [(asdict(run), slow) for run, slow in runs], "data": data}))
@@ -87,7 +87,7 @@ def work(plan: Path, quiet: bool) -> None:
 
 
 def compare(run: Run, seeds: int, data: str, quiet: bool) -> list[dict[str, Any]]:
-    """Pairs of a run in processes and its simulation, of all paces and seeds."""
+    """Pairs of a run in processes and its simulation, for all paces and seeds."""
     plans = [(replace(run, seed=seed), slow) for slow in PACES.values() for seed in (CALIBRATION_SEED, *range(seeds))]
     workers = in_processes(plans, data, quiet)
     pairs, machines = [], []
@@ -112,7 +112,7 @@ def compare(run: Run, seeds: int, data: str, quiet: bool) -> list[dict[str, Any]
 
 
 def table(pairs: Sequence[dict[str, Any]]) -> str:
-    """A line a pace: processes against simulation, over seeds."""
+    """One line per pace: processes against simulation, over seeds."""
     rows = []
     for pace in PACES:
         own = [pair for pair in pairs if pair["pace"] == pace]

@@ -1,10 +1,11 @@
-"""On paper: what limits many workers and large models, from what one machine was measured to do.
+"""On paper: what limits many workers and large models, based on measurements of one machine.
 
     python scripts/experiments/estimate_scale.py
 
-Machines hang on one root (docs/many_machines.md). Every `TAU` steps of `STEP` seconds each hands in a sum and is sent a
-change of the anchor, in `BITS` a value. What a server and a link do in a second is from benchmarks/server.json and
-benchmarks/links.json, bytes are those of `hf_lsam.memory` and `hf_lsam.compression`; what a host has is assumed.
+All machines connect to one root server (docs/many_machines.md). Every `TAU` steps of `STEP` seconds, each machine
+pushes a sum and receives a change of the anchor, with `BITS` bits per value. The speeds of a server and a link come
+from benchmarks/server.json and benchmarks/links.json, and byte counts from `hf_lsam.memory` and `hf_lsam.compression`;
+the resources of a host are assumed.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Measured:
     """What was measured on one machine.
 
     Args:
-        absorbed: bytes of float32 that a server's thread takes in a second: checked, added up and published.
-        linked: bytes of 8-bit values that a link carries in a second where no network slows it down: encoded,
-            encrypted, decrypted and decoded.
+        absorbed: bytes of float32 that a server's thread processes per second: checked, summed and published.
+        linked: bytes of 8-bit values that a link carries per second if no network slows it down: encoded, encrypted,
+            decrypted and decoded.
     """
 
     absorbed: float
@@ -47,7 +48,7 @@ class Measured:
 
     @classmethod
     def load(cls) -> Measured:
-        """Of the benchmarks' largest vectors and most senders."""
+        """Loads the measurements with the largest vectors and the most senders."""
         server = load_results(REPOSITORY / "benchmarks/server.json")["results"]
         links = load_results(REPOSITORY / "benchmarks/links.json")["results"]
         absorb = (row for row in server if row["mode"] == "absorb")
@@ -59,7 +60,7 @@ class Measured:
 
 
 def gpus_of(parameters: int) -> int:
-    """That hold a worker, if its vectors could be split among them."""
+    """How many GPUs a worker needs, if its vectors could be split among them."""
     return math.ceil(parameters * (TRAINED + worker_bytes(WorkerSettings(TAU), accelerator=True)) / GPU_BYTES)
 
 
@@ -68,14 +69,14 @@ def workers_on_a_machine(parameters: int) -> int:
 
 
 def machines_of(parameters: int, workers: int) -> int:
-    """That hand in sums; a worker of more GPUs than one has counts as one."""
+    """How many machines push sums; a worker that needs more GPUs than a machine has counts as one machine."""
     return math.ceil(workers / workers_on_a_machine(parameters))
 
 
 def loads(parameters: int, machines: int, measured: Measured) -> dict[str, float]:
-    """What is asked of the root, in units of what it has: above 1 it cannot keep up, and periods grow by as much."""
+    """The root's loads, as fractions of its capacity: above 1 it cannot keep up, and periods grow by that factor."""
     period, push, vector = TAU * STEP, encoded_bytes(parameters, BITS), VECTOR * parameters
-    on_a_link = 2 * push / measured.linked  # seconds: both ways take turns in the one thread that a machine's peer has
+    on_a_link = 2 * push / measured.linked  # seconds: a machine's peer has one thread for both directions
     adding = machines * vector / measured.absorbed
     server = ServerSettings(TAU, anchor_optimizer="nesterov")
     own = server_bytes(server) + shared_bytes(workers_on_a_machine(parameters))
@@ -89,14 +90,15 @@ def loads(parameters: int, machines: int, measured: Measured) -> dict[str, float
 
 
 def servers(parameters: int, machines: int, measured: Measured) -> int:
-    """How many would keep up, each with a range of the vector: every load is of so much smaller a vector."""
+    """How many servers would keep up if each had a range of the vector, which divides all loads by their number."""
     return math.ceil(max(loads(parameters, machines, measured).values()))
 
 
 def levels(parameters: int, machines: int, measured: Measured) -> int | None:
-    """Of a tree in which no server hears more than it can keep up with; None if it cannot hear two.
+    """The number of levels of a tree in which no server hears more others than it can keep up with; None if it cannot
+    hear two.
 
-    One level is what there is: machines that hang on a root.
+    Only one level is built: machines that connect to a root.
     """
     hears = range(machines + 1)
     most = bisect.bisect_right(hears, 1.0, key=lambda each: max(loads(parameters, each, measured).values())) - 1
@@ -109,19 +111,19 @@ def levels(parameters: int, machines: int, measured: Measured) -> int | None:
 
 
 def delay(parameters: int, measured: Measured) -> float:
-    """Periods that a sum takes to the root, and an anchor back, past nobody else."""
+    """The time of a round trip, a sum to the root and an anchor back without queueing, in periods."""
     push = encoded_bytes(parameters, BITS)
     way = push / min(NETWORK, measured.linked) + VECTOR * parameters / measured.absorbed
     return 2 * way / (TAU * STEP)
 
 
 def all_reduce_bytes(parameters: int, machines: int) -> float:
-    """Of a machine at every step of data-parallel training, each way: a ring over the machines, float32 gradients."""
+    """Bytes each way, per machine and step of data-parallel training: a ring over the machines, float32 gradients."""
     return data_parallel_bytes([1] * machines, parameters) / machines / 2
 
 
 def links(measured: Measured) -> str:
-    """A line a model: what a machine sends and receives."""
+    """One line per model: what a machine sends and receives."""
     rows = []
     for name, parameters in MODELS.items():
         workers = workers_on_a_machine(parameters)
@@ -147,7 +149,7 @@ def links(measured: Measured) -> str:
 
 
 def root(measured: Measured) -> str:
-    """A line a model and number of workers: the loads of one root, and what would carry them."""
+    """One line per model and number of workers: the loads of one root, and what would carry them."""
     rows = []
     for (name, parameters), workers in ((model, workers) for model in MODELS.items() for workers in RUNS):
         machines = machines_of(parameters, workers)

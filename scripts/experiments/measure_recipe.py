@@ -2,12 +2,12 @@
 
     python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
-Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it also both
-with NesterovAdamW. The keys are those of the recipe's script and hold for all methods. With `--learning_rates` each
-method tries every one of them, judged on a part of the training data that is held out for it, and takes its best; else
-all have the recipe's. A run that has finished is kept in `--runs_dir` and not made again. The JSON, methods.json and
-trials.json, goes to recipes/RECIPE/results; the tables replace what stands between the markers `methods` and `trials`
-of its README.md. For data of your own name an `--output_dir`, which need not have a README.md.
+Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it, both also
+with NesterovAdamW. The keys are those of the recipe's script and apply to all methods. With `--learning_rates`, each
+method tries all of them, judged on a held-out part of the training data, and uses its best; otherwise all methods use
+the recipe's. Finished runs are kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, is
+written to recipes/RECIPE/results, and the tables replace the text between the markers `methods` and `trials` in the
+recipe's README.md. For data of your own, name an `--output_dir`, which need not have a README.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recipes.common.results import REPOSITORY, write_json
 from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
 from scripts.tools.summarize_results import around, summarize, table, write_between
 
-# A YAML file of the recipe, and what is changed in it.
+# The YAML file of the recipe that each method uses, and the changes to it.
 VARIANTS = (
     ("lsam", {}),
     ("lsam", {"sam_rho": 0.0}),
@@ -36,7 +36,7 @@ TRIAL_SEED = 100
 
 
 def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
-    """The value of every key, a method each."""
+    """The value of every key, for each method."""
     keys, several = load(recipe).KEYS, []
     for method, changes in VARIANTS:
         yaml = str(REPOSITORY / f"recipes/{recipe}/{method}.yaml")
@@ -45,14 +45,14 @@ def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
 
 
 def best_rate(results: list[dict[str, Any]]) -> float:
-    """The learning rate of the best of a method's trials: of the lowest loss, or the highest of another metric."""
+    """The learning rate of a method's best trial: that with the lowest loss, or with the highest other metric."""
     metric = results[0]["metric"]
     best = (min if metric == "loss" else max)(results, key=lambda result: result[f"eval_{metric}"])
     return best["configuration"]["learning_rate"]
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
-    """A run of the recipe that `values` names."""
+    """Makes a run of the recipe that `values` names."""
     return load(values["recipe"]).run({k: v for k, v in values.items() if k != "recipe"})
 
 
@@ -91,7 +91,7 @@ def main() -> None:
 
     for name in ("trials", "methods") if rates else ("methods",):
         if readme.exists():
-            around(readme, name)  # an hour before the tables are there
+            around(readme, name)  # so that a missing marker is an error now and not an hour later
     methods = configurations(recipe, words)
     if rates:
         held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}

@@ -1,4 +1,4 @@
-"""The experiments of the paper's vision benchmarks, and those it leaves open, as tables, JSON and plots.
+"""The experiments of the paper's vision benchmarks, and others on what it leaves open, as tables, JSON and plots.
 
     python scripts/experiments/reproduce.py EXPERIMENT --budget {smoke,cpu,gpu,paper} [--key value ...]
 
@@ -6,13 +6,13 @@
     sync_interval       n = 4, tau in {4, 8, 16, 32}
     async_vs_sync       LSAM against data-parallel SAM at the same total batch, without and with a slow worker
     methods             all five methods, each tuned with the same number of trials
-    failure_signatures  what goes wrong shows, is warned of, and is remedied; where BatchNorm's statistics come from
-    open_choices        what the paper leaves open, each against the default
+    failure_signatures  failing runs can be recognised, cause a warning, and have a remedy; also the sources of
+                        BatchNorm's statistics
+    open_choices        choices that the paper leaves open, each against the default
 
-Any key of recipes/cifar10_resnet20/train.py may follow, for example `--dataset cifar10 --data_dir FOLDER`. Runs are
-kept in `--runs_dir`; one that has finished is not run again, so an interrupted experiment goes on where it was. Tables
-go to `--output_dir`. What is chosen is chosen on 10 % of the training split that is held out for it, never on the test
-split.
+Any key of recipes/cifar10_resnet20/train.py may follow, for example `--dataset cifar10 --data_dir FOLDER`. Finished
+runs are kept in `--runs_dir` and not made again, so an interrupted experiment continues where it was. Tables are
+written to `--output_dir`. Settings are chosen on a held-out 10 % of the training split, never on the test split.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Plan:
     Args:
         label: its line in tables and plots.
         settings: keys of recipes/cifar10_resnet20/train.py that differ from the budget's.
-        seed: of the run.
-        workers: how many processes, if not as many as the budget's runs have.
+        seed: seed of the run.
+        workers: how many processes it has, if not the budget's number.
     """
 
     label: str
@@ -85,15 +85,15 @@ class Plan:
 
 
 class Runner:
-    """Makes the runs that are not there yet.
+    """Makes the runs that do not exist yet.
 
     Args:
         budget: a key of `BUDGETS`.
         overrides: command line keys for every run, as `--key value` words.
-        runs_dir: one folder a run, named after what determines it.
-        output_dir: where tables go, and where the tuned settings are read from.
+        runs_dir: has one folder per run, named after what determines it.
+        output_dir: the folder to which tables are written, and from which tuned settings are read.
         quiet: plain lines instead of a progress bar.
-        methods: that the experiment `methods` compares; all, if none is named.
+        methods: the methods that the experiment `methods` compares; if empty, all.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Runner:
         self._quiet = quiet
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
         self._defaults = parse_configuration(KEYS, [])
-        self.values({})  # unknown keys are errors before any time is spent
+        self.values({})  # so that unknown keys are errors before any time is spent
 
     def values(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All keys of a run."""
@@ -122,12 +122,12 @@ class Runner:
         return parse_configuration(KEYS, words)
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """The settings that the experiment `methods` has chosen, or none where it has not been run."""
+        """The settings that the experiment `methods` has chosen; empty if it has not been run."""
         path = self.output_dir / "methods.json"
         return json.loads(path.read_text())["chosen"][method] if path.exists() else {}
 
     def results(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
-        """The results of the runs, in their order; those that are missing are run."""
+        """The results of the runs, in their order; missing runs are made."""
         runs = []
         for plan in plans:
             workers = plan.workers or self.workers
@@ -140,7 +140,7 @@ def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int 
     return [Plan(label, settings, seed, workers) for seed in runner.seeds]
 
 
-# --- the experiments: each returns its plans and, beside the common table, what else it found ---
+# --- the experiments: each returns its plans and, in addition to the common table, what else it found ---
 
 
 def single_worker(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
@@ -150,7 +150,7 @@ def single_worker(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
         "SAM": {"method": "ddp_sam", **runner.tuned("ddp_sam")},
         "SGD": {"method": "ddp", **runner.tuned("ddp")},
     }.items():
-        # One worker of a quarter of the images makes as many steps as each of four.
+        # With a quarter of the epochs, one worker makes as many steps as each of four.
         plans += of_seeds(runner, label, {**settings, "epochs": runner.values({})["epochs"] / 4}, workers=1)
     return plans, {}
 
@@ -183,7 +183,7 @@ def async_vs_sync(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     return plans, {"target_accuracy": target, "seconds_to_target": reached}
 
 
-# Five trials each: three learning rates at the method's first setting, then two other settings at the best of them.
+# Five trials each: three learning rates with the method's first setting, then two other settings with the best of them.
 TRIALS: dict[str, tuple[dict[str, float], list[dict[str, float]]]] = {
     "ddp": ({}, [{"weight_decay": 1e-4}, {"weight_decay": 2e-3}]),
     "ddp_sam": ({}, [{"sam_rho": 0.02}, {"sam_rho": 0.1}]),
@@ -231,9 +231,9 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     lsam = {**runner.tuned("lsam"), "method": "lsam"}
     free = {**lsam, "coupling_strength": 0.0, "sync_steps": 32, "lr_schedule": "constant", "log_steps": 32}
-    # Slow in its first steps only: the others would have finished long before it.
+    # Slow only in its first steps; otherwise the others would have finished long before it.
     slow = {**lsam, "log_steps": 2, "slow_worker": runner.workers - 1, "slow_steps": 6, "slow_factor": 40.0}
-    # A signature shows or it does not: one seed. How BatchNorm's statistics compare is a matter of spread: all seeds.
+    # Whether a signature shows takes only one seed to see; comparing BatchNorm's statistics takes all seeds.
     plans = [
         Plan(label, settings, seed=0)
         for label, settings in {
@@ -292,14 +292,14 @@ EXPERIMENTS = {
     for each in (single_worker, sync_interval, async_vs_sync, methods, failure_signatures, open_choices)
 }
 
-TIMED = ("sync_interval", "async_vs_sync")  # the machine must have nothing else to do
+TIMED = ("sync_interval", "async_vs_sync")  # the machine must be otherwise idle
 
 
 # --- what is written ---
 
 
 def summary_table(rows: dict[str, list[dict[str, Any]]], found: dict[str, Any], timed: bool) -> str:
-    """One line a label: error, bytes, time where the experiment is about it, and what else it found."""
+    """One line per label: error, bytes, time if the experiment is about it, and what else it found."""
     header = ["", "test error, %", "lowest, %", "MB exchanged", "seeds"]
     if next(iter(rows.values()))[0]["evaluated_on"] != "test split":
         header[1] = "validation error, %"

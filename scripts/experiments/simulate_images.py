@@ -8,14 +8,14 @@
     epochs    thirty times all images of the training set, in batches of 128
     overfit   a hundred and fifty times a few images, which the network learns by heart
     wrong     a hundred times a few images, two fifths of them with a wrong label
-    workers   error against n, with each worker's batch fixed, and with that of all together
-    batches   error against n where labels are wrong: as many epochs, in fewer and larger steps of all together
-    sam       what SAM's gradient gains or costs, where workers drift apart and where anchors come late
+    workers   error against n, once with each worker's batch fixed, and once with the batch of all workers fixed
+    batches   error against n with wrong labels: the same number of epochs, in fewer and larger steps
+    sam       what SAM's gradient gains or costs when workers drift apart and when anchors arrive late
     clock     virtual time of a run, its error, and the time until LSAM is level: a slow worker, slow links, a pause
 
-ResNet-20 of half the width on images of 16x16 pixels. Trials are judged on a tenth of the training images, held out for
-them; the tables are of the test images. Runs are kept in `--runs_dir`, and one that has finished is not made again.
-`--output_dir` receives EXPERIMENT.json and EXPERIMENT.md.
+ResNet-20 with half the width, on images of 16x16 pixels. Trials are judged on a held-out tenth of the training images;
+the tables are for the test images. Finished runs are kept in `--runs_dir` and not made again. `--output_dir` receives
+EXPERIMENT.json and EXPERIMENT.md.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.simulated import SimulatedRuns, make_run
 
-# What makes the methods differ. `data_parallel` has no server; behind a `barrier` workers wait for their anchor; with
-# `nesterov` the momentum is by Nesterov's rule, as it is at LSAM's anchor. An exchange every 8 steps takes as many
-# bytes as one every 2 steps in 8 bits.
+# How the methods differ. `data_parallel` has no server; with a `barrier` workers wait for their anchor; with `nesterov`
+# the momentum follows Nesterov's rule, as at LSAM's anchor. An exchange every 8 steps takes as many bytes as one every
+# 2 steps in 8 bits.
 AT_WORKERS = {"lsam": {"momentum_at": "worker"}}
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"sam": True},
@@ -93,7 +93,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The methods of the experiments with fewer of them.
 FIVE = ("LSAM", "LSAM without SAM", "data-parallel SAM", "data-parallel Nesterov SGD", "data-parallel SGD")
-# What a trial tries, of each method alike.
+# What trials try, the same for each method.
 RATES = tuple({"learning_rate": rate} for rate in (0.05, 0.1, 0.2, 0.4))
 TRIAL_SEEDS = (100, 101)
 SHORT, LONG = 480, 1440
@@ -107,14 +107,14 @@ class Run:
 
     Args:
         method: a key of `METHODS`.
-        steps: of each worker; of all together so many times n, where they share them (all methods without a barrier).
-        learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
+        steps: steps per worker; if workers share the steps (all methods without a barrier), n times as many in total.
+        learning_rate: the peak, after a warm-up of 5 % of the run, followed by a cosine to zero.
         sam_rho: radius of the methods with SAM's gradient.
-        wrong_labels: share of the training images whose label is replaced by another.
-        batch_size: of one worker.
-        seed: of weights, order and augmentation.
-        validation: train on nine tenths of the training images and evaluate on the tenth.
-        machines: one a worker, as fields of `hf_lsam.simulation.Machine`.
+        wrong_labels: share of the training images whose label is replaced by another one.
+        batch_size: batch size of one worker.
+        seed: seed of weights, order and augmentation.
+        validation: train on nine tenths of the training images and evaluate on the remaining tenth.
+        machines: one per worker, as fields of `hf_lsam.simulation.Machine`.
         moments: how many times the model is evaluated.
     """
 
@@ -147,11 +147,11 @@ class Task:
     """What the workers of a run train, and how it is judged.
 
     Args:
-        run: its settings; the machines say how many workers there are.
+        run: the settings of the run; the number of its machines is the number of workers.
         data: the fields of `ImageDataArguments`, as JSON.
 
     Attributes:
-        model: as it is before the first step.
+        model: the model before the first step.
     """
 
     def __init__(self, run: Run, data: str):
@@ -163,7 +163,7 @@ class Task:
         self.model = vision.create("resnet20", len(self._images.labels), width=8).to(memory_format=torch.channels_last)
 
     def _plain(self, images: torch.Tensor, labels: torch.Tensor) -> Batches:
-        """As they are, to evaluate on."""
+        """Batches without augmentation, for evaluation."""
         return Batches(images, labels, 500, self._mean, self._std, train=False)
 
     def batches(self, rank: int, workers: int) -> Batches:
@@ -182,7 +182,7 @@ class Task:
         return torch.optim.SGD(parameters, self._run.learning_rate, MOMENTUM, weight_decay=5e-4, nesterov=nesterov)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        """Of the whole run: a warm-up of 5 %, and a cosine to zero."""
+        """The schedule of the whole run: a warm-up of 5 %, then a cosine to zero."""
         steps = self._run.steps
 
         def share(step: int) -> float:
@@ -192,7 +192,8 @@ class Task:
 
     @torch.no_grad()
     def errors(self, model: nn.Module) -> dict[str, float]:
-        """Of `model` on the held-out images and on those it is trained on, %; with BatchNorm's statistics anew."""
+        """Errors of `model` in % on the held-out images and on its training images, with BatchNorm's statistics
+        re-estimated."""
         reestimate(model, itertools.islice(self.batches(0, 1).epoch(0), 32), lambda batch: model(batch[0]))
         model.eval()
         wrong = [
@@ -212,8 +213,9 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
     """Error, bytes and virtual seconds at the moments of a run.
 
     Args:
+        run: the settings of the run.
         data: the fields of `ImageDataArguments`, as JSON.
-        method: as a value of `METHODS`; default: that of the run's method.
+        method: a value like those of `METHODS`; if None, that of the run's method.
     """
     torch.set_num_threads(1)
     task, method = Task(run, data), METHODS[run.method] if method is None else method
@@ -263,7 +265,7 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
 
 
 def error_of(result: dict[str, Any]) -> str:
-    """What is said of a run that is done."""
+    """The text shown for a finished run."""
     return f"error {result['points'][-1]['error']:.2f} %"
 
 
@@ -274,7 +276,7 @@ def tuned(
     settings: Callable[[str], Sequence[dict[str, Any]]] = lambda name: RATES,
     seeds: Sequence[int] = TRIAL_SEEDS,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The trials, and for each method the settings, fields of `Run`, with the lowest mean error over the seeds."""
+    """The trials and, for each method, the settings (fields of `Run`) with the lowest mean error over the seeds."""
     plan = [(name, each) for name in names for each in settings(name)]
     tried = runs.results(
         [Run(name, steps, **each, seed=seed, validation=True) for name, each in plan for seed in seeds]
@@ -285,13 +287,13 @@ def tuned(
 
 
 def bits_of(method: str) -> int:
-    """Of a value that a worker sends or receives."""
+    """The bits of a value that a worker sends or receives."""
     fields = METHODS[method]
     return 32 if fields.get("data_parallel") else LoopArguments(**fields.get("lsam", {})).exchange_bits
 
 
 def table_of(runs: SimulatedRuns, plans: dict[str, list[Run]]) -> tuple[list[dict[str, Any]], str]:
-    """A line a label: error over the seeds, bytes and tau."""
+    """One line per label: error over the seeds, bytes and tau."""
     made = runs.results([run for several in plans.values() for run in several])
     rows, left = [], iter(made)
     for label, several in plans.items():
@@ -312,7 +314,7 @@ def table_of(runs: SimulatedRuns, plans: dict[str, list[Run]]) -> tuple[list[dic
 
 
 def methods(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """A short run of every method, with the learning rate of its best trial."""
+    """Short runs of every method, with the learning rate of its best trial."""
     tried, best = tuned(runs)
     made, table = table_of(
         runs, {name: [Run(name, **best[name], seed=seed) for seed in range(seeds)] for name in METHODS}
@@ -321,7 +323,7 @@ def methods(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
 
 def long(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """A run three times as long; three trials of that length with one seed, over higher rates than short runs have."""
+    """Runs three times as long, after three trials of that length with one seed, at higher rates than short runs."""
     higher = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.4)]
     tried, best = tuned(runs, FIVE, LONG, lambda name: higher, seeds=TRIAL_SEEDS[:1])
     made, table = table_of(
@@ -331,7 +333,7 @@ def long(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
 
 def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Thirty epochs of the images in batches of 128, evaluated after every sixth; one rate for all, not tried out."""
+    """Thirty epochs of the images in batches of 128, evaluated after every sixth; one rate for all, without trials."""
     images, batch_size = len(images_of(runs.data, False).train_labels), 128
     plan = [
         Run(name, 30 * images // (4 * batch_size), learning_rate=0.2, batch_size=batch_size, seed=seed, moments=5)
@@ -347,15 +349,15 @@ def epochs(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
 
 def overfit(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """150 epochs of a few images; six trials a method, in which SAM's gradient has its radius to find as well."""
+    """150 epochs of a few images; six trials per method, which for SAM's gradient cover the radius as well."""
     plan = [(name, 150) for name in FIVE]
     return by_heart(runs, seeds, plan, (0.1, 0.2, 0.4), (0.05, 0.1, 0.15, 0.2, 0.3, 0.4), (0.05, 0.1))
 
 
 def wrong(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """100 epochs of a few images with 40 % of the labels wrong; six trials a method.
+    """100 epochs of a few images with 40 % of the labels wrong; six trials per method.
 
-    The plain gradient also trains for half as long, in which it learns less of what is wrong.
+    The plain gradient also trains for half as long, in which time it learns fewer of the wrong labels.
     """
     plan = [*((name, 100) for name in FIVE), (FIVE[-1], 50)]
     rates = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -374,9 +376,10 @@ def by_heart(
     """Runs that are long enough for the network to know most of its images by heart.
 
     Args:
-        plan: methods, and for how many epochs of all workers together; those of the first method are not told.
-        rates_with_sam, rates_without: the learning rates that are tried; the first with each of the `radii`.
-        fields: of all runs.
+        plan: methods, with the number of epochs of all workers together; labels show it only if it differs from that of
+            the first method.
+        rates_with_sam, rates_without: the learning rates to try; those with SAM are tried with each of the `radii`.
+        fields: fields of all runs.
     """
 
     def settings(name: str) -> list[dict[str, float]]:
@@ -414,7 +417,7 @@ def by_heart(
 
 
 def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Each worker makes 480 steps whatever n is, of 32 images or of an nth of 128; with the learning rate of n = 4."""
+    """Each worker makes 480 steps whatever n is, of 32 images or of 128 / n, with the learning rate of n = 4."""
     _, best = tuned(runs)
     numbers = (1, 2, 4, 8, 16)
     batch_sizes = {"32 a worker": lambda n: 32, "128 in all": lambda n: 128 // n}
@@ -432,9 +435,10 @@ def workers(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
 
 
 def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """As in `wrong`, by 4, 8 and 16 workers: each with 32 images a step and an nth of the images of 100 epochs.
+    """Like `wrong`, with 4, 8 and 16 workers, each with 32 images per step and an n-th of the images of 100 epochs.
 
-    Three trials a method and number of workers, over its learning rate; a radius of 0.1, which those of `wrong` chose.
+    Three trials per method and number of workers, over the learning rate; the radius is 0.1, which the trials of
+    `wrong` chose.
     """
     numbers, names = (4, 8, 16), ("LSAM", "LSAM, momentum at the workers", "data-parallel SAM", "data-parallel SGD")
     images, everything = len(images_of(runs.data, False).train_labels), []
@@ -458,7 +462,7 @@ def batches(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]
     return everything, markdown_table(("error, %", *heads), list(cells.values()))
 
 
-# Without and with SAM's gradient: workers that are one; that drift apart for two steps; and that wait for nobody.
+# Without and with SAM's gradient: workers that act as one, that drift apart for two steps, and that wait for nobody.
 PAIRS = {
     "data-parallel": ("data-parallel SGD", "data-parallel SAM"),
     "local SGD": ("local SGD", "local SGD with SAM"),
@@ -467,7 +471,7 @@ PAIRS = {
 
 
 def sam(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Errors with equal rates, without SAM's gradient and with it, and their difference seed by seed."""
+    """Errors at equal rates, without and with SAM's gradient, and their difference seed by seed."""
     rates = (0.1, 0.2)
     plan = [
         Run(name, learning_rate=rate, seed=seed)
@@ -484,8 +488,8 @@ def sam(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     return made, markdown_table(("error, %", "learning rate", "without SAM", "with SAM", "difference", "seeds"), rows)
 
 
-# A step takes 0.1 s; the model is charged as if it had 22.7 M parameters (MiniLM), so a link is slowed down by as much
-# as this network is smaller.
+# A step takes 0.1 s. The model is charged as if it had 22.7 M parameters (MiniLM), so links are slowed down by the
+# factor by which this network is smaller.
 STEP, PARAMETERS, OWN = 0.1, 22.7e6, 68_074
 CLUSTERS = {
     "four alike on one machine": [{"step_seconds": STEP}] * 4,
@@ -495,14 +499,14 @@ CLUSTERS = {
     "links of 0.1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 12.5e6 * OWN / PARAMETERS}] * 4,
 }
 CLOCKED = ("LSAM without SAM", "data-parallel SGD", "DiLoCo", "EASGD")
-# A run is as good as data-parallel training's if its error is not higher by more than this; the shortest one of these
-# lengths that is shows the time until then. Each is a run of its own, its learning rate from the first step to zero.
+# A run is level with data-parallel training if its error is not higher by more than this. The shortest run, of these
+# lengths, that is level gives the time until level. Each is a separate run, with a whole learning rate schedule.
 TOLERANCE = 0.5
 LENGTHS = (SHORT, 600, 720, LONG, 2 * LONG)
 
 
 def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
-    """Virtual seconds until all have finished, and the error then; and with how many steps LSAM's is level."""
+    """Virtual seconds until all have finished, the error at that point, and the number of steps until LSAM is level."""
     _, best = tuned(runs, CLOCKED)
 
     def made(name: str, label: str, steps: int) -> list[dict[str, Any]]:
@@ -526,12 +530,12 @@ def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
 
 def mean_error(results: Sequence[dict[str, Any]]) -> float:
-    """At the end, over seeds; %."""
+    """The mean error at the end, over seeds, in %."""
     return statistics.fmean(result["points"][-1]["error"] for result in results)
 
 
 def time_and_error(results: Sequence[dict[str, Any]]) -> str:
-    """At the end: virtual seconds, and the error's mean and spread over seeds."""
+    """Virtual seconds at the end, and the mean and spread of the error over seeds."""
     points = [result["points"][-1] for result in results]
     seconds = statistics.fmean(point["virtual_seconds"] for point in points)
     return f"{seconds:,.0f} s, {mean_and_spread([point['error'] for point in points], 1)} %"

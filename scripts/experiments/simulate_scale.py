@@ -1,20 +1,20 @@
-"""From 1 to 1,024 workers, simulated: error, staleness, how far workers stand apart, and a server that cannot keep up.
+"""From 1 to 1,024 workers, simulated: error, staleness, distance between workers, and a server that cannot keep up.
 
     python scripts/experiments/simulate_scale.py --dataset parquet --train_file train.parquet --eval_file test.parquet
 
 A perceptron with one hidden layer (6,506 parameters) on CIFAR-10 at 8x8 pixels, batches of 8, SGD with momentum 0.9; a
-step takes one second, give or take a fifth. LSAM with the plain gradient and float32 exchanges, so that n is all that
-changes. A table a question:
+step takes one second, give or take a fifth. LSAM uses the plain gradient and float32 exchanges, so that only n changes.
+There is one table per question:
 
-    steps     each worker makes as many steps, whatever n is
-    samples   all workers together see as many samples: the more workers, the fewer steps each
+    steps     each worker makes the same number of steps, whatever n is
+    samples   all workers together see the same number of samples: the more workers, the fewer steps each
     knobs     64 workers, with other values of sync_steps, coupling_strength, anchor_lr and momentum_at, one at a time
-    server    64 workers and a server that takes a time for each push; at the rate that they have in `steps`
-    adamw     the same with AdamW, at many rates: which does LSAM need to go where data-parallel training goes?
+    server    64 workers and a server that needs some time for each push, at their learning rate in `steps`
+    adamw     the same with AdamW, at many rates: which rate does LSAM need to match data-parallel training?
 
-In the first three LSAM and data-parallel SGD have the same trials over the learning rate at every n (and each knob as
-many), judged on a tenth of the training images that is held out for them; the tables are of the test images. Runs are
-kept in `--runs_dir`, and one that has finished is not made again. `--output_dir` receives scale.json and scale.md.
+In the first three, LSAM and data-parallel SGD have the same trials over the learning rate at every n (and each knob the
+same number of trials), judged on a held-out tenth of the training images; the tables are for the test images. Finished
+runs are kept in `--runs_dir` and not made again. `--output_dir` receives scale.json and scale.md.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ WORKERS = (1, 4, 16, 64, 256, 1024)
 STEPS, SAMPLES, BATCH, MOMENTUM = 64, 32_768, 8, 0.9
 RATES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 TRIAL_SEED = 100
-FEW_SEEDS = 1024  # workers from which on one seed has to do
-MANY = 64  # workers of the questions `knobs` and `server`
-# The priors: exchanges at every step if it costs that workers stand apart, rarer ones if not; half the
-# coupling strength, which leaves them apart; and a longer stride of the anchor, as the mean of many is less noisy.
+FEW_SEEDS = 1024  # with this many workers or more, there is only one seed
+MANY = 64  # workers in the questions `knobs` and `server`
+# Why these: exchanges at every step should help if distance between workers costs accuracy, and rarer ones should not
+# hurt otherwise; half the coupling strength leaves workers further apart; and the anchor may take longer steps, because
+# the mean of many is less noisy.
 KNOBS: tuple[dict[str, Any], ...] = (
     {"sync_steps": 1},
     {"sync_steps": 8},
@@ -65,7 +66,7 @@ KNOBS: tuple[dict[str, Any], ...] = (
 WITH_ADAM = ("LSAM, AdamW", "data-parallel AdamW")
 ADAM_WORKERS, ADAM_SEEDS = (1, 4, 16, 64), (100, 101, 102)
 ADAM_RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
-LOADS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds that the pushes of a period take the server, over the period
+LOADS = (0.0, 0.5, 1.0, 2.0, 4.0)  # time that the server needs for the pushes of a period, divided by the period
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class Run:
     Args:
         method: one of `METHODS` or `WITH_ADAM`.
         workers: n.
-        steps: of each worker; workers of LSAM share n times as many.
-        learning_rate: the highest, after a warm-up of 5 % of the run; cosine to zero.
-        seed: of weights, order and the time of steps.
-        validation: train on nine tenths of the training images and evaluate on the tenth.
-        lsam: fields of `LoopArguments` that are not the defaults.
-        load: seconds that the server takes for a push of every worker, over those of the sync_steps between two pushes.
+        steps: steps per worker; LSAM's workers share n times as many.
+        learning_rate: the peak, after a warm-up of 5 % of the run, followed by a cosine to zero.
+        seed: seed of weights, order and step times.
+        validation: train on nine tenths of the training images and evaluate on the remaining tenth.
+        lsam: fields of `LoopArguments` that differ from the defaults.
+        load: time that the server needs for one push of every worker, divided by the time of sync_steps steps.
     """
 
     method: str
@@ -95,7 +96,8 @@ class Run:
 
 @lru_cache(maxsize=2)
 def tensors_of(data: str, validation: bool) -> tuple[torch.Tensor, ...]:
-    """Training images, their labels, held-out images, theirs; images float32 [N, pixels], of mean 0 and deviation 1."""
+    """Training images and labels, held-out images and labels; images are float32 [N, pixels], normalised to mean 0 and
+    standard deviation 1."""
     values = json.loads(data)
     if validation:
         values |= {"validation_fraction": 0.1, "eval_file": None}
@@ -106,9 +108,10 @@ def tensors_of(data: str, validation: bool) -> tuple[torch.Tensor, ...]:
 
 
 def simulate(run: Run, data: str) -> dict[str, Any]:
-    """What a run has come to at its end.
+    """The result of a run.
 
     Args:
+        run: the settings of the run.
         data: the fields of `ImageDataArguments`, as JSON.
     """
     torch.set_num_threads(1)
@@ -130,7 +133,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         return min(1.0, (step + 1) / (0.05 * run.steps)) * (1 + math.cos(math.pi * step / run.steps)) / 2
 
     arguments = None
-    if run.method.startswith(LSAM):  # the learning rate is the one that is tried
+    if run.method.startswith(LSAM):  # not scaled: the learning rate is what is tried
         arguments = LoopArguments(**{"exchange_bits": 32, "scale_learning_rate": False, **run.lsam})
     begin = time.perf_counter()
     made, sync_steps = make_run(
@@ -167,18 +170,18 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
 
 def error_of(result: dict[str, Any]) -> str:
-    """What is said of a run that is done."""
+    """The text shown for a finished run."""
     return f"n = {result['run']['workers']}, error {result['error']:.2f} % in {result['seconds']:.0f} s"
 
 
 def steps_of(question: str, most_workers: int) -> dict[int, int]:
-    """Of each worker, at every n."""
+    """Steps per worker, for every n."""
     numbers = [n for n in WORKERS if n <= most_workers]
     return {n: STEPS if question == "steps" else SAMPLES // (BATCH * n) for n in numbers}
 
 
 def compared(most_workers: int) -> list[Run]:
-    """The runs of `steps`, `samples` and `knobs`, without rate and seed; none twice."""
+    """The runs of `steps`, `samples` and `knobs`, without rate and seed, and without duplicates."""
     plans = [
         Run(method, n, steps)
         for question, method in itertools.product(("steps", "samples"), METHODS)
@@ -197,7 +200,7 @@ def trials_of(plan: Run) -> list[Run]:
 
 
 def make(runs: SimulatedRuns, seeds: int, most_workers: int) -> list[dict[str, Any]]:
-    """All runs: the trials, those with the best of their rates, and those with a server that takes its time."""
+    """All runs: the trials, those at the best rates, and those with a slow server."""
     plans = sorted(compared(most_workers), key=lambda plan: plan.workers * plan.steps)
     tried = runs.results([trial for plan in plans for trial in trials_of(plan)])
     of_plan = zip(*[iter(tried)] * len(RATES), strict=True)
@@ -210,7 +213,7 @@ def make(runs: SimulatedRuns, seeds: int, most_workers: int) -> list[dict[str, A
 
 
 def with_adam() -> dict[tuple[str, int, float], list[Run]]:
-    """Of every method, n and rate the runs over seeds."""
+    """For every method, n and rate, the runs over seeds."""
     return {
         (method, n, rate): [Run(method, n, STEPS, rate, seed, validation=True) for seed in ADAM_SEEDS]
         for method, n, rate in itertools.product(WITH_ADAM, ADAM_WORKERS, ADAM_RATES)
@@ -218,7 +221,7 @@ def with_adam() -> dict[tuple[str, int, float], list[Run]]:
 
 
 def of_plan(runs: Sequence[dict[str, Any]], plan: Run) -> list[dict[str, Any]]:
-    """The runs on the test images that differ from a plan in rate and seed alone."""
+    """The runs on the test images that differ from a plan only in rate and seed."""
     fields = {**asdict(plan), "validation": False}
     del fields["learning_rate"], fields["seed"]
     return [result for result in runs if fields.items() <= result["run"].items()]
@@ -233,7 +236,7 @@ def mean(results: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def with_rate_of(runs: Sequence[dict[str, Any]], workers: int, plan: Run) -> str:
-    """The trial of a plan at the rate that fewer workers would have chosen for it."""
+    """The trial of a plan at the rate that trials chose with `workers` workers."""
     chosen = of_plan(runs, replace(plan, workers=workers))[0]["run"]["learning_rate"]
     trial = asdict(replace(plan, learning_rate=chosen, seed=TRIAL_SEED, validation=True))
     return next(f"{result['error']:.1f}" for result in runs if result["run"] == trial)
@@ -244,7 +247,7 @@ def most_of(runs: Sequence[dict[str, Any]]) -> int:
 
 
 def comparison(runs: Sequence[dict[str, Any]], question: str) -> str:
-    """A column an n: errors and rates of both methods, and what LSAM's workers and anchors did."""
+    """One column per n: errors and rates of both methods, and what LSAM's workers and anchors did."""
     steps = steps_of(question, most_of(runs))
     rows = [["steps a worker", *(f"{each:,}" for each in steps.values())]]
     for method in METHODS:
@@ -264,7 +267,7 @@ def comparison(runs: Sequence[dict[str, Any]], question: str) -> str:
 
 
 def knobs(runs: Sequence[dict[str, Any]]) -> str:
-    """A line a knob."""
+    """One line per knob."""
     plan = Run(LSAM, MANY, STEPS)
     lines = [("the defaults", plan)]
     lines += [
@@ -279,7 +282,7 @@ def knobs(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def server(runs: Sequence[dict[str, Any]]) -> str:
-    """A line a load of the server."""
+    """One line per load of the server."""
     rows = []
     for load in LOADS:
         own = of_plan(runs, Run(LSAM, MANY, STEPS, load=load))
@@ -297,7 +300,7 @@ def server(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def adamw(runs: Sequence[dict[str, Any]]) -> str:
-    """A line a method and n, a column a rate: means over seeds."""
+    """One line per method and n, one column per rate: means over seeds."""
     errors = {json.dumps(result["run"]): result["error"] for result in runs}
     cells = {
         key: f"{statistics.fmean(errors[json.dumps(asdict(run))] for run in several):.1f}"
@@ -311,7 +314,7 @@ def adamw(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def tables(runs: Sequence[dict[str, Any]]) -> str:
-    """Of all questions."""
+    """The tables of all questions."""
     said = {
         f"Each worker makes {STEPS} steps:": comparison(runs, "steps"),
         f"All together see {SAMPLES:,} samples:": comparison(runs, "samples"),
@@ -323,7 +326,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Error against n, a panel a question, as SVG: the mean over seeds, and the range that they span."""
+    """Draws error against n as SVG, one panel per question: the mean over seeds, and their range."""
     import matplotlib
     from matplotlib.figure import Figure
 

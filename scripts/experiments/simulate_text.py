@@ -2,12 +2,12 @@
 
     python scripts/experiments/simulate_text.py --train_file train.csv --validation_file test.csv [--wrong_labels 0.4]
 
-MiniLM with AdamW, two workers. Each method has four trials: over the learning rate, and those with a perturbation over
-its radius as well. They are judged on a tenth of the training sentences, held out for them with their right labels; the
-table is of the validation file, of the same models with their weights in few bits, and of `--other_file`, sentences
-from elsewhere with the same labels. Runs are kept in `--runs_dir`, and one that has finished is not made again.
-`--output_dir` receives NAME.json and NAME.md. The keys of recipes/text_classification/train.py that choose data and
-adapter are taken as well.
+MiniLM with AdamW, two workers. Each method has four trials, over the learning rate and, with a perturbation, also over
+its radius. They are judged on a held-out tenth of the training sentences, with correct labels. The table shows the
+accuracy on the validation file, also of the same models with their weights in few bits, and on `--other_file`,
+sentences from elsewhere with the same labels. Finished runs are kept in `--runs_dir` and not made again. `--output_dir`
+receives NAME.json and NAME.md. The keys of recipes/text_classification/train.py that choose data and adapter are
+accepted as well.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from scripts.common.simulated import SimulatedRuns, make_run
 
 Collate = Callable[[list], dict[str, torch.Tensor]]
 
-# The direction of the perturbation, if there is one, and whether workers step with NesterovAdamW.
+# The direction of the perturbation, if there is one, and whether the optimizer is NesterovAdamW.
 METHODS: dict[str, dict[str, Any]] = {
     "LSAM": {"direction": "gradient"},
     "LSAM, one pass": {"direction": "momentum"},
@@ -62,15 +62,15 @@ class Run:
 
     Args:
         method: a key of `METHODS`.
-        workers: how many.
-        steps: of each worker.
-        learning_rate: the highest, after a warm-up of a tenth of the run; then linear to zero.
+        workers: how many workers there are.
+        steps: steps per worker.
+        learning_rate: the peak, after a warm-up of a tenth of the run, followed by a linear decay to zero.
         sam_rho: radius of the perturbation.
-        wrong_labels: share of the training sentences whose label is replaced by another.
-        batch_size: of one worker.
-        seed: of the head's weights, order and dropout.
+        wrong_labels: share of the training sentences whose label is replaced by another one.
+        batch_size: batch size of one worker.
+        seed: seed of the head's weights, order and dropout.
         validation: judge on a tenth of the training sentences, which is not trained on.
-        other_file: with sentences from elsewhere, to judge on as well.
+        other_file: file of sentences from elsewhere, on which to judge as well.
     """
 
     method: str
@@ -89,7 +89,7 @@ class Run:
 def sentences_of(
     data: str, validation: bool, wrong_labels: float
 ) -> tuple[list, list, list[str], DataCollatorWithPadding]:
-    """Training and held-out sentences as token ids and labels, the labels' names, what makes a batch of them."""
+    """Training and held-out sentences as token ids and labels, the names of the labels, and the collator."""
     values = json.loads(data)
     if validation:
         values |= {"validation_file": None, "eval_size": 0.1}
@@ -107,9 +107,10 @@ def sentences_of(
 def batches(
     examples: list, collate, size: int, seed: int, rank: int, workers: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Epoch after epoch, each in an order of its own, of which this worker has every `workers`-th batch.
+    """Batches, epoch after epoch, each in a new order, of which this worker gets every `workers`-th batch.
 
-    Sentences of like length share a batch: the order is sorted in pieces of 16 batches, whose order is drawn again.
+    Sentences of similar length share a batch: the order is sorted within pieces of 16 batches, and then all batches are
+    shuffled.
     """
     for epoch in itertools.count():
         draws = torch.Generator().manual_seed(1000 * seed + epoch)
@@ -122,9 +123,10 @@ def batches(
 
 
 def simulate(run: Run, data: str) -> dict[str, Any]:
-    """Accuracy of the model that a run ends with, also with its matrices rounded to 8 and 4 bits; its bytes.
+    """Accuracy of a run's final model, also with its matrices rounded to 8 and 4 bits, and the bytes of the run.
 
     Args:
+        run: the settings of the run.
         data: the fields of `DataArguments` and `ModelArguments`, as JSON.
     """
     torch.set_num_threads(1)
@@ -156,7 +158,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
     machines = [Machine()] * run.workers
     gradient = Gradient(run.sam_rho, sam_direction=method.get("direction", "gradient"), max_grad_norm=1.0)
-    # The learning rate is the one that is tried.
+    # Not scaled: the learning rate is what is tried.
     arguments = None if method.get("data_parallel") else LoopArguments(scale_learning_rate=False)
     made, sync_steps = make_run(arguments, model, optimizer, loss, machines, gradient, scheduler, seed=run.seed)
     begin = time.perf_counter()
@@ -179,7 +181,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, examples: list, collate: Collate) -> float:
-    """In per cent, without dropout."""
+    """Accuracy in per cent, without dropout."""
     model.eval()
     right = 0
     for begin in range(0, len(examples), 100):
@@ -190,7 +192,8 @@ def accuracy(model: torch.nn.Module, examples: list, collate: Collate) -> float:
 
 @torch.no_grad()
 def in_few_bits(model: torch.nn.Module, bits: int) -> torch.nn.Module:
-    """A copy, with each row of its matrices rounded to 2^bits - 1 evenly spaced values around zero; adapters merged."""
+    """A copy with adapters merged, and each row of its matrices rounded to 2^bits - 1 evenly spaced values around
+    zero."""
     model = copy.deepcopy(model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -202,7 +205,7 @@ def in_few_bits(model: torch.nn.Module, bits: int) -> torch.nn.Module:
 
 
 def trials(method: str, learning_rate: float, rho: float) -> list[dict[str, float]]:
-    """Four choices of what the method can choose: around `learning_rate` and, with a perturbation, `rho`."""
+    """Four settings to try: around `learning_rate` and, with a perturbation, around `rho`."""
     if "direction" in METHODS[method]:
         pairs = ((0.25, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.5))
         return [{"learning_rate": learning_rate * rate, "sam_rho": rho * radius} for rate, radius in pairs]
@@ -210,7 +213,7 @@ def trials(method: str, learning_rate: float, rho: float) -> list[dict[str, floa
 
 
 def experiment(runs: SimulatedRuns, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    """The trials, the runs of the best of each method, and a table of them: a line a method."""
+    """The trials, runs with each method's best settings, and a table of the latter with one line per method."""
     plans = [
         Run(method, steps=asked.steps, wrong_labels=asked.wrong_labels, validation=True, **own)
         for method in asked.methods
@@ -225,7 +228,7 @@ def experiment(runs: SimulatedRuns, asked: argparse.Namespace) -> tuple[list[dic
         mean = statistics.fmean(result["accuracy"] for result in own)
         if mean > accuracies.get(plan.method, -1.0):
             chosen[plan.method], accuracies[plan.method] = plan, mean
-    # Seed by seed, so that what an interruption leaves is a smaller experiment.
+    # Seed by seed, so that an interruption leaves a complete, smaller experiment.
     made = runs.results(
         [
             replace(best, seed=seed, validation=False, other_file=asked.other_file)
@@ -293,7 +296,7 @@ def main() -> None:
 
 
 def accuracy_of(result: dict[str, Any]) -> str:
-    """What is said of a run that is done."""
+    """The text shown for a finished run."""
     return f"accuracy {result['accuracy']:.2f} %"
 
 

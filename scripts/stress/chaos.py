@@ -1,21 +1,21 @@
-"""What a run survives: random schedules of faults on real processes, and what must hold after each.
+"""Fault injection: random schedules of faults on real processes, and what must hold after each.
 
     python scripts/stress/chaos.py --schedules 20 --seed 0
 
-Four external workers of a server that was started by hand fit a linear model, each by SGD on batches of its own. A
-schedule is data, printed before it runs: (worker, its local step, fault). Workers carry their own faults out, at that
-very step:
+Four external workers of a server that was started manually fit a linear model, each by SGD on its own batches. A
+schedule is data, printed before it runs: (worker, its local step, fault). Workers carry out their own faults, exactly
+at that step:
 
     kill         SIGKILL to itself
-    stop         SIGSTOP to itself; continued after the server must have given it up
+    stop         SIGSTOP to itself; continued after the server must have evicted it
     nan          its parameters become NaN
     join         asks for one more worker
     kill server  SIGKILL to the server, which is started again with --resume
 
-After each schedule: the anchor is finite; no worker saw versions that did not strictly increase; the server counted no
-push twice, and without a restart each that a worker knows as answered; nothing is left of the run but its snapshot and
-its description; the loss at the anchor is within 5 % of a run without faults, unless most steps fell into the time
-until a killed server was back. Exit code 1 and the reason otherwise.
+After each schedule: the anchor is finite; the versions that each worker saw strictly increased; the server counted no
+push twice and, without a restart, every push that a worker knows to be answered; nothing is left of the run except its
+snapshot and its description; the loss at the anchor is within 5 % of that of a run without faults, unless most steps
+were made while a killed server was not back yet. Otherwise the exit code is 1, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ WORKERS, STEPS, SYNC_STEPS, STEP_SECONDS = 4, 300, 4, 0.004
 DIMENSION, ROWS, BATCH, LEARNING_RATE = 16, 512, 32, 0.02
 WORKER_TIMEOUT, SERVER_TIMEOUT = 1.5, 240.0
 KEPT = {"create", "lock", "parameters.json", "run.json", "snapshot.safetensors"}
-# Forked, not started anew: importing torch takes longer than a schedule.
+# Forked, not spawned: importing torch takes longer than a schedule.
 processes = multiprocessing.get_context("fork")
 
 
@@ -71,7 +71,7 @@ class Fault:
 class Outcome:
     """What is known once all processes have ended."""
 
-    reports: list[dict] = field(default_factory=list)  # of each worker that reached its end
+    reports: list[dict] = field(default_factory=list)  # one for each worker that reached its end
     restarts: int = 0
     loss: float = float("nan")
     failures: list[str] = field(default_factory=list)
@@ -136,14 +136,14 @@ def work(run_dir: Path, log: Path, number: int, steps: int, faults: list[Fault],
 
 
 def commit(fault: Fault, run_dir: Path, x: nn.Parameter, pipe: Connection) -> None:
-    """Does to the run what `fault` says."""
+    """Carries out `fault`."""
     if fault.what == "nan":
         x.detach().fill_(float("nan"))
         return
     if fault.what == "kill server":
         record = run_dir / "server.json"
         if is_served(run_dir) and record.exists():
-            with suppress(ProcessLookupError):  # another worker has killed it a moment ago
+            with suppress(ProcessLookupError):  # another worker has just killed it
                 os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
         return
     pipe.send((fault.what, os.getpid()))
@@ -185,7 +185,7 @@ class Cluster:
         return worker
 
     def look_after(self, timeout: float = 0.05) -> list[dict]:
-        """Waits a moment, does what workers ask for, restarts a killed server; returns the reports that came."""
+        """Waits a moment, does what workers ask for, and restarts a killed server; returns the reports received."""
         reports = []
         for pipe in wait(list(self.workers), timeout=timeout):
             try:
@@ -210,7 +210,7 @@ class Cluster:
         return reports
 
     def end(self) -> int:
-        """Ends the server as a user would; its exit code."""
+        """Ends the server as a user would; returns its exit code."""
         self.server.terminate()
         self.server.join(60)
         if self.server.is_alive():
@@ -219,7 +219,7 @@ class Cluster:
         return self.server.exitcode
 
     def kill_all(self) -> None:
-        """Leaves no process behind, whatever went wrong."""
+        """Kills all processes, so that none is left behind whatever went wrong."""
         for process in (*self.workers.values(), self.server):
             if process.is_alive():
                 process.kill()
@@ -252,7 +252,7 @@ def run_schedule(schedule: list[Fault], limit: float = 600.0) -> Outcome:
 
 
 def check(outcome: Outcome, cluster: Cluster, schedule: list[Fault]) -> None:
-    """Ends the server, and adds to `outcome.failures` what should not be."""
+    """Ends the server, and adds every violation to `outcome.failures`."""
 
     def require(ok: bool, what: str) -> None:
         if not ok:
@@ -282,24 +282,25 @@ def check(outcome: Outcome, cluster: Cluster, schedule: list[Fault]) -> None:
 
 
 def judge(outcome: Outcome, baseline: float) -> str:
-    """Adds to `outcome.failures` if the loss is not that of a run without faults; the reason why it need not be."""
+    """Adds to `outcome.failures` if the loss is too far above that of a run without faults; if there is an excuse,
+    returns that instead."""
     if outcome.loss <= 1.05 * baseline:
         return ""
     accepted = sum(report["accepted"] for report in outcome.reports)
     above = f"loss {outcome.loss:.4f}, without faults {baseline:.4f}"
-    if outcome.restarts and accepted < possible_pushes(outcome) / 2:  # a restart took longer than the steps they had
+    if outcome.restarts and accepted < possible_pushes(outcome) / 2:  # a restart took longer than the remaining steps
         return f" ({above}: most steps fell into the time without a server)"
     outcome.failures.append(above)
     return ""
 
 
 def possible_pushes(outcome: Outcome) -> int:
-    """How many the workers that reached their end could have handed in."""
+    """How many pushes the workers that reached their end could have made."""
     return len(outcome.reports) * (STEPS // SYNC_STEPS)
 
 
 def random_schedule(generator: random.Random) -> list[Fault]:
-    """Two to four faults. Worker 0 is never killed, so that some run always reaches its end; no worker dies twice."""
+    """Two to four faults. Worker 0 is never killed, so that at least one worker reaches its end; none dies twice."""
     faults: list[Fault] = []
     for _ in range(generator.randint(2, 4)):
         what = generator.choice(FAULTS)
@@ -316,7 +317,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     add_quiet(parser)
     arguments = parser.parse_args()
-    torch.optim.SGD([torch.zeros(1)])  # loads what every forked server would otherwise load by itself
+    torch.optim.SGD([torch.zeros(1)])  # loads what every forked server would otherwise have to load
     generator = random.Random(arguments.seed)
     baseline = run_schedule([])
     failed = bool(baseline.failures)

@@ -1,5 +1,5 @@
-"""What can only be shown on a GPU. Run it with scripts/stress/gpu_check.sh; it needs no network and no data. The checks
-alone, without what a step costs, are tests as well: `pytest -m gpu`.
+"""Checks that need a GPU. Run it with scripts/stress/gpu_check.sh; it needs no network and no data. The checks, without
+the measurement of what a step costs, are also tests: `pytest -m gpu`.
 
 Exit status: 0 if every check holds, 1 if one does not, 2 if there is no GPU.
 """
@@ -52,14 +52,14 @@ VARIANTS = ("plain", "lsam", "lsam quarter", "lsam server")
 
 
 def bert(dropout: float = 0.0, **sizes) -> nn.Module:
-    """A BERT with random weights, the same at every call; without sizes it is BERT-base, 109 M parameters."""
+    """A BERT with random weights, the same at every call; without `sizes` it is BERT-base, 109 M parameters."""
     torch.manual_seed(0)
     config = BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
     return BertForSequenceClassification(config)
 
 
 class EasyTokens(Dataset):
-    """The first token says the label: what a small model learns within some dozen steps. No attention mask."""
+    """The first token determines the label, which a small model learns within a few dozen steps. No attention mask."""
 
     def __init__(self, rows: int, length: int = 32):
         generator = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ def require(holds: bool, what: str) -> None:
 
 
 class OverflowTrainer(LSAMTrainer):
-    """Makes one step overflow in fp16 scaling, and notes every loss."""
+    """Makes one step overflow under fp16 scaling, and records every loss."""
 
     overflow_at = 10
 
@@ -151,7 +151,7 @@ def check_fp16() -> str:
     return f"skipped step left x, sum and counters untouched; loss {first:.3f} to {last:.3f}"
 
 
-# --- device pinning: two workers share the GPUs there are ---
+# --- device pinning: two workers share the available GPUs ---
 
 
 def work(folder: Path) -> None:
@@ -194,7 +194,7 @@ def check_pinning() -> str:
     return f"2 workers on {gpus} GPU(s), each on its own or sharing; {pushes} pushes; same final anchor, bit for bit"
 
 
-# --- the exchange beside the training stream ---
+# --- the exchange in parallel with the training stream ---
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def check_side_stream() -> str:
                     worker.after_optimizer_step(rates)
                 pushes += len(sent) > sent_before
                 pulls += worker.version > version
-                # The mailbox keeps a push until the next is written, and none is in the second step of a period.
+                # The mailbox keeps a push until the next is written, never in the second step of a period.
                 if sent and step % 4 == 1:
                     link.outgoing.wait()
                     require(torch.equal(mailbox, sent[-1].cpu()), f"push {len(sent)} arrived changed")
@@ -268,7 +268,7 @@ def check_side_stream() -> str:
 
 
 class SyncCounter(TrainerCallback):
-    """Counts synchronising CUDA calls from the begin of step `first` on, to the begin of the last."""
+    """Counts synchronising CUDA calls from the beginning of step `first` to the beginning of the last."""
 
     def __init__(self, first: int, last: int):
         self._first, self._last = first, last
@@ -304,7 +304,7 @@ def synchronisations_per_step(variant: str) -> float:
 
 
 def synchronisations_per_pass() -> int:
-    """What one forward-backward pass of the model does by itself."""
+    """The number of synchronising calls in a forward-backward pass of the model alone."""
     model = bert(**SMALL).cuda()
     rows = [EasyTokens(32)[index] for index in range(32)]
     batch = {name: torch.stack([row[name] for row in rows]).cuda() for name in rows[0]}
@@ -320,9 +320,9 @@ def check_synchronisations() -> str:
     per_pass = synchronisations_per_pass()
     text = ", ".join(f"{variant} {count:.3f}" for variant, count in counts.items()) + f"; a pass {per_pass}"
     require(counts["plain"] > 0, "no synchronisation was seen in a plain step either: the count does not work")
-    allowed = counts["plain"] + per_pass  # SAM makes one pass more
+    allowed = counts["plain"] + per_pass  # SAM makes one more pass
     require(counts["lsam server"] <= allowed, f"LSAM synchronises more often a step: {text}")
-    # Alone, the server is in the process, and reads back once a period whether the push was finite.
+    # A lone worker has the server in its process, which reads back once per period whether the push was finite.
     require(counts["lsam"] <= allowed + 1 / SYNC_STEPS, f"LSAM alone synchronises more often a step: {text}")
     return f"host-device synchronisations a step: {text}"
 
@@ -355,7 +355,7 @@ def check_compile() -> str:
 
 
 class GpuStepTime(TrainerCallback):
-    """Seconds a step on average, from the begin of step `first` to the begin of step `last`, the GPU's work done."""
+    """Mean seconds per step, from the beginning of step `first` to that of step `last`, including the GPU's work."""
 
     def __init__(self, first: int, last: int):
         self._first, self._last = first, last
@@ -371,7 +371,7 @@ class GpuStepTime(TrainerCallback):
 
 
 def measure_costs(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds a step and peak bytes allocated of each variant, in turns: BERT-base, bf16 autocast, AdamW."""
+    """Seconds per step and peak allocated bytes of each variant, in turns: BERT-base, bf16 autocast, AdamW."""
     weights = bert(dropout=0.1)
     variants = list(VARIANTS)
     needed = 3 * FLOAT_BYTES * sum(parameter.numel() for parameter in weights.parameters())
@@ -445,7 +445,7 @@ def main() -> int:
             continue
         try:
             results.append({"check": name, "holds": True, "seen": check()})
-        except Exception as error:  # one check that fails must not hide what the others show
+        except Exception as error:  # a failing check must not hide the results of the others
             traceback.print_exc()
             results.append({"check": name, "holds": False, "seen": f"{type(error).__name__}: {error}"})
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n")

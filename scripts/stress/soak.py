@@ -1,8 +1,8 @@
-"""Does the server grow? Workers come and are killed for as long as you like; its memory and descriptors stay flat.
+"""Does the server leak? Workers join and are killed for as long as you like; its memory and descriptors must stay flat.
 
     python scripts/stress/soak.py --minutes 10
 
-Eight small workers train on one server; every few seconds one is killed and another joins. Prints JSON: the server's
+Eight small workers train with one server; every few seconds one is killed and another joins. Prints JSON: the server's
 resident memory and open descriptors at every sample, and their change from the first third of the run to the last.
 """
 
@@ -28,7 +28,7 @@ MEMORY_GROWTH, DESCRIPTOR_GROWTH = 2.0, 1.0  # MiB and descriptors, from the fir
 
 
 def soak(minutes: float, every: float, seed: int, progress: Progress) -> dict:
-    """Runs it; returns the samples and what they say."""
+    """Runs the test; returns the samples and the conclusions from them."""
     generator = random.Random(seed)
     samples: list[dict] = []
     killed = 0
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     add_quiet(parser)
     arguments = parser.parse_args()
-    torch.optim.SGD([torch.zeros(1)])  # loads what the forked server would otherwise load by itself, as growth
+    torch.optim.SGD([torch.zeros(1)])  # loads what the forked server would otherwise load, which would look like growth
     with Progress(arguments.minutes, "minutes", arguments.quiet) as progress:
         report = soak(arguments.minutes, arguments.every, arguments.seed, progress)
     print(json.dumps(report))

@@ -1,6 +1,7 @@
-"""What LSAM gains and costs beside data-parallel training: README.md's table, that of docs/results.md, and the figure.
+"""What LSAM gains and costs compared with data-parallel training: the tables of README.md and docs/results.md, and the
+figure.
 
-Of published results alone; `write_tables.py` puts them where they belong.
+All from published results; `write_tables.py` puts them where they belong.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Gains:
         return "bytes between machines, 2 workers; 4 workers", "; ".join(f"1/{round(each)}" for each in ratios), "1"
 
     def clocked(self) -> Iterable[tuple[str, ...]]:
-        """A line a cluster: the time until both are level, and where."""
+        """One line per cluster: the time until both are level, and the error at that point."""
         for cluster in CLUSTERS:
             yield cluster, *(time_and_error(self._until_level(method, cluster)) for method in CLOCKED[:2])
 
@@ -81,7 +82,7 @@ class Gains:
         return self._compared(f"error, %, {IMAGES[name]}", whole, lambda run: run["points"][-1]["error"])
 
     def recipe(self, folder: str) -> Compared:
-        """Of real processes."""
+        """The results of a recipe, from real processes."""
         what, digits, scale = RECIPES[folder]
         measured = load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
         of = {
@@ -104,7 +105,7 @@ class Gains:
             yield what, f"{ratios[variant]:.2f}", "1" if variant == "lsam" else ""
 
     def short(self) -> str:
-        """README.md's: what a user gains, a line each; the plain gradient, and SAM's."""
+        """The table of README.md: what a user gains, one line each, with the plain gradient and with SAM's."""
         compared = (
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
             self.sentences("trec_wrong_labels_ten", WRONG_LABELS, lambda run: run["accuracy"]),
@@ -123,7 +124,7 @@ class Gains:
         return markdown_table(HEADER, rows)
 
     def whole(self) -> str:
-        """All of it, and where it comes from."""
+        """The whole table, and where its figures come from."""
         compared = (
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
             self.sentences("trec", "the same, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]),
@@ -156,7 +157,7 @@ class Gains:
         )
 
     def draw(self, path: Path) -> None:
-        """Bars of the seconds until level, as SVG that is the same whenever it is drawn."""
+        """Draws bars of the seconds until level, as an SVG file that is identical each time."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -179,7 +180,7 @@ class Gains:
             figure.savefig(path, metadata={"Date": None})
 
     def _until_level(self, method: str, cluster: str) -> Runs:
-        """A method's longest runs on a cluster, one a seed: none that are longer were made once it was level."""
+        """A method's longest runs on a cluster, one per seed. Once it was level, no longer runs were made."""
         own = [run for run in of_method(self._images["clock"], method) if run["run"]["machines"] == CLUSTERS[cluster]]
         longest = max(run["run"]["steps"] for run in own)
         return [run for run in own if run["run"]["steps"] == longest]
@@ -203,7 +204,7 @@ class Gains:
 
 
 def simulated(folder: str, name: str) -> Runs:
-    """The runs of an experiment of simulate_images.py or simulate_text.py that are not trials."""
+    """The runs, except for trials, of an experiment of simulate_images.py or simulate_text.py."""
     report = load_results(REPOSITORY / f"recipes/{folder}/results/simulated/{name}.json")
     return [run for run in report["runs"] if not run["run"]["validation"]]
 

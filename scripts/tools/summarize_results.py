@@ -1,8 +1,8 @@
-"""Means over runs that differ in their seed alone, as JSON and as a Markdown table in a README.
+"""Means over runs that differ only in their seed, as JSON and as a Markdown table in a README.
 
     python scripts/tools/summarize_results.py RUN_DIR... --output FILE.json --readme README.md --marker NAME
 
-The table replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+The table replaces the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ HEADER = ("method", "workers", "seeds", "held-out {metric}", "at the workers", "
 
 
 def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One summary a configuration, in the order given; the configurations differ in more than seed and folder.
+    """One summary per configuration, in the order given. Runs that differ only in seed and folder have the same one.
 
     Raises:
-        ValueError: if a seed stands twice for one configuration, or if its runs had different hardware or versions.
+        ValueError: if a configuration has a seed twice, or runs with different hardware or versions.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -91,14 +91,15 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def method_label(summary: dict[str, Any]) -> str:
-    """What a table calls the method of a summary."""
+    """The name of a summary's method in a table."""
     settings = summary["configuration"]
     without = " without SAM" * (summary["method"] == "lsam" and settings.get("sam_rho") == 0)
     return f"{summary['method']}{without}{', NesterovAdamW' * settings.get('nesterov', False)}"
 
 
 def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """What a table calls each: its method, what tells summaries of one method apart, and the rate that trials chose."""
+    """The label of each summary in a table: its method, what sets it apart from other summaries of this method, and the
+    learning rate that trials chose."""
     names = [method_label(summary) for summary in summaries]
     settings = [summary["configuration"] for summary in summaries]
     differing = {
@@ -145,13 +146,13 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def write_between(readme: Path, marker: str, text: str) -> None:
-    """Replaces what stands between the two markers; see `around`."""
+    """Replaces the text between the two markers; see `around`."""
     head, tail = around(readme, marker)
     write_atomically(readme, f"{head}\n{text}\n{tail}")
 
 
 def around(readme: Path, marker: str) -> tuple[str, str]:
-    """What stands before the text between two markers, and after it, with the markers.
+    """The parts of a file before and after the text between two markers, including the markers.
 
     Raises:
         ValueError: if the file does not have both, in this order.

@@ -2,8 +2,8 @@
 
 python scripts/tools/try_versions.py
 
-Each set goes into a fresh virtual environment in a temporary folder, several GB where torch comes with CUDA, and runs
-the exact cases and two workers through Trainer. What came out stands in benchmarks/versions.json and in
+Each set is installed into a fresh virtual environment in a temporary folder, which takes several GB if torch comes with
+CUDA, and runs the exact cases and two workers through Trainer. The results are written to benchmarks/versions.json and
 docs/combinations.md. The exit code is 1 if a set fails.
 """
 
@@ -36,7 +36,7 @@ PAGE = REPOSITORY / "docs/combinations.md"
 
 
 def requirements(which: str) -> list[str]:
-    """What pip is asked for: of `TRIED` the lowest version each, or the newest."""
+    """The requirements passed to pip: the lowest or the newest version of each package in `TRIED`."""
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     of = {re.match(r"[\w-]+", line).group(): line for line in declared}
     if which == "newest":
@@ -49,10 +49,11 @@ def tried(which: str, folder: Path) -> dict[str, Any]:
     """Installs a set and runs the tests with it.
 
     Args:
-        folder: an empty one, for the environment.
+        which: see `requirements`.
+        folder: an empty folder for the environment.
 
     Returns:
-        the installed versions, and by test what pytest said last.
+        the installed versions and, for each test, the last line of pytest's output.
     """
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin/python"
@@ -80,7 +81,7 @@ def tried(which: str, folder: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Of what `tried` has returned, by set."""
+    """A Markdown table of what `tried` returned for each set."""
     rows = [
         (
             which,

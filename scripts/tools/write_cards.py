@@ -1,4 +1,4 @@
-"""Writes the cards of the published results in model_cards/ from the JSON they come from.
+"""Writes the cards of the published results, model_cards/, from their JSON.
 
 python scripts/tools/write_cards.py
 """
@@ -20,12 +20,12 @@ from scripts.common.results import load_results
 from scripts.tools.summarize_results import method_label
 
 RECIPES = REPOSITORY / "recipes"
-SHARES = ("accuracy", "f1")  # told in percent
+SHARES = ("accuracy", "f1")  # shown in percent
 Compared = tuple[Sequence[str], Sequence[Sequence[str]]]  # a header, and rows
 
 
 def score(row: dict[str, Any]) -> str:
-    """What the runs of a summary have reached in their metric."""
+    """The metric of a summary's runs, as text."""
     values = [run[f"eval_{row['metric']}"] for run in row["runs"]]
     return mean_and_spread(values, scale=100) if row["metric"] in SHARES else mean_and_spread(values, digits=4)
 
@@ -35,7 +35,7 @@ def title(metric: str) -> str:
 
 
 def side_by_side(summaries: Sequence[dict[str, Any]]) -> Compared:
-    """A row a method."""
+    """A table with one row per method."""
     rows = [
         (
             method_label(row),
@@ -50,10 +50,10 @@ def side_by_side(summaries: Sequence[dict[str, Any]]) -> Compared:
 
 
 def of_summary(name: str, row: dict[str, Any], compared: Compared, against: str, task: str | None) -> CardFacts:
-    """The card of one row of summarize_results.py, a method's runs over seeds.
+    """The card of one row of summarize_results.py: a method's runs with several seeds.
 
     Args:
-        name: of the result; the method is added.
+        name: name of the result, to which the method is added.
         row: the summary.
         compared, against, task: see `CardFacts`.
     """
@@ -88,7 +88,7 @@ def of_summary(name: str, row: dict[str, Any], compared: Compared, against: str,
 
 
 def of_quickstart(path: Path) -> Iterator[CardFacts]:
-    """One card a method of the quickstart."""
+    """One card per method of the quickstart."""
     for row in load_results(path):
         runs = row["runs"]
         own = [value for run in runs for value in run["eval_accuracy_workers"]]
@@ -110,7 +110,7 @@ def of_quickstart(path: Path) -> Iterator[CardFacts]:
 
 
 def of_recipe(path: Path) -> Iterator[CardFacts]:
-    """One card a method of what measure_recipe.py has measured."""
+    """One card per method that measure_recipe.py has measured."""
     recipe, summaries = path.parents[1].name, load_results(path)
     tried = (path.parent / "trials.json").exists()
     against = (
@@ -127,7 +127,7 @@ def main(folder: Path = REPOSITORY / "model_cards") -> None:
     """Writes all cards.
 
     Args:
-        folder: where to.
+        folder: the folder to write to.
     """
     found = [*of_quickstart(RECIPES / "text_classification/results/quickstart.json")]
     for path in sorted(RECIPES.glob("*/results/methods.json")):

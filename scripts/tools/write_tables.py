@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md, docs/, benchmarks/README.md and the recipes from the JSON they come from.
+"""Writes the measured tables of README.md, docs/, benchmarks/README.md and the recipes from their JSON.
 
 python scripts/tools/write_tables.py
 """
@@ -23,7 +23,7 @@ BENCHMARKS = {
 
 
 def write_simulations(folder: Path) -> None:
-    """The tables of the simulations between the markers of the recipe's README."""
+    """Writes the tables of the simulations between the markers of the recipe's README."""
     for path in sorted(folder.glob("results/simulated/*.json")):
         if path.stem != "scale":  # on a page of its own
             described = f"{path.with_suffix('.md').read_text().strip()}\n\n{of_runs(load_results(path)['runs'])}"
@@ -31,7 +31,7 @@ def write_simulations(folder: Path) -> None:
 
 
 def write_scaling(page: Path, results: Path) -> None:
-    """What simulate_scale.py and estimate_scale.py found, and the figure beside the page."""
+    """Writes what simulate_scale.py and estimate_scale.py found, and the figure next to the page."""
     write_between(page, "estimate", estimate_scale.tables(estimate_scale.Measured.load()))
     runs = load_results(results)["runs"]
     simulate_scale.draw(runs, page.with_name("scale.svg"))
@@ -40,18 +40,18 @@ def write_scaling(page: Path, results: Path) -> None:
 
 
 def write_recipes(recipes: Path) -> None:
-    """The tables of summarize_results.py and measure_recipe.py."""
+    """Writes the tables of summarize_results.py and measure_recipe.py."""
     for path in sorted(recipes.glob("*/results/*.json")):
         write_between(path.parents[1] / "README.md", path.stem, table(load_results(path)))
 
 
 def write_benchmarks() -> None:
-    """The tables of benchmarks/README.md."""
+    """Writes the tables of benchmarks/README.md."""
     for name, path in BENCHMARKS.items():
         report = load_results(REPOSITORY / f"benchmarks/{name}.json")
         measured = import_module(f"scripts.benchmarks.{path.stem}").table(report["results"])
         parameters = ", ".join(f"{key} {value}" for key, value in report["parameters"].items())
-        # The script and its options by their names of today; images.py was a mode, --vision, of step.py.
+        # The script and its options under their current names; images.py used to be a mode of step.py, --vision.
         words = [word for word in report["command"].split()[2:] if word != "--vision"]
         words = ["--timeout" if word == "--patience" else word for word in words]
         command = " ".join(["python", str(path.relative_to(REPOSITORY)), *words])
@@ -60,7 +60,7 @@ def write_benchmarks() -> None:
 
 
 def write_lists() -> None:
-    """The lists of recipes, from what each says of itself."""
+    """Writes the lists of recipes, from how each describes itself."""
     for page, folder in (("recipes/README.md", ""), ("docs/getting_started.md", "recipes/")):
         rows = []
         for name in recipe.names():

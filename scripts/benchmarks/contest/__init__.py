@@ -1,1 +1,1 @@
-"""Two workers of hf_lsam, and of what else averages workers: what `peers.py` lets run side by side."""
+"""Two workers of hf_lsam, and of other methods that average workers, for `peers.py` to run side by side."""

@@ -1,4 +1,4 @@
-"""Who trains: each takes the same steps of the same task, and averages in its own way."""
+"""The contestants: each takes the same steps of the same task, and averages in its own way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 
 
 class DataParallel:
-    """DDP, with pytorch_optimizer's SAM or without; one worker has nothing to reduce."""
+    """DDP, with or without pytorch_optimizer's SAM; a single worker has nothing to reduce."""
 
     def __init__(self, task: Images | Sentences, place: Place, sam: bool):
         self.forward: nn.Module = task.model
@@ -73,7 +73,7 @@ class DataParallel:
 
 
 class AccelerateLocalSGD(DataParallel):
-    """accelerate's LocalSGD; it averages once more at the end."""
+    """accelerate's LocalSGD, which averages once more at the end."""
 
     def __init__(self, task: Images | Sentences, place: Place):
         optimizer, options = task.optimizer
@@ -100,7 +100,7 @@ class AccelerateLocalSGD(DataParallel):
 
 
 class TorchftDiLoCo(DataParallel):
-    """torchft's DiLoCo: each worker a replica group of its own; worker 0's machine has the lighthouse."""
+    """torchft's DiLoCo: each worker is its own replica group, and worker 0's machine runs the lighthouse."""
 
     def __init__(self, task: Images | Sentences, place: Place):
         from torchft import Manager, ProcessGroupGloo
@@ -124,7 +124,7 @@ class TorchftDiLoCo(DataParallel):
             lighthouse_addr=f"http://{place.first}:{place.port}",
             replica_id=f"worker_{place.rank}",
             hostname=place.address,
-            init_sync=False,  # all begin with the same weights
+            init_sync=False,  # all start from the same weights
         )
         outer = torch.optim.SGD(task.model.parameters(), **OUTER)
         self._diloco = DiLoCo(self._manager, [task.model], self.stepped, outer, PERIOD)
@@ -179,7 +179,7 @@ class Asynchronous:
         return self._lsam.schedule(scheduler) if self._shares else scheduler
 
     def parameters(self) -> list[Tensor]:
-        """The newest anchor that has come, and after the run the final one."""
+        """The newest anchor that has arrived; after the run, the final one."""
         if self._lsam.session.finished:
             return [parameter.detach().clone() for parameter in self.forward.parameters()]
         worker = self._lsam.worker
@@ -190,15 +190,15 @@ class Asynchronous:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who trains, with SAM's gradient or not, and where it takes part.
+    """A contestant, with SAM's gradient or without, and the parts in which it takes part.
 
     Args:
-        make: of a task and a place.
-        sam: whether `make` is given `sam`, and a step has two passes.
-        package: without which it is left out.
-        fields: what `make` is given besides.
-        parts: of the script.
-        on_links_only: on one machine it is the same as another one.
+        make: makes it, from a task and a place.
+        sam: whether `make` is passed `sam`, and a step has two passes.
+        package: the package without which it is left out.
+        fields: further arguments of `make`.
+        parts: the parts of the script in which it takes part.
+        on_links_only: whether to leave it out on one machine, where it is the same as another contestant.
     """
 
     label: str
@@ -214,7 +214,7 @@ class Contestant:
         return "SAM" if self.sam else "plain"
 
 
-WITH_SAM = ("race", "straggler")  # SAM or not, the links carry as much, and what a worker's death does is the same
+WITH_SAM = ("race", "straggler")  # SAM changes neither what the links carry nor the effect of a worker's death
 CONTESTANTS = [
     Contestant(
         "ddp, SAM of pytorch_optimizer",

@@ -1,4 +1,4 @@
-"""Where a worker runs: on this machine, or on one of its own, which is a network namespace."""
+"""Where a worker runs: on this machine, or on a machine of its own, which is a network namespace."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CLONE_NEWNET = 0x40000000
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is.
+    """Where a worker runs.
 
     Args:
-        machine: its own, or None for this one.
-        address: of its machine.
-        first: address of worker 0's machine, at whose `port` whoever needs a first meeting has it.
-        folder: of the run, on this machine's shared memory.
+        machine: its own machine, or None for this one.
+        address: address of its machine.
+        first: address of worker 0's machine, at whose `port` workers rendezvous if they need to.
+        folder: the folder of the run, in this machine's shared memory.
     """
 
     rank: int
@@ -32,7 +32,8 @@ class Place:
     folder: Path
 
     def enter(self) -> None:
-        """Moves this process, which must have one thread, to its machine, and says in the environment who it is."""
+        """Moves this process, which must have only one thread, to its machine, and sets its identity in the
+        environment."""
         interface = "lo"
         if self.machine is not None:
             enter(self.machine)
@@ -45,12 +46,12 @@ class Place:
         os.environ.update({name: str(value) for name, value in group.items()})
 
     def print_into(self, log: str) -> None:
-        """What this process says from now on goes there."""
+        """Redirects this process's output to `log` from now on."""
         for stream in (1, 2):
             os.dup2(os.open(self.folder / log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
     def sent(self) -> int:
-        """Bytes that this worker's machine has sent over its link; 0 on this machine, which is not theirs alone."""
+        """Bytes that this worker's machine has sent over its link; 0 on this machine, which has other traffic."""
         if self.machine is None:
             return 0
         lines = Path("/proc/self/net/dev").read_text().splitlines()
@@ -58,7 +59,7 @@ class Place:
 
 
 def enter(machine: Machine) -> None:
-    """The calling thread, and what it starts, is on this machine from now on."""
+    """Moves the calling thread, and everything it starts, to `machine`."""
     descriptor = os.open(f"/run/netns/{machine.name}", os.O_RDONLY)
     if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), f"network namespace {machine.name} cannot be entered")

@@ -1,4 +1,4 @@
-"""One run of a contestant: its processes, what befalls them, and what they say."""
+"""One run of a contestant: its processes, their faults, and their output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scripts.benchmarks.contest.tasks import WORKERS
 from tests.launch import free_port
 from tests.netns import Machine
 
-GLOO_PLACE = re.compile(r" *\[[^]]*\]:?\d* *")  # a line of its source, an address
+GLOO_PLACE = re.compile(r" *\[[^]]*\]:?\d* *")  # a line of Gloo's source, or an address
 forked = multiprocessing.get_context("fork")
 
 
@@ -38,7 +38,7 @@ class Job:
         task: `Images` or `Sentences`.
         points: how many times the loss is measured.
         pause: seconds that worker 1 sleeps at each step.
-        fault: what befalls worker 1 after half of its steps: "killed", "cut", or None.
+        fault: what happens to worker 1 after half of its steps: "killed", "cut", or None.
     """
 
     contestant: Contestant
@@ -52,7 +52,7 @@ class Job:
 
 
 def work(job: Job, place: Place, data: ImageSet | nn.Module, barrier: Any, pipe: Connection) -> None:
-    """The body of a worker: sends (step, time) at each step of a job with a fault, and at last its report."""
+    """The body of a worker: sends (step, time) at each step of a job with a fault, and its report at the end."""
     place.enter()
     place.print_into(f"worker_{place.rank}.log")
     warnings.simplefilter("ignore")
@@ -114,12 +114,12 @@ def light(place: Place) -> None:
 
 
 class Run:
-    """The processes of a job, and what they have said.
+    """The processes of a job, and what they have sent.
 
     Args:
         job: what they do.
-        hosts: the machines of its workers, or none for as many workers on this one.
-        workers: how many.
+        hosts: the machines of the workers; if there are none, all workers run on this machine.
+        workers: how many workers there are.
     """
 
     def __init__(self, job: Job, data: ImageSet | nn.Module, hosts: list[Machine], workers: int = WORKERS):
@@ -127,7 +127,7 @@ class Run:
         self._folder = tempfile.TemporaryDirectory(prefix="peers-of-hf_lsam-", dir="/dev/shm")
         addresses = [host.address for host in hosts] or ["127.0.0.1"] * workers
         port = free_port()
-        self._barrier = forked.Barrier(workers)  # kept: its shared memory is given away with it
+        self._barrier = forked.Barrier(workers)  # kept, because its shared memory is freed with it
         self.pipes: list[Connection] = []
         self._processes = []
         self.reports: list[dict[str, Any] | None] = [None] * workers
@@ -149,7 +149,7 @@ class Run:
             self._processes.append(process)
 
     def hear(self, rank: int) -> bool:
-        """Takes one message of a worker; whether more may come."""
+        """Receives one message from a worker; returns whether more may come."""
         try:
             said = self.pipes[rank].recv()
         except (EOFError, ConnectionResetError):
@@ -164,14 +164,14 @@ class Run:
         return True
 
     def is_over(self, timeout: float) -> bool:
-        """Whether nobody of it is waited for any longer: see `finish`."""
+        """Whether no process of the run has to be waited for any longer; see `finish`."""
         if self.job.fault is None:
             return any("error" in report for report in self.reports if report)
         silent = self.steps[0] and time.monotonic() - self.steps[0][-1][1] > timeout
         return self.reports[0] is not None or bool(silent)
 
     def end(self) -> str:
-        """Ends what is left of it; returns what its processes have printed."""
+        """Ends the remaining processes; returns what all processes have printed."""
         for process in self._processes:
             if not all(self.reports):
                 process.kill()
@@ -186,10 +186,11 @@ class Run:
 
 
 def finish(runs: list[Run], timeout: float = math.inf) -> list[str]:
-    """Waits until every worker has ended; of a run with a fault worker 0 alone, or `timeout` seconds after its step.
+    """Waits until every worker has ended or, in a run with a fault, until worker 0 has, or has made no step for
+    `timeout` seconds.
 
     Returns:
-        what the processes of each have printed.
+        for each run, what its processes have printed.
     """
     waiting = {pipe: (run, rank) for run in runs for rank, pipe in enumerate(run.pipes)}
     while waiting:

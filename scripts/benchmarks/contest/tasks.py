@@ -1,4 +1,4 @@
-"""What is trained: a network whose loss is measured, and a larger one whose time is."""
+"""The tasks: a network whose loss is measured, and a larger one whose time is measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORKERS = 2
 
 
 class Images:
-    """ResNet-20 on images; the rate rises for 5 % of the run and then falls as a cosine."""
+    """ResNet-20 on images; the learning rate rises for 5 % of the run and then follows a cosine."""
 
     def __init__(self, images: ImageSet, steps: int, batch: int, rate: float, rank: int, workers: int):
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Images:
 
     @torch.no_grad()
     def evaluate(self, parameters: list[Tensor]) -> dict[str, float]:
-        """Loss and accuracy at these parameters, with BatchNorm's statistics of the same 16 batches for everybody."""
+        """Loss and accuracy at these parameters, with BatchNorm statistics from the same 16 batches for everybody."""
         for parameter, value in zip(self.model.parameters(), parameters, strict=True):
             parameter.copy_(value)
         reestimate(self.model, itertools.islice(self._whole.epoch(0), 16), lambda batch: self.model(batch[0]))
@@ -59,7 +59,7 @@ class Images:
 
 
 class Sentences:
-    """MiniLM on random tokens: what is measured is time."""
+    """MiniLM on random tokens, for measuring time."""
 
     def __init__(self, minilm: nn.Module, steps: int, batch: int, rate: float, rank: int, workers: int):
         torch.manual_seed(0)
