@@ -173,8 +173,15 @@ class ServerHalf:
         """
         raise NotImplementedError
 
-    def leave(self, worker: int, gone: int, live: int) -> None:
-        """Called when a worker, or `gone` of those that push as one, have finished or died; their pushes remain."""
+    def leave(self, worker: int, gone: int, left: int, live: int) -> None:
+        """Called when a worker has finished or died; its pushes remain.
+
+        Args:
+            worker: which; or a machine, whose workers push as one.
+            gone: how many of them have left.
+            left: how many are still there.
+            live: n without them.
+        """
 
     def flush(self) -> None:
         """Called at the end of the run."""

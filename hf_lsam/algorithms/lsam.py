@@ -25,6 +25,7 @@ the delta rule: local SGD or, with `anchor_optimizer="nesterov"`, DiLoCo (arXiv 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -144,7 +145,9 @@ class MeanDifference(ServerHalf):
         super().__init__(anchor, settings)
         self._pending = torch.zeros_like(anchor.vector)
         self.pending_steps = 0
-        self._contributors: set[int] = set()  # workers or machines that have pushed into the current period
+        self._contributors: dict[
+            int, int
+        ] = {}  # steps in the current period, by the worker or machine that pushed them
         self._departed = 0  # how many of their workers have left
 
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
@@ -157,13 +160,13 @@ class MeanDifference(ServerHalf):
         else:
             self._pending.copy_(vector)  # a new period: overwrites what the last one left behind
         self.pending_steps += steps
-        self._contributors.add(worker)
+        self._contributors[worker] = self._contributors.get(worker, 0) + steps
         self._update_if_complete(live)
 
-    def leave(self, worker: int, gone: int, live: int) -> None:
+    def leave(self, worker: int, gone: int, left: int, live: int) -> None:
         """n shrinks, which may itself complete the period, unless that holds a push of the worker that leaves."""
-        if worker in self._contributors:
-            self._departed += gone
+        pushed = math.ceil(self._contributors.get(worker, 0) / self.settings.sync_steps)  # by as many workers
+        self._departed += min(gone, max(0, pushed - left))
         self._update_if_complete(live)
 
     def flush(self) -> None:

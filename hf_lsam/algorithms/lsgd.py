@@ -49,7 +49,7 @@ class LSGDServer(ServerHalf):
             self.anchor.vector.copy_(vector)
             self.anchor.version += 1
 
-    def leave(self, worker: int, gone: int, live: int) -> None:
+    def leave(self, worker: int, gone: int, left: int, live: int) -> None:
         """A worker that is gone no longer leads; the anchor stays until another does."""
         self._losses.pop(worker, None)
 

@@ -1,12 +1,12 @@
 """`python -m hf_lsam.server --run_dir DIR`: the server process of one run.
 
-By hand, in an empty or a new folder, it waits for workers that join it by `server_address=DIR`, as many as come and as
-long as they stay. It ends on SIGTERM or Ctrl-C, or after `--idle_timeout` seconds without a worker, and keeps its last
-snapshot; the same command with `--resume` goes on from there.
+Started by hand, in a new or empty folder, it waits for workers that join with `server_address=DIR`, any number of them
+and for as long as they like. It ends on SIGTERM or Ctrl-C, or after `--idle_timeout` seconds without a worker, and
+keeps its last snapshot; the same command with `--resume` continues from there.
 
-With `--listen` it also serves the relays of other machines: `--connect` makes it one, which goes on by the same command
-however the one before it ended. A file with the secret, that `hf_lsam.transport.secret.new_secret` writes, decides who
-takes part.
+With `--listen` it also serves the relays of other machines; with `--connect` it is such a relay. A relay is restarted
+with the same command, however the previous one ended. The secret file, which `hf_lsam.transport.secret.new_secret`
+writes, decides which machines take part.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from .root import Root, listen, refuse_taken_port
 
 
 def address(text: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT; an IPv6 address may stand in brackets.
+    """Parses HOST:PORT into (host, port); an IPv6 address may be in brackets.
 
     Raises:
-        argparse.ArgumentTypeError: if it has no port.
+        argparse.ArgumentTypeError: if there is no port number.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit():

@@ -1,4 +1,4 @@
-"""Who is connected to a server: processes of its machine, and what else is to be heard."""
+"""A server's connections: the processes of its machine, and whatever else it has to listen to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..transport.messages import Message
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 64  # connections at a time that have not joined yet
+MAX_PENDING = 64  # pending connections at a time: accepted, but not joined yet
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class Connection:
     finished: bool = False
 
     def tell(self, message: Message) -> None:
-        """Sends to a worker; one that has died, or reads nothing, is dropped when its connection is next read."""
+        """Sends a message. A worker that has died, or does not read, is dropped when its connection is next read."""
         try:
             self.channel.send(message)
         except OSError:
@@ -42,20 +42,22 @@ class Connection:
 
 
 class HasFileno(Protocol):
-    """What can be watched: a socket, or what is read through one."""
+    """Anything with a file descriptor that can be watched, such as a socket."""
 
     def fileno(self) -> int:
         """The file descriptor, or -1 once it is closed."""
 
 
 class Connections:
-    """Accepts connections and hears what they say; what it means, and when one ends, is the service's to decide.
+    """Accepts connections and reads their messages. What a message means, and when a connection ends, is decided by the
+    service.
 
     Args:
-        heard: called with every whole message of a connection; may raise OSError or ValueError, as reading does.
-        broken: called with a connection and the reason once one of these was raised; is to `drop` it.
+        heard: called with a connection and each complete message from it; may raise OSError or ValueError, as reading
+            does.
+        broken: called with a connection and the reason once one of these was raised; must `drop` the connection.
 
-    Process: one; not thread-safe. Blocking: `hear` until something comes or `timeout`.
+    Process: one; not thread-safe. Blocking: `hear`, until something arrives or `timeout` has passed.
     """
 
     def __init__(self, heard: Callable[[Connection, Message], None], broken: Callable[[Connection, object], None]):
@@ -64,7 +66,7 @@ class Connections:
         self._selector = selectors.DefaultSelector()
 
     def listen(self, folder: RunFolder) -> None:
-        """From here on processes can connect."""
+        """Starts to accept connections."""
         self._listener = folder.listen()
         self._listener.settimeout(0.0)
         self.watch(self._listener, self._accept)
@@ -77,19 +79,19 @@ class Connections:
         self._selector.close()
 
     def __iter__(self) -> Iterator[Connection]:
-        """Those there are now; they may be dropped meanwhile."""
+        """The connections of this moment; they may be dropped during the iteration."""
         return iter([key.data for key in self._selector.get_map().values() if isinstance(key.data, Connection)])
 
     def hear(self, timeout: float) -> None:
-        """Handles what has come, or waits for it."""
+        """Handles whatever has arrived; if nothing has, waits for it, up to `timeout` seconds."""
         for key, _ in self._selector.select(timeout):
             if not isinstance(key.data, Connection):
                 key.data()
-            elif key.data.channel.fileno() >= 0:  # not dropped a moment ago
+            elif key.data.channel.fileno() >= 0:  # not dropped by an earlier event of the same `select`
                 self._read(key.data)
 
     def drop(self, connection: Connection) -> None:
-        """Closes one connection; nothing that it has still sent is heard."""
+        """Closes one connection; messages that have not been read yet are discarded."""
         self.unwatch(connection.channel)
         connection.channel.close()
 
@@ -98,7 +100,7 @@ class Connections:
         self._selector.register(source, selectors.EVENT_READ, heard)
 
     def unwatch(self, source: int | HasFileno) -> None:
-        """Ends what `watch` began.
+        """Stops watching `source`.
 
         Raises:
             KeyError: if `source` is not watched.
@@ -108,7 +110,7 @@ class Connections:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError as error:  # gone again, or no descriptor left
+        except OSError as error:  # the peer has gone already, or no file descriptor is left
             logger.error("a connection was not accepted: %s", error)
             return
         pending = sum(other.worker < 0 for other in self)
@@ -120,7 +122,7 @@ class Connections:
         self._selector.register(channel, selectors.EVENT_READ, Connection(channel, time.monotonic()))
 
     def _read(self, connection: Connection) -> None:
-        """Handles every whole frame of one connection."""
+        """Handles every complete frame of one connection."""
         try:
             while (message := connection.channel.receive()) is not None:
                 connection.last_heard = time.monotonic()

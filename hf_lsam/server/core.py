@@ -1,8 +1,8 @@
 """The arithmetic of servers: pushes in, anchor out; and which pushes are counted.
 
-Pure: no socket, no clock, no process. `ServerCore` moves the anchor: in the server process, inside a worker that is
-alone, and in simulations of a cluster. `RelayCore` adds up what one machine forwards to it. Both are what
-`transport.in_process.Aggregator` asks for.
+Pure: no socket, no clock, no process. `ServerCore` moves the anchor: in the server process, inside a worker that trains
+alone, and in simulations of a cluster. `RelayCore` sums what one machine forwards to it. Both implement
+`transport.in_process.Aggregator`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from ..compression import round_
 from ..coupling import is_finite
 
 REMEMBERED = 4096  # processes whose last counted push is kept
-UNKNOWN_PUSHES = 2**63 - 1  # "consider all counted": without a snapshot none can be told from one that was
+UNKNOWN_PUSHES = 2**63 - 1  # "treat all as counted": without a snapshot, nothing tells which pushes were
 
 
 class ServerCore:
-    """Counts the workers, refuses what is not finite, and hands all else to the algorithm that moves the anchor.
+    """Counts the workers, refuses pushes that are not finite, and passes all others to the algorithm, which moves the
+    anchor.
 
-    n counts the workers that are live: joined, and neither finished nor gone; on all machines, if there are several.
+    n is the number of live workers: those that have joined and have neither finished nor left, on all machines if there
+    are several.
 
     Args:
-        vector: initial anchor, float32 [d]; owned from here on.
+        vector: initial anchor, float32 [d]; the core takes ownership.
         settings: see `ServerSettings`.
 
     Attributes:
-        steps_begun: of all workers of the run; counted elsewhere, kept here for checkpoints.
+        steps_begun: steps that all workers of the run have begun; counted elsewhere, kept here for checkpoints.
 
     State: the anchor's, the algorithm's, and the steps begun.
     Process: one; not thread-safe.
@@ -45,7 +47,7 @@ class ServerCore:
             settings.anchor_momentum,
         )
         self._algorithm: ServerHalf = ALGORITHMS[settings.algorithm].server_half(self.anchor, settings)
-        self.live: dict[int, int] = {}  # worker -> 1; a machine -> the workers that are live on it
+        self.live: dict[int, int] = {}  # worker -> 1; machine -> the number of live workers on it
         self.accepted_pushes = 0
         self.refused_pushes = 0
         self.steps_begun = 0
@@ -55,15 +57,15 @@ class ServerCore:
         self.live[worker] = 1
 
     def leave(self, worker: int) -> None:
-        """Counts `worker` as gone; what it pushed stays."""
+        """Counts `worker` as gone; what it has pushed stays counted."""
         gone = self.live.pop(worker, 0)
-        self._algorithm.leave(worker, gone, self.live_workers)
+        self._algorithm.leave(worker, gone, 0, self.live_workers)
 
     def count(self, machine: int, workers: int) -> None:
-        """Counts `workers` live workers on `machine`, a number that no worker has."""
+        """Counts `workers` live workers on `machine`, which must not be the number of a worker."""
         gone, self.live[machine] = self.live.get(machine, 0) - workers, workers
         if gone > 0:
-            self._algorithm.leave(machine, gone, self.live_workers)
+            self._algorithm.leave(machine, gone, workers, self.live_workers)
 
     @property
     def live_workers(self) -> int:
@@ -72,18 +74,19 @@ class ServerCore:
 
     @torch.no_grad()
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
-        """Takes what one worker hands in (see `algorithms`).
+        """Takes one worker's push (see `algorithms`).
 
         Args:
             vector: float32 [d]; read, not kept.
             steps: how many local steps it covers, at least 1.
-            worker: who hands it in.
-            loss: the worker's mean loss over these steps, where the algorithm asks for it.
-            finite: what `is_finite` says of it, where who hands it in has asked, which saves a sweep over memory.
+            worker: the worker that pushes.
+            loss: the worker's mean loss over these steps, if the algorithm uses it.
+            finite: the result of `is_finite`, if the sender has checked the vector already, which saves a pass over
+                memory; checked again for an algorithm that does not sum pushes. None if it has not.
 
         Returns:
-            False if a value is NaN or infinite, or so large that the squared norm is: the push is refused and
-            counted, nothing else changes.
+            False if a value is NaN or infinite, or if the squared norm overflows: the push is counted as refused, and
+            nothing else changes.
         """
         if finite is None or (finite and not self._algorithm.adds_up):
             finite = is_finite(vector)
@@ -95,31 +98,32 @@ class ServerCore:
         return True
 
     def flush(self) -> None:
-        """Ends the run: the anchor takes what is still pending."""
+        """Ends the run: moves the anchor by what is still pending."""
         self._algorithm.flush()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold, as tensors by name."""
+        """Everything that a checkpoint must hold, as tensors by name."""
         steps = {"steps_begun": torch.tensor(self.steps_begun)}
         return {**self.anchor.state_tensors(), **self._algorithm.state_tensors(), **steps}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave."""
+        """Restores what `state_tensors` returned."""
         self.anchor.load_state_tensors(state)
         self._algorithm.load_state_tensors(state)
         self.steps_begun = int(state["steps_begun"])
 
 
 class RelayCore:
-    """What `ServerCore` is to the global server: sums go in, and come out again once a period is complete.
+    """The relay's counterpart of `ServerCore`: sums pushes, and gives out the sum once a period is complete.
 
     Args:
-        vector: the anchor to begin with, float32 [d]; owned from here on.
+        vector: the anchor to begin with, float32 [d]; the core takes ownership.
         settings: of the run.
 
-    A sum in fewer than 32 bits is rounded, and what that leaves behind goes out with the next; the last is exact.
+    A sum that is sent in fewer than 32 bits a value is rounded, and the rounding error is added to the next sum (error
+    feedback); the last sum is exact.
 
-    State: the sum of the period under way, the sum that was forwarded and has no answer yet, the last anchor.
+    State: the sum of the current period, the sum that was forwarded and is not answered yet, the last anchor.
     Process: one; not thread-safe.
     """
 
@@ -142,22 +146,22 @@ class RelayCore:
         self._live.add(worker)
 
     def leave(self, worker: int) -> None:
-        """Counts `worker` as gone; what it pushed stays."""
+        """Counts `worker` as gone; what it has pushed stays counted."""
         self._live.discard(worker)
 
     @property
     def live_workers(self) -> int:
-        """n of this machine."""
+        """The number of live workers on this machine."""
         return len(self._live)
 
     @torch.no_grad()
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
-        """Adds the sum of x - y over `steps` local steps of one worker, float32 [d]; read, not kept.
+        """Adds one worker's push of `steps` local steps, float32 [d]; read, not kept.
 
         Returns:
             False if it is not finite, as `ServerCore.push`.
         """
-        # Nobody's word is taken: what rounding leaves of a sum goes into the next, and NaN would never leave it.
+        # Checked even if the sender says it is finite: rounding errors go from sum to sum, and a NaN would never leave.
         if finite is False or not is_finite(vector):
             self.refused_pushes += 1
             return False
@@ -167,14 +171,14 @@ class RelayCore:
 
     @torch.no_grad()
     def claim(self, all_of_it: bool = False) -> tuple[Tensor, int, int, int] | None:
-        """The sum to forward, if a period is complete and the last one has been answered.
+        """The sum to forward, if a period is complete and the previous sum has been answered.
 
         Args:
-            all_of_it: whatever there is; at the end.
+            all_of_it: forward whatever has been summed, unrounded; for the end.
 
         Returns:
-            (sum float32 [d], to be left as it is until answered; steps in it; its number, from 1; bits of a value that
-            it is to cross in), or None.
+            (sum float32 [d], which must not be written until it is answered; steps in it; its number, from 1; bits per
+            value in which to send it), or None.
         """
         complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
         # What rounding has left of the last sum counts as a step: a sum of none would be refused.
@@ -191,44 +195,44 @@ class RelayCore:
         return self._under_way, self._steps_under_way, self.forwarded, bits
 
     def answered(self, number: int) -> None:
-        """The global server has counted, or refused, the sum that was forwarded as `number`."""
+        """The root server has counted, or refused, the sum that was forwarded as `number`."""
         if number == self.forwarded:
             self._steps_under_way = 0
 
     @torch.no_grad()
     def settle(self, last_counted: int) -> None:
-        """After a lost link: what was under way, if it was not counted, goes back into the sum."""
+        """After a reconnection: puts the sum that was under way back into the current one, unless it was counted."""
         if self._steps_under_way and last_counted < self.forwarded:
             self._add(self._under_way, self._steps_under_way)
         self._steps_under_way = 0
 
     @property
     def is_empty(self) -> bool:
-        """Whether all that came in has been forwarded, and answered."""
+        """Whether everything that was pushed has been forwarded and answered."""
         return not self._steps and not self._steps_under_way and not self._holds_rest
 
     @torch.no_grad()
     def adopt(self, vector: Tensor, version: int) -> None:
-        """Takes the global anchor [d]; an older one than it has is left alone."""
+        """Takes over the root's anchor [d], unless it is older than the one held."""
         if version >= self.anchor.version:
             self.anchor.vector.copy_(vector)
             self.anchor.version = version
 
     @torch.no_grad()
     def change(self, difference: Tensor, version: int) -> None:
-        """Adds to the anchor [d] what the global one has moved since the last that was sent here."""
+        """Adds to the anchor [d] how far the root's has moved since it was last sent here."""
         self.anchor.vector.add_(difference)
         self.anchor.version = version
 
     def flush(self) -> None:
-        """The end: nothing to do here, the global server flushes."""
+        """The end of the run: nothing to do here, because the root server flushes."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The last anchor, and the steps begun; sums are not taken up again."""
+        """The last anchor, and the steps begun. Sums are not saved."""
         return {**self.anchor.state_tensors(), "steps_begun": torch.tensor(self.steps_begun)}
 
     def _add(self, vector: Tensor, steps: int) -> None:
-        if self._steps or self.settings.exchange_bits < 32:  # then it holds what rounding has left behind
+        if self._steps or self.settings.exchange_bits < 32:  # with fewer bits it begins with the last rounding error
             self._sum.add_(vector)
         else:
             self._sum.copy_(vector)
@@ -236,29 +240,29 @@ class RelayCore:
 
 
 class CountedPushes:
-    """The last push of each process that was counted: none counts twice, whatever connections are lost.
+    """The last counted push of each process, so that none is counted twice, whichever connections are lost.
 
-    State: (process, push) pairs of the processes that were heard of last.
+    State: (process, push) pairs of the processes that have pushed most recently.
     """
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}
-        self.unless_known = 0  # "the last push that was counted" of a process that is not known
+        self.unless_known = 0  # the last counted push of a process that is not known
 
     def last(self, process: int) -> int:
-        """What a process that joins is told."""
+        """The number of the last counted push, for a process that joins."""
         return self._last.get(process, self.unless_known)
 
     def note(self, process: int, push: int, steps: int) -> None:
-        """Counts `push` of `steps` steps.
+        """Records `push`, of `steps` local steps, as counted.
 
         Raises:
-            ValueError: if it is replayed, comes out of order or covers no sensible number of steps.
+            ValueError: if it is replayed or out of order, or does not cover a plausible number of steps.
         """
         last = self._last.get(process, 0)
         if not 0 < steps < 2**31 or push <= last:
             raise ValueError(f"push {push} of {steps} steps after push {last}")
-        self._last.pop(process, None)  # the newest last: the oldest is forgotten first
+        self._last.pop(process, None)  # inserted again at the end: the process silent for longest is forgotten first
         self._last[process] = push
         if len(self._last) > REMEMBERED:
             del self._last[next(iter(self._last))]
@@ -268,5 +272,5 @@ class CountedPushes:
         return torch.tensor([*self._last.items()], dtype=torch.int64).reshape(-1, 2)
 
     def load_state_tensor(self, state: Tensor) -> None:
-        """Takes over what `state_tensor` gave."""
+        """Restores what `state_tensor` returned."""
         self._last = dict(state.tolist())

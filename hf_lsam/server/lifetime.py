@@ -1,4 +1,4 @@
-"""A server process from its start to its end: who starts it, which run it takes up, and what it leaves behind."""
+"""A server process from start to end: who starts it, which run it serves, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -34,22 +34,25 @@ def run_server(
     make_role: Callable[[RunFolder], Role] = Root,
     keeps_state: bool = True,
 ) -> None:
-    """Serves the run in `run_dir` in this process; waits for its first worker to create it, if there is none yet.
+    """Serves the run in `run_dir` from this process. If there is none yet, waits for the first worker to create it.
 
-    At the end the folder of a launch is removed. A folder that others join keeps its last snapshot.
+    At the end, the folder of a launch is removed. A folder that external workers join keeps its last snapshot.
 
     Args:
-        make_role: given the run folder, what this server is in the run.
-        keeps_state: of the run. A server that does not, a relay, goes on with the run that it finds in a folder that
-            others join, as with `resume=True`: whatever the one before it left there, the anchor is the root's.
+        run_dir, resume, join_timeout, idle_timeout, parent: see `Service`.
+        make_role: makes this server's role in the run from the run folder.
+        keeps_state: whether this server keeps the state of the run. One that does not, a relay, continues the run that
+            it finds in a folder that external workers join, as with `resume=True`: whatever its predecessor left there,
+            the anchor is the root's.
 
     Raises:
-        RuntimeError: if another process serves the folder, or if it holds a run that is not to be resumed.
+        RuntimeError: if another process serves the folder, if it holds a run that is not to be resumed, or if no worker
+            creates a run within `idle_timeout` seconds.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     torch.set_num_threads(1)
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Asked before the folder is served: from then on a worker that has waited for it creates its run there.
+    # Read before the folder is served: once it is, a worker that was waiting for a server creates its run there.
     holds_a_run = (run_dir / "run.json").exists()
     with served_by_this_process(run_dir):
         if holds_a_run and not keeps_state and not json.loads((run_dir / "run.json").read_text())["num_workers"]:
@@ -66,14 +69,14 @@ def run_server(
         server.serve()
         if launched:
             folder.remove()
-        elif server.save():  # without room for it, the anchor itself stays
+        elif server.save():  # if there is no room for the snapshot, the shared anchor stays in its place
             folder.clear()
     if server.terminating:
         sys.exit(SIGTERM_CODE)
 
 
 def _open(run_dir: Path, holds_a_run: bool, resume: bool, idle_timeout: float) -> RunFolder:
-    """The run in `run_dir`; where there was none yet, the one that its first worker creates."""
+    """Opens the run in `run_dir`; if there was none yet, waits for the one that the first worker creates."""
     if resume and holds_a_run:
         return RunFolder.reopen(run_dir)
     if holds_a_run:
@@ -98,16 +101,16 @@ def start_server(
 ) -> subprocess.Popen[bytes]:
     """Starts `python -m hf_lsam.server` for the run in `run_dir`.
 
-    Not multiprocessing: its spawn would import the user's script again.
+    It does not use multiprocessing, whose spawn would import the user's script again.
 
     Args:
         run_dir: a folder made by `RunFolder.create`.
-        log: file that receives the server's log, appended to.
-        resume: a server state to begin with, True to go on from the folder's own snapshot, or None.
-        options: further words of its command line.
+        log: file to which the server's log is appended.
+        resume: a server state to begin with, True to continue from the folder's own snapshot, or None.
+        options: further command-line options.
 
     Returns:
-        the process; it ends by itself when the last worker has left.
+        the process; it ends on its own when the last worker has left.
 
     Raises:
         OSError: if its log cannot be written.
@@ -117,7 +120,7 @@ def start_server(
     if resume is not None:
         command += ["--resume"] if resume is True else ["--resume", str(resume)]
     command += options
-    # The package may lie where only the user's script finds it.
+    # The package may be in a place from which only the user's script can import it.
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:

@@ -1,6 +1,6 @@
-"""What the servers of several machines know of each other.
+"""What the servers of several machines know about each other.
 
-Over `transport.tls` each machine hands in one sum a period, and the newest anchor comes back.
+Over `transport.tls`, each machine pushes one sum per period and pulls the newest anchor.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MOST_WORKERS = 2**16
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """What the servers of a launch on several machines know of it.
+    """What each server of a launch on several machines knows about that launch.
 
     Args:
-        count: how many machines begin together, 1 if others come and go.
-        number: which of them this is; 0 is the one with the global server.
-        run_id: the same on all.
-        silence: seconds without a sign of life after which a machine is lost.
-        server_timeout: seconds that a machine whose link is lost is waited for, and goes on alone.
+        count: how many machines begin together; 1 if machines come and go.
+        number: number of this machine; 0 is the one with the root server.
+        run_id: id of the run, the same on all machines.
+        silence: seconds without a sign of life after which a machine counts as lost.
+        server_timeout: seconds for which a machine whose link is lost continues alone, and the root waits for it.
     """
 
     count: int = 1
@@ -39,10 +39,10 @@ class MachineSettings:
 
 
 def machine_settings(folder: RunFolder) -> MachineSettings:
-    """What run.json says of them.
+    """The `MachineSettings` in run.json.
 
     Raises:
-        RuntimeError: if the algorithm of the run needs more than sums of differences from other machines.
+        RuntimeError: if the run's algorithm needs more from other machines than sums of differences.
     """
     algorithm = folder.run["settings"]["algorithm"]
     if not ALGORITHMS[algorithm].server_half.adds_up:
@@ -54,10 +54,10 @@ def machine_settings(folder: RunFolder) -> MachineSettings:
 
 
 def settings_digest(settings: ServerSettings) -> bytes:
-    """32 bytes that differ if the settings do."""
+    """SHA-256 of the settings, 32 bytes: equal if the settings are."""
     return hashlib.sha256(json.dumps(settings.as_dict()).encode()).digest()
 
 
 def address_file(run_dir: Path) -> Path:
-    """Where a server writes the host and port at which it listens to other machines."""
+    """The file in which a server writes the host and port at which it listens to other machines."""
     return run_dir / "address.json"

@@ -1,13 +1,12 @@
-"""The server of a machine that does not have the global one: adds its workers' sums up and hands them on.
+"""The server of every machine but the root's: sums its workers' pushes and forwards the sums.
 
-Towards its workers it is a server like any other. Once (its live workers) * tau steps are in, their sum crosses the
-network as one push; the global server's newest anchor comes back and is published in this machine's run folder, under
-the global version. A sum that the link cannot take yet goes on growing: nobody waits.
+To its workers it is a server like any other. Once (number of its live workers) * tau steps have been pushed, their sum
+crosses the network as one push. The root server's newest anchor comes back and is published in this machine's run
+folder, under the root's version. A sum that the link cannot take yet keeps growing: nobody waits.
 
-A lost link is no error. The workers go on, around the last anchor, while a thread connects again; the sum that was
-under way is handed in again with the next, if it was not counted, and only then. A relay that is killed loses what it
-had summed, and nothing is counted twice: the one that takes its place considers all that its workers have handed in
-counted.
+A lost link is not an error. The workers continue around the last anchor while a thread reconnects. The sum that was
+under way is sent again, as part of the next one, if and only if it was not counted. A relay that is killed loses what
+it had summed, and nothing is counted twice: its successor treats everything that its workers have pushed as counted.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ RETRY_SECONDS = 0.5
 
 
 class Relay(Role):
-    """Forwards the sums of this machine's workers to the root, and fetches the anchor from it.
+    """Forwards the sums of this machine's workers to the root, and pulls the anchor from it.
 
     Args:
         folder: the run folder.
@@ -64,10 +63,10 @@ class Relay(Role):
         secret: from `read_secret`.
 
     Raises:
-        RuntimeError: if the algorithm of the run is one of a single machine.
+        RuntimeError: if the run's algorithm works on a single machine only.
     """
 
-    keeps_state = False  # it is the root's
+    keeps_state = False  # the root does
     core: RelayCore
 
     def __init__(self, folder: RunFolder, address: tuple[str, int], secret: bytes):
@@ -77,23 +76,23 @@ class Relay(Role):
         self._address = address
         self._secret = secret
         self._peer: Peer | None = None
-        self._bytes_of_lost = 0  # that crossed links which are no more
+        self._bytes_of_lost = 0  # bytes that crossed links that have been closed since
         self._connecting: threading.Thread | None = None
         self._connected: queue.SimpleQueue[Peer | Exception] = queue.SimpleQueue()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._process = secrets.randbits(63)
         self._try_at = 0.0
-        self._asked = False  # JOIN is on its way, or has been answered
-        self._linked = False  # and this machine is counted
+        self._asked = False  # JoinMachine has been sent over the present link
+        self._linked = False  # and answered: the root counts this machine
         self._live_sent = 0
-        # Steps begun here: those that the root has counted, and those told with the sum that has no answer yet. One
-        # that takes the place of another relay considers all counted.
+        # Steps begun here: those that the root has counted, and those reported with the sum that is not answered yet.
+        # The successor of another relay treats all of them as counted.
         self._steps_told = folder.steps_begun_here
         self._steps_under_way = 0
         self._stop_wanted = self._stop_sent = False
         self._finishing = self._finish_sent = False
-        self._root_ends = False  # it was told to
-        self._final = False  # the anchor is
+        self._root_ends = False  # the root was told to end
+        self._final = False  # the anchor is final
 
     # --- what the service calls ---
 
@@ -115,14 +114,14 @@ class Relay(Role):
 
     @property
     def others_finished(self) -> bool:
-        return True  # the root knows
+        return True  # only the root can know
 
     @property
     def bytes_moved(self) -> int:
         return self._bytes_of_lost + (0 if self._peer is None else self._peer.bytes_moved)
 
     def tick(self, now: float) -> None:
-        if self._final:  # nothing is left to be said, and the root may have ended
+        if self._final:  # nothing is left to be sent, and the root may have ended
             return
         if self._peer is None and self._connecting is None and now >= self._try_at:
             self._try_at = now + RETRY_SECONDS
@@ -175,7 +174,7 @@ class Relay(Role):
         return self._final
 
     def close(self) -> None:
-        """Hands in what is left, as far as the link takes it in a moment, and leaves."""
+        """Forwards what is left, as far as the link takes it within `DEPART_SECONDS`, and leaves."""
         self._finishing = True
         deadline = time.monotonic() + DEPART_SECONDS
         while (
@@ -200,7 +199,7 @@ class Relay(Role):
     # --- the link ---
 
     def _connect(self) -> None:
-        """In a thread of its own: one attempt."""
+        """Makes one attempt to connect; runs in a thread of its own."""
         run, silence = self._settings.run_id, self._settings.silence
         try:
             peer = connect(
@@ -219,7 +218,7 @@ class Relay(Role):
         os.eventfd_write(self._wakeup, 1)
 
     def _meet(self) -> None:
-        """Takes over what the thread has brought about."""
+        """Takes over the result of the connecting thread: a peer, or an error."""
         os.eventfd_read(self._wakeup)
         outcome = self._connected.get()
         assert self._connecting is not None
@@ -235,7 +234,7 @@ class Relay(Role):
             self.exchange()
 
     def _hear(self) -> None:
-        """Handles what the global server says."""
+        """Handles the root's messages."""
         try:
             while self._peer is not None and (message := self._peer.poll()) is not None:
                 self._handle(*message)
@@ -244,7 +243,7 @@ class Relay(Role):
         self.exchange()
 
     def _lose_link(self, reason: object) -> None:
-        if self._root_ends:  # it will not come back, and nobody is to wait for it
+        if self._root_ends:  # the root will not come back, and nobody has to wait for it
             self._final = True
             self._service.end_if_all_finished()
         elif self._linked and not self._service.ended:
@@ -260,7 +259,7 @@ class Relay(Role):
         self._bytes_of_lost += self._peer.bytes_moved
         self._peer, self._linked = None, False
 
-    # --- what the global server says ---
+    # --- messages from the root ---
 
     def _handle(self, message: Message, vector: Tensor | None) -> None:
         match message:
@@ -299,12 +298,12 @@ class Relay(Role):
                 self._adopt(vector, version)
                 self._final = True
                 self._service.note_best_step(best_step)
-                if not self._finishing:  # this machine was given up
+                if not self._finishing:  # the root has ended the run without waiting for this machine
                     self._service.stop_workers()
                 self._service.end_if_all_finished()
             case Refused(Refusal.SETTINGS):
                 self._service.give_up("The settings of this machine are not those of the run: start all with the same")
-            case Refused():  # the link before this one may not have been found broken yet
+            case Refused():  # the root may not have noticed yet that the previous link is broken
                 raise ConnectionError("The global server still has this machine's last link.")
             case _:
                 raise ValueError(f"unexpected {message}")
@@ -315,7 +314,8 @@ class Relay(Role):
         self._steps_under_way = 0
 
     def _note_steps(self, begun: int) -> None:
-        """`begun` by all, this machine's as far as it was told: what is not told yet is known here."""
+        """Takes the root's count of the steps `begun` by all workers. It includes this machine's steps as far as they
+        were reported: these are subtracted, because the folder counts its own."""
         self._service.folder.set_steps_begun_elsewhere(max(0, begun - self._steps_told))
 
     def _adopt(self, vector: Tensor | None, version: int) -> None:
@@ -323,8 +323,9 @@ class Relay(Role):
             raise ValueError(f"anchor {version} came without a vector")
         folder = self._service.folder
         self.core.adopt(vector, version)
-        # Nobody has read the version that this folder began with; and the same version, which is the exact one of a
-        # rounded one, may be read while it is written: value by value either will do.
+        # Two versions may be overwritten in place. Version 0, with which this folder began, has been read by nobody.
+        # And where the exact form of the published, rounded version arrives, a worker that copies it during the write
+        # gets the old or the new value for each element, and either will do.
         if folder.version in (0, version):
             folder.slot(folder.version).copy_(self.core.anchor.vector)
         self._service.publish_if_newer()

@@ -1,4 +1,4 @@
-"""What a service and its role ask of each other; the role is what sets one server of a run apart from the others."""
+"""The interface between a service and its role, which is what distinguishes one server of a run from the others."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class ServiceInterface(ABC):
     """What a role may ask of the service.
 
     Attributes:
-        folder: of the run, on this machine.
-        counted: of each process, the last push that was counted.
-        join_by: when the workers that have joined are told that others never came; of `time.monotonic`.
-        resumed: whether the run goes on from what the folder holds.
+        folder: the run folder of this machine.
+        counted: the last counted push of each process.
+        join_by: `time.monotonic` at which the workers that have joined are told that others never came.
+        resumed: whether the run continues from what the folder holds.
         started: whether the workers have been welcomed.
         ended: whether the anchor is final.
-        terminating: whether the server is to end, and its workers to save and leave.
+        terminating: whether the server is to end, and its workers are to save and leave.
         failed: the worker of the launch that ended with an error, or None.
-        best_step: that any worker knows of, or -1.
+        best_step: the best step that any worker knows of, or -1.
     """
 
     folder: RunFolder
@@ -42,12 +42,12 @@ class ServiceInterface(ABC):
     @property
     @abstractmethod
     def workers_are_here(self) -> bool:
-        """Whether the workers that begin together have joined."""
+        """Whether the workers that begin together have joined; True in a resumed run, which waits for none."""
 
     @property
     @abstractmethod
     def has_workers(self) -> bool:
-        """Whether any is connected."""
+        """Whether any worker is connected."""
 
     @abstractmethod
     def watch(self, source: int | HasFileno, heard: Callable[[], None]) -> None:
@@ -55,55 +55,58 @@ class ServiceInterface(ABC):
 
     @abstractmethod
     def unwatch(self, source: int | HasFileno) -> None:
-        """`source` is heard no longer."""
+        """Stops watching `source`."""
 
     @abstractmethod
     def start_if_ready(self) -> None:
-        """To be called whenever the role may have become ready: the workers are welcomed once they are here as well."""
+        """Must be called when the role may have become ready: welcomes the workers once they have joined as well."""
 
     @abstractmethod
     def publish_if_newer(self) -> None:
-        """To be called whenever the core may have changed: workers see its anchor, then other machines hear of it."""
+        """Must be called whenever the core may have changed: publishes its anchor to the workers, then updates other
+        machines."""
 
     @abstractmethod
     def note_best_step(self, step: int) -> None:
-        """The best step that a worker knows of, or -1."""
+        """Records the best step that a worker knows of, or -1."""
 
     @abstractmethod
     def stop_workers(self, save: bool = False) -> None:
-        """Asks the workers of this machine to end at their next step, with a checkpoint or without."""
+        """Asks the workers of this machine to end at their next step, with or without a checkpoint."""
 
     @abstractmethod
     def stop_all(self) -> None:
-        """A worker has asked that all stop."""
+        """Stops all workers of the run, because one of them has asked for it."""
 
     @abstractmethod
     def fail(self, worker: int) -> None:
-        """A worker ends with an error. If it is one of the launch, so do the others; an external one's is its own."""
+        """A worker ends with an error. If it belongs to the launch, the others end with one too; an external worker
+        ends alone."""
 
     @abstractmethod
     def pass_failure_on(self, worker: int) -> None:
-        """A worker of the launch has failed on another machine, whose server ends the launch."""
+        """Tells the workers of this machine that a worker of the launch has failed on another one. The root ends the
+        launch."""
 
     @abstractmethod
     def give_up(self, reason: object) -> None:
-        """This machine can take part no longer: its workers, and whoever waits to join, end with an error."""
+        """This machine can no longer take part: its workers, and those that wait to join, end with an error."""
 
     @abstractmethod
     def end_if_all_finished(self) -> None:
-        """The launch is over when all its workers have finished or died; external ones are asked to stop, and waited
-        for."""
+        """Ends the launch if all its workers have finished or died. External workers are asked to stop first, and
+        waited for."""
 
 
 class Role(ABC):
-    """What sets one server of a run apart from the others: what its aggregator is, and how it stands to other machines.
+    """What distinguishes one server of a run from the others: its aggregator, and its relation to other machines.
 
-    The service calls it from its own thread alone; nothing here may wait. What a role may call back is in
-    `ServiceInterface`.
+    Only the service calls it, from its own thread, and nothing here but `close` may wait. What a role may call back is
+    in `ServiceInterface`.
 
     Attributes:
-        core: takes the pushes of this machine's workers, and holds the anchor that they are given.
-        keeps_state: the state of the run is this server's, to be saved now and then and taken up again.
+        core: takes the pushes of this machine's workers, and holds the anchor that they pull.
+        keeps_state: whether this server keeps the state of the run: saves it periodically, and resumes from it.
     """
 
     core: Aggregator
@@ -111,59 +114,62 @@ class Role(ABC):
 
     @abstractmethod
     def attach(self, service: ServiceInterface) -> None:
-        """Called once, before any worker is let in."""
+        """Called once, before any worker can join."""
 
     @abstractmethod
     def take_up(self, resume: Path | bool) -> dict[str, Tensor] | None:
-        """Sets core and folder to where the run goes on, after `attach`.
+        """Sets core and folder to the point from which the run continues. Called after `attach`.
 
         Args:
-            resume: a server state of another run to begin with, or True for what this folder holds.
+            resume: another run's server state to begin with, or True for what this folder holds.
 
         Returns:
-            the newest snapshot of this folder, or None if the run does not go on from one.
+            the newest snapshot of this folder, or None if the run does not continue from one.
         """
 
     @property
     @abstractmethod
     def ready(self) -> bool:
-        """Whether the workers here may be welcomed, once they are here: the other machines are."""
+        """Whether this machine's workers may be welcomed as soon as they have joined: the other machines are there."""
 
     @property
     @abstractmethod
     def is_needed(self) -> bool:
-        """Whether other machines still need this server when its own workers have left."""
+        """Whether other machines still need this server after its own workers have left."""
 
     @property
     @abstractmethod
     def others_finished(self) -> bool:
-        """Whether the workers of this machine are the last that train."""
+        """Whether the workers of this machine are the last ones training, as far as this server has to know."""
 
     @property
     @abstractmethod
     def bytes_moved(self) -> int:
-        """Sent to and received from other machines by this server."""
+        """Bytes that this server has sent to and received from other machines."""
 
     @abstractmethod
     def tick(self, now: float) -> None:
-        """What is due without a message, at every turn of the loop."""
+        """Does what is due without a message. Called at every turn of the loop."""
 
     @abstractmethod
     def exchange(self) -> None:
-        """Pushes came, workers did, or the anchor moved: says to other machines what can be said without waiting."""
+        """Sends other machines whatever can be sent without waiting. Called when pushes have arrived, workers have come
+        or gone, or the anchor has moved."""
 
     @abstractmethod
     def stop_all(self) -> None:
-        """A worker asks that all stop; those of this machine know."""
+        """Passes on to other machines that a worker asks all to stop. The workers of this machine know already."""
 
     @abstractmethod
     def terminate(self) -> None:
-        """The server was told to end, or a worker of the launch has failed: those of this machine will be told."""
+        """Passes on to other machines that the server was told to end, or that a worker of the launch has failed. The
+        service tells the workers of this machine."""
 
     @abstractmethod
     def conclude(self) -> bool:
-        """All workers here have finished: whether the anchor, once it has been flushed, is final. Asked until it is."""
+        """Called once all workers here have finished, and again until it returns True: whether the anchor is final as
+        soon as it has been flushed."""
 
     @abstractmethod
     def close(self) -> None:
-        """The loop has ended."""
+        """Called when the loop has ended. May wait a few seconds, to forward what is left."""

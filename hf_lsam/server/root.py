@@ -1,7 +1,9 @@
-"""The root of a run: moves the anchor. Beside its own workers it serves other machines' relays (see `relay`), if any.
+"""The root server of a run: moves the anchor. In addition to its own workers it serves other machines' relays (see
+`relay`), if any.
 
-A machine counts in n with its live workers. Its sums are numbered and counted once, as pushes of workers are. When its
-link is lost, its workers leave n at once; the end of the launch waits for it as long as its workers go on alone.
+A machine counts in n with its live workers. Its sums are numbered and counted once, like workers' pushes. When its link
+is lost, its workers leave n at once; the end of the launch waits for the machine as long as its workers may continue
+alone.
 """
 
 from __future__ import annotations
@@ -62,14 +64,14 @@ class _Machine:
     process: int = 0
     welcomed: bool = False
     finished: bool = False
-    sent: int = -1  # the newest version
-    held: Tensor | None = None  # the anchor that it has, float32 [d], where fewer than 32 bits cross
+    sent: int = -1  # the newest version that was sent to it
+    held: Tensor | None = None  # the anchor as the machine has it, float32 [d]; None if 32 bits a value cross
     sent_final: bool = False
     leaves: bool = False  # once it has finished, without waiting for the final anchor
 
 
 class Root(Role):
-    """Moves the anchor, by the pushes of its own workers and the sums of other machines.
+    """Moves the anchor by the pushes of its own workers and the sums of other machines.
 
     Args:
         folder: the run folder.
@@ -85,10 +87,10 @@ class Root(Role):
         self._listener = listener
         self._machines: dict[int, _Machine] = {}
         self._pending: set[_Machine] = set()  # connected, but not joined
-        self._awaited: dict[int, float] = {}  # machines of the launch that are not here -> until when
+        self._awaited: dict[int, float] = {}  # machine of the launch that is missing -> until when it is waited for
         self._stopping = False
-        self._bytes_of_lost = 0  # that crossed links which are no more
-        self._copy: tuple[int, Tensor] | None = None  # the version that is being sent; the core's own vector moves on
+        self._bytes_of_lost = 0  # bytes that crossed links that have been closed since
+        self._copy: tuple[int, Tensor] | None = None  # the version being sent, while the core's own vector moves on
 
     # --- what the service calls ---
 
@@ -111,12 +113,12 @@ class Root(Role):
             try:
                 snapshot = load_tensors(folder.snapshot_path)
             except ValueError as error:
-                if version == 0:  # there is no anchor to go on from either
+                if version == 0:  # there is no published anchor to continue from either
                     raise
                 logger.error("%s", error)
         if snapshot is not None:
             self.core.load_state_tensors(snapshot)
-            if not folder.steps_begun:  # it was cleared when its last workers had left
+            if not folder.steps_begun:  # the folder was cleared when its last workers had left
                 folder.set_steps_begun_elsewhere(self.core.steps_begun)
         anchor.version = folder.next_version(anchor.version)
         folder.publish(anchor.vector, anchor.version)
@@ -194,7 +196,7 @@ class Root(Role):
 
     def _hear(self, machine: _Machine) -> None:
         """Handles every message of one machine, and sends it what is due."""
-        if machine.peer.fileno() < 0:  # lost a moment ago
+        if machine.peer.fileno() < 0:  # lost while an earlier event was handled
             return
         try:
             while machine.peer.fileno() >= 0 and (message := machine.peer.poll()) is not None:
@@ -225,9 +227,9 @@ class Root(Role):
         if refusal is not None:
             machine.peer.post(Refused(refusal))
             logger.error("refused machine %d: %s", number, refusal.name)
-            return  # it leaves when it has read that
+            return  # the machine disconnects when it has read that
         if before is not None:
-            self._lose(before, "it has connected again")  # what it said before that was not read is said again
+            self._lose(before, "it has connected again")  # whatever was not read on the old link is sent again
         machine.number, machine.process = number, message.process
         self._pending.discard(machine)
         self._machines[number] = machine
@@ -298,7 +300,8 @@ class Root(Role):
         self._service.counted.note(machine.process, message.number, message.steps)
         accepted = not self._service.ended and self.core.push(vector, message.steps, -machine.number)
         self._service.publish_if_newer()
-        # Between the anchor and the answer: whoever has read that its steps are counted reads a number with them next.
+        # After the anchor is published and before the answer: once a machine has read that its steps are counted, every
+        # total that it reads includes them.
         folder = self._service.folder
         elsewhere = folder.steps_begun - folder.steps_begun_here
         folder.set_steps_begun_elsewhere(elsewhere + message.begun)
@@ -309,7 +312,7 @@ class Root(Role):
     # --- what machines are sent ---
 
     def _send_newest(self, machine: _Machine) -> None:
-        """What is due to a machine: at the start its welcome, then the newest anchor as soon as it can take one."""
+        """Sends a machine what is due: first its welcome, then the newest anchor whenever its link can take one."""
         if machine.number < 0 or machine.peer.fileno() < 0 or not self._service.started:
             return
         if not machine.welcomed:
@@ -325,14 +328,14 @@ class Root(Role):
             if machine.held is None:
                 machine.peer.post(NewAnchor(version, begun), self._newest())
                 return
-            # What rounding leaves out is in the next difference, as `held` is what the machine has.
+            # The rounding error is part of the next difference, because `held` is what the machine really has.
             bits = self.core.settings.exchange_bits
             difference = round_(self.core.anchor.vector - machine.held, bits)
             machine.held += difference
             machine.peer.post(AnchorChange(version, begun), difference, bits)
 
     def _newest(self) -> Tensor:
-        """A copy of the anchor for sending, shared by the machines that are sent the same version."""
+        """A copy of the anchor for sending, shared by all machines to which the same version is sent."""
         version = self.core.anchor.version
         if self._copy is None or self._copy[0] != version:
             self._copy = (version, self.core.anchor.vector.clone())
@@ -340,16 +343,16 @@ class Root(Role):
 
 
 def listen(folder: RunFolder, address: tuple[str, int], secret: bytes, allow_remote: bool = False) -> Listener:
-    """Where the relays of other machines connect to the root of the run in `folder`.
+    """Opens the listener at which the relays of other machines connect to the root of the run in `folder`.
 
     Args:
-        address: host and port; port 0 lets the system choose. Where it listens is written to address.json in the run
+        address: host and port; port 0 lets the system choose. The address in use is written to address.json in the run
             folder.
         secret: from `read_secret`.
         allow_remote: listen beyond this machine.
 
     Raises:
-        RuntimeError: if it cannot listen there, or if the algorithm of the run is one of a single machine.
+        RuntimeError: if it cannot listen there, or if the run's algorithm works on a single machine only.
     """
     settings = machine_settings(folder)
     fingerprint = bytes.fromhex(folder.run["fingerprint"])
@@ -365,10 +368,11 @@ def listen(folder: RunFolder, address: tuple[str, int], secret: bytes, allow_rem
 
 
 def refuse_taken_port(address: tuple[str, int]) -> None:
-    """Tells early what `listen` could only tell once there is a run.
+    """Fails early where `listen` would fail only once there is a run.
 
     Raises:
-        RuntimeError: if it could not listen at `address`; names the process that does, and its run.
+        RuntimeError: if nothing can listen at `address`; if the port is taken, names the process that has it, and its
+            run.
     """
     try:
         family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -381,7 +385,7 @@ def _cannot_listen(address: tuple[str, int], error: Exception) -> str:
     text = f"Cannot listen to other machines at {address[0]}:{address[1]}: {error}."
     if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
         return text
-    for connection in psutil.net_connections("tcp"):  # other users' have no pid here
+    for connection in psutil.net_connections("tcp"):  # those of other users show no pid
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == address[1] and connection.pid:
             words = [*psutil.Process(connection.pid).cmdline(), ""]
             record = Path(words[words.index("--run_dir") + 1] if "--run_dir" in words else "") / "server.json"

@@ -1,16 +1,18 @@
-"""What every server does for the workers of its machine: one thread, one selector. `lifetime` makes a process of it.
+"""What every server does for the workers of its machine, in one thread with one selector. `lifetime` runs it as a
+process.
 
-What sets a server apart from others in the run is its `Role`: `root.Root` moves the anchor, `relay.Relay` forwards what
-its workers push to the one that does. The service calls the role, at the points that `Role` names.
+What distinguishes a server from the others of a run is its `Role`: `root.Root` moves the anchor, `relay.Relay` forwards
+its workers' pushes to the root. The service calls the role at the points that `Role` names.
 
-Workers of one launch join, and once all that the run was started with are there, they are welcomed together; from then
-on nobody waits for anybody until the end. External workers, which join by the folder's address, are welcomed as they
-come and leave when they like. A closed connection is a dead worker: it is dropped at once and n shrinks. One whose
-process is not heard of for `worker_timeout` is evicted, and may join again; the end waits for it as long again. When
-every worker of the launch has finished, the anchor is final and all are told.
+The workers of a launch join, and once all those that the run was started with have joined, they are welcomed together;
+from then on nobody waits for anybody until the end. External workers, which join by the folder's address, are welcomed
+as they come and leave when they like. A closed connection means a dead worker: it is dropped at once and n shrinks. A
+worker whose process has not been heard from for `worker_timeout` is evicted and may join again; the end of the run
+waits another `worker_timeout` for it. When every worker of the launch has finished, the anchor is final and all are
+told.
 
-The server saves its state every `snapshot_seconds`, and with it, of each process, the last push it has counted. One
-that is started with --resume takes up the newest snapshot; its versions go on above all that were ever published.
+The server saves its state every `snapshot_seconds`, including the last counted push of each process. A server that is
+started with --resume loads the newest snapshot; its versions continue above all that were ever published.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from .role import Role, ServiceInterface
 
 logger = logging.getLogger(__name__)
 
-JOIN_SECONDS = 10.0  # that a connection may take
+JOIN_SECONDS = 10.0  # that a connection may be pending
 GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
 
 
@@ -62,8 +64,8 @@ class ServiceSettings:
     """The server's timeouts, and how often it saves.
 
     Args:
-        worker_timeout: seconds without a word after which a worker is evicted: its process is frozen.
-        snapshot_seconds: seconds between two saves of the server's state into the run folder; 0 saves none.
+        worker_timeout: seconds without a message after which a worker is evicted, because its process must be frozen.
+        snapshot_seconds: seconds between two saves of the server's state into the run folder; 0 turns them off.
     """
 
     worker_timeout: float = 600.0
@@ -77,14 +79,14 @@ class Service(ServiceInterface):
 
     Args:
         folder: the run folder, already created; run.json holds settings and fingerprint.
-        role: of this server in the run.
-        resume: a server state from another run's checkpoint to begin with, True to go on from the folder's own newest
-            snapshot, or None.
-        join_timeout: seconds until the workers that have joined are told that others never came.
-        idle_timeout: seconds without a worker after which a server without a launch of its own ends.
-        parent: the process that started this one and will be its first worker; None by hand.
+        role: this server's role in the run.
+        resume: a server state from another run's checkpoint to begin with, True to continue from the folder's own
+            newest snapshot, or None.
+        join_timeout: seconds after which the workers that have joined are told that others never came.
+        idle_timeout: seconds without a worker after which a server that serves no launch ends.
+        parent: pid of the process that started this one and will be its first worker; None if started by hand.
 
-    State: the core's, the last counted push of each process, and who took part.
+    State: the core's, the last counted push of each process, and which workers took part.
     Process: its own, see `lifetime`.
     """
 
@@ -105,7 +107,7 @@ class Service(ServiceInterface):
         self._fingerprint = bytes.fromhex(folder.run["fingerprint"])
         self._settings = ServiceSettings(**folder.run.get("service", {}))
         self.counted = CountedPushes()
-        self._absent: set[int] = set()  # workers of the launch that were evicted, or there before a restart
+        self._absent: set[int] = set()  # workers of the launch that may return: evicted, or here before a restart
         now = time.monotonic()
         self.join_by = now + join_timeout
         self._absent_until = now + self._settings.worker_timeout
@@ -118,7 +120,7 @@ class Service(ServiceInterface):
         self._connections = Connections(self._heard, self._hang_up)
         self._workers: dict[int, Connection] = {}
         self._mailbox_numbers = itertools.count()
-        self._joined = False  # whether any worker has; when the last one leaves, the server ends
+        self._joined = False  # whether any worker has joined; the server ends when the last one leaves
         self.resumed = resume is True
         self.started = False
         self.ended = False
@@ -154,7 +156,7 @@ class Service(ServiceInterface):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, workers can connect."""
+        """Lets workers connect inside the `with` block."""
         self._connections.listen(self.folder)
         try:
             yield
@@ -163,12 +165,12 @@ class Service(ServiceInterface):
             self._connections.close()
 
     def turn(self, timeout: float | None = None) -> bool:
-        """Handles what has come, or waits for it a moment; False once the server has nothing left to do."""
+        """Handles what has arrived, or waits for it a moment; returns False once the server has nothing left to do."""
         self._connections.hear(self._longest_wait if timeout is None else timeout)
         return self._look_after(time.monotonic())
 
     def _look_after(self, now: float) -> bool:
-        """What is due without a message: evictions, snapshots, the end."""
+        """Does what is due without a message: evictions, snapshots, the end."""
         self._role.tick(now)
         self.folder.set_bytes_between_machines(self._bytes_before + self._role.bytes_moved)
         for connection in self._connections if now >= self._sweep_at else ():
@@ -177,7 +179,7 @@ class Service(ServiceInterface):
             if connection.worker < 0 and silent > JOIN_SECONDS:
                 self._hang_up(connection, "it never joined")
             elif self.started and silent > self._settings.worker_timeout and not connection.finished:
-                if 0 <= connection.worker < self.expected:  # the end waits as long again for it to wake
+                if 0 <= connection.worker < self.expected:  # the end waits another `worker_timeout` for it to wake
                     self._absent.add(connection.worker)
                     self._absent_until = now + self._settings.worker_timeout
                 connection.tell(Evicted())
@@ -262,7 +264,7 @@ class Service(ServiceInterface):
         return self.resumed or all(worker in self._workers for worker in range(self.expected))
 
     def start_if_ready(self) -> None:
-        """Begins the run, once, when the role is ready and the workers that begin together have joined."""
+        """Begins the run, once, as soon as the role is ready and the workers that begin together have joined."""
         if self.started or not (self._role.ready and self.workers_are_here):
             return
         self.started = True
@@ -278,7 +280,7 @@ class Service(ServiceInterface):
             self._tell_to_leave(connection)
 
     def _hang_up(self, connection: Connection, reason: object) -> None:
-        """Ends a connection, whoever was at its other end; a worker's mailbox goes with it."""
+        """Closes a connection, whether or not it has joined; a worker's mailbox is removed with it."""
         self._connections.drop(connection)
         worker = connection.worker
         if worker < 0:
@@ -294,7 +296,7 @@ class Service(ServiceInterface):
         self.publish_if_newer()
         self.end_if_all_finished()
 
-    # --- what workers say ---
+    # --- messages from workers ---
 
     def _heard(self, connection: Connection, message: Message) -> None:
         if connection.worker < 0:
@@ -328,7 +330,7 @@ class Service(ServiceInterface):
         assert connection.mailbox is not None
         accepted = self._core.push(connection.mailbox, message.steps, worker, message.loss, message.finite)
         self.publish_if_newer()
-        # The reply comes last: a worker that has read it finds the anchor its push completed.
+        # The answer comes last: a worker that has read it finds the anchor that its push has completed.
         connection.tell(Answer(accepted, version))
         if not accepted:
             logger.warning("refused a push of worker %d: NaN or infinity", worker)
@@ -344,12 +346,12 @@ class Service(ServiceInterface):
         self._core.leave(worker)
         self.publish_if_newer()
         logger.info("worker %d finished", worker)
-        if worker >= self.expected:  # an external one waits for nobody
+        if worker >= self.expected:  # an external worker waits for nobody
             self._tell_final(connection)
         self.end_if_all_finished()
 
     def save(self) -> bool:
-        """Writes the server's state into the run folder; False, and training goes on, if there is no room."""
+        """Saves the server's state into the run folder. Returns False if it cannot be written; training continues."""
         self._core.steps_begun = self.folder.steps_begun
         state = {
             **self._core.state_tensors(),
@@ -365,18 +367,18 @@ class Service(ServiceInterface):
         return True
 
     def _tell_to_leave(self, connection: Connection) -> None:
-        """A worker is to save and leave: one of the launch with an error, if another had one."""
+        """Tells a worker to save and leave; a worker of the launch leaves with an error, if another one had one."""
         if self.failed is not None and connection.worker < self.expected:
             connection.tell(WorkerFailed(self.failed))
         else:
             connection.tell(Stop(save=True))
 
     def _end(self) -> None:
-        """All that train here have finished, and the anchor is final once what is pending has been taken."""
+        """Ends the run: all workers here have finished, and the anchor is final once it has been flushed."""
         self.ended = True
         self._core.flush()
         self.publish_if_newer()
-        if self._anyone_finished:  # else all hang, and what there is of an anchor is not the run's result
+        if self._anyone_finished:  # else all have died or hang, and the anchor is not the run's result
             self.folder.end(self.best_step)
         for connection in self._workers.values():
             if connection.worker < self.expected:
@@ -395,7 +397,7 @@ class Service(ServiceInterface):
         self._connections.watch(source, heard)
 
     def unwatch(self, source: int | HasFileno) -> None:
-        """Ends what `watch` began.
+        """Stops watching `source`.
 
         Raises:
             KeyError: if `source` is not watched.

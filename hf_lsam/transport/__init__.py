@@ -1,1 +1,1 @@
-"""How vectors and messages cross between processes, on one machine and between machines."""
+"""How vectors and messages travel between processes, on one machine and between machines."""

@@ -1,8 +1,8 @@
-"""The contract of every transport: how a worker takes part in a run, and what it exchanges through.
+"""The contract of every transport: how a worker joins a run, and the link through which it exchanges vectors.
 
-A `Transport` lets a worker join; the `Link` that it gives is all that the worker knows of the exchange. There are two:
-in the worker's own process (`in_process`), and through shared memory with a server process on the same machine
-(`shared_memory`). Between machines servers exchange among themselves (`tls`); no worker does.
+A `Transport` lets a worker join; the `Link` that it returns is all that the worker knows about the exchange. There are
+two transports: within the worker's own process (`in_process`), and through shared memory with a server process on the
+same machine (`shared_memory`). Between machines only servers exchange vectors (`tls`), never workers.
 
 To add one, write a module with a `Link` and a `Transport`, and name the transport in `joining.TRANSPORTS` by the scheme
 of its addresses; `server_address="scheme://..."` then chooses it.
@@ -22,35 +22,35 @@ from torch import Tensor
 from ..algorithms import ServerSettings
 from ..parameters import ParameterLayout
 
-NOTHING_UNCOUNTED = -1  # `LinkStatus.counted_at`: no push that an anchor might not hold
+NOTHING_UNCOUNTED = -1  # `LinkStatus.counted_at`: every anchor that may still come includes all pushes
 
 
 class ServerGone(RuntimeError):
-    """The server ended while a worker still needed it: none took its place, or the whole launch ends."""
+    """The server ended while a worker still needed it, and none took its place, or the whole launch ends."""
 
 
 class RefusedError(ValueError):
-    """The server does not take this worker."""
+    """The server does not accept this worker."""
 
 
 @dataclass(frozen=True)
 class LinkStatus:
-    """What a worker may know of its exchange at one moment; a link replaces it and never changes one.
+    """What a worker knows about its exchange at one moment. A link replaces its status and never modifies it.
 
     Args:
-        connected: a server is there. Without one the worker trains on around the last anchor.
-        stop_requested: the run ends early.
-        save_requested: and a checkpoint is to be saved.
-        finished: `finish` has returned the final anchor.
-        evictions: how often the server took this worker for dead. It rises only once the newest anchor has been pulled,
-            at which the worker begins again.
-        counted_at: the anchor version to which the last push came; the anchors after it hold the push. None until it is
-            answered; `NOTHING_UNCOUNTED` if there is none, or if every anchor that may still come holds it.
-        accepted, refused: pushes that were answered; a value that is NaN or infinite refuses a push.
-        refused_in_a_row: since the last that was accepted.
-        staleness_sum, staleness_max: anchor versions between reading y and handing in, of the accepted pushes; one
-            whose answer was lost with its server has none.
-        bytes_pushed, bytes_pulled: that left and reached this process.
+        connected: whether there is a server. Without one the worker trains on around the last anchor.
+        stop_requested: whether the run is to end early.
+        save_requested: whether a checkpoint is to be saved as well.
+        finished: whether `finish` has returned the final anchor.
+        evictions: how often the server took this worker for dead. Rises only once the newest anchor has been pulled,
+            from which the worker then starts again.
+        counted_at: the anchor version at which the last push arrived; later versions include the push. None until it is
+            answered; `NOTHING_UNCOUNTED` if there is none, or if every anchor that may still come includes it.
+        accepted, refused: numbers of answered pushes; a push that holds a NaN or infinite value is refused.
+        refused_in_a_row: pushes refused since the last accepted one.
+        staleness_sum, staleness_max: over the accepted pushes, how many anchor versions passed between reading y and
+            the arrival of the push; a push whose answer was lost with its server counts as 0.
+        bytes_pushed, bytes_pulled: bytes that left and reached this process.
     """
 
     connected: bool = True
@@ -68,15 +68,16 @@ class LinkStatus:
     bytes_pulled: int = 0
 
     def after_push(self, size: int) -> LinkStatus:
-        """A push of `size` bytes is under way."""
+        """The status once a push of `size` bytes is under way."""
         return replace(self, counted_at=None, bytes_pushed=self.bytes_pushed + size)
 
     def after_pull(self, size: int) -> LinkStatus:
-        """An anchor of `size` bytes has come, or is coming."""
+        """The status once an anchor of `size` bytes has arrived, or is arriving."""
         return replace(self, bytes_pulled=self.bytes_pulled + size)
 
     def after_answer(self, accepted: bool, counted_at: int | None, staleness: int = 0) -> LinkStatus:
-        """The push under way came to anchor `counted_at`. A refused one is as if counted: it will not come again."""
+        """The status once the push under way, which arrived at anchor `counted_at`, is answered. A refused push is
+        treated as counted, because it is not repeated."""
         if not accepted:
             refused, in_a_row = self.refused + 1, self.refused_in_a_row + 1
             return replace(self, counted_at=counted_at, refused=refused, refused_in_a_row=in_a_row)
@@ -91,28 +92,27 @@ class LinkStatus:
 
 
 class FinalAnchor(NamedTuple):
-    """What `Link.finish` returns: the anchor's last version, and the best step that any worker named, or -1."""
+    """What `Link.finish` returns: the anchor's last version, and the best step that any worker reported, or -1."""
 
     version: int
     best_step: int
 
 
 class Link(ABC):
-    """A worker's end of the exchange: it pushes, and pulls the newest anchor.
+    """A worker's end of the exchange: pushes, and pulls the newest anchor.
 
-    One push is under way at a time. Calls come from the worker's training thread alone, and `status`, `worker` and
-    `can_push` may be read from it at any time. `push` and `poll` lie in the training step and never wait: neither for
-    the server, nor for another worker, nor for a copy to or from an accelerator. `settle`, `finish` and `snapshot` do.
+    One push is under way at a time. Only the worker's training thread calls a link, and it may read `status`, `worker`
+    and `can_push` at any time. `push` and `poll` are part of the training step and never wait: neither for the server,
+    nor for another worker, nor for a copy to or from an accelerator. `settle`, `finish` and `snapshot` do.
 
-    A server that is lost is no error at once: `status.connected` says so, the worker trains on, and `poll` looks for
-    another one. Only when the link has given up does a call raise `ServerGone`; any call that waits may, and `poll`.
+    Losing the server is not an error at first: `status.connected` becomes False, the worker trains on, and `poll` looks
+    for another server. Only once the link has given up do calls raise `ServerGone`: those that wait may, and `poll`.
 
     An implementation sets `_worker` and `_status`.
 
     Attributes:
-        anchor_in_place: the newest anchor, float32 [d] on the worker's device, where it lies in the worker's process
-            and changes in `push` and `finish` alone, which are done when they return: the worker keeps no copy. Else
-            None.
+        anchor_in_place: the newest anchor, float32 [d] on the worker's device, if it is in the worker's own process and
+            only `push` and `finish` change it, before they return; the worker then keeps no copy. Otherwise None.
     """
 
     anchor_in_place: Tensor | None = None
@@ -127,12 +127,12 @@ class Link(ABC):
 
     @property
     def status(self) -> LinkStatus:
-        """What is known now; `poll`, `settle` and `finish` bring it up to date."""
+        """What is known now. Calls to this link, `poll` above all, bring it up to date."""
         return self._status
 
     @property
     def bytes_between_machines(self) -> int:
-        """That this machine has sent to and received from others, for all of its workers."""
+        """Bytes that this machine has sent to and received from others, for all of its workers."""
         return 0
 
     @property
@@ -143,35 +143,35 @@ class Link(ABC):
     @property
     @abstractmethod
     def steps_begun(self) -> int:
-        """Steps that all workers of the run have begun, as far as is known here; never falls. Never waits."""
+        """Steps that all workers of the run have begun, as far as is known here. Never decreases, and never waits."""
 
     @abstractmethod
     def begin_step(self) -> None:
-        """Counts one more step of this worker into `steps_begun`. Never waits."""
+        """Adds one step of this worker to `steps_begun`. Never waits."""
 
     @abstractmethod
     def push(self, total: Tensor, steps: int, version: int, loss: float = 0.0) -> None:
-        """Begins to hand in what `steps` local steps came to. Only when `can_push`; never waits.
+        """Starts to push the result of `steps` local steps. Allowed only if `can_push`; never waits.
 
         Args:
-            total: float32 [d] on the worker's device; must stay as it is until `can_push` again. On CPU it may be
-                written again as soon as this returns.
+            total: float32 [d] on the worker's device; must not change until `can_push` again. On CPU it may be
+                overwritten as soon as this returns.
             steps: at least 1.
             version: of the anchor that the worker holds.
-            loss: mean over these steps, where the algorithm asks for it.
+            loss: mean over these steps, if the algorithm uses it.
         """
 
     @abstractmethod
     def poll(self, held: int, incoming: Tensor) -> int | None:
-        """Does whatever can be done without waiting: once a step, and more often while the first anchor is awaited.
+        """Does whatever can be done without waiting. Called once per step, more often while awaiting the first anchor.
 
         Args:
             held: the anchor version that the worker holds; -1 for none.
-            incoming: float32 [d] on the worker's device, where another anchor than `held` is copied to. On an
+            incoming: float32 [d] on the worker's device; receives an anchor of another version than `held`. On an
                 accelerator it may be half written between two polls, on CPU never.
 
         Returns:
-            the version that is now whole in `incoming`, or None if there is none.
+            the version that is now complete in `incoming`, or None if there is none.
 
         Raises:
             ServerGone: if the link has given up.
@@ -187,13 +187,13 @@ class Link(ABC):
 
     @abstractmethod
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
-        """Reports that this worker has done its steps, and waits for the final anchor. Nothing is pushed after it.
+        """Reports that this worker has made its steps, and waits for the final anchor. Nothing may be pushed after it.
 
-        A worker of a launch waits for all others of it, an external one for nobody.
+        A worker of a launch waits for all others of the launch, an external worker for nobody.
 
         Args:
             stop_all: ask the other workers to stop as well (early stopping).
-            best_step: the step of the best checkpoint, where this worker knows one, else -1.
+            best_step: the step of the best checkpoint, if this worker knows one, else -1.
             incoming: float32 [d] on the worker's device; receives the final anchor.
 
         Raises:
@@ -202,12 +202,12 @@ class Link(ABC):
 
     @abstractmethod
     def snapshot(self, path: Path, manifest: Sequence[Any] | None = None) -> bool:
-        """Waits until the server's state lies at `path`, for a checkpoint; False if there is no server to save it.
+        """Saves the server's state to `path`, for a checkpoint, and waits for it. Returns False if there is no server.
 
-        It holds every push that was made before.
+        The state includes every push that was made before.
 
         Args:
-            manifest: `ParameterLayout.manifest`, kept with it.
+            manifest: `ParameterLayout.manifest`, stored with the state.
 
         Raises:
             OSError: if it could not be written.
@@ -215,22 +215,22 @@ class Link(ABC):
 
     @abstractmethod
     def close(self, failed: bool = False) -> None:
-        """Leaves, at any time and once; does not wait for others.
+        """Leaves the run. May be called at any time, once; does not wait for others.
 
         Args:
-            failed: with an error. The other workers of a launch end with one as well.
+            failed: whether this worker ends with an error. The other workers of a launch then end with one as well.
         """
 
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """What a worker brings when it joins.
+    """What a worker presents when it joins.
 
     Args:
-        layout: of its trainable parameters; must be that of every other worker.
+        layout: of its trainable parameters; must be the same in every worker.
         parameters: their values, detached. The first worker's become the first anchor.
-        settings: of the server; must be those of every other worker.
-        server_state: a server's snapshot to go on from, for the worker whose server begins with it.
+        settings: of the server; must be the same in every worker.
+        server_state: a server snapshot to continue from, for the worker whose server begins with it.
     """
 
     layout: ParameterLayout
@@ -250,22 +250,23 @@ class JoinRequest:
 
 
 class Transport(ABC):
-    """One way to take part in a run. Joined and left in turn, by the training thread; never in a training step."""
+    """One way to take part in a run. The training thread calls `join` and `leave` alternately, and never during a
+    training step."""
 
     @abstractmethod
     def join(self, request: JoinRequest) -> Link:
-        """Waits until the run begins, or goes on, with this worker.
+        """Waits until the run begins, or continues, with this worker.
 
         Raises:
-            RefusedError: if the worker does not fit the run.
+            RefusedError: if the worker does not match the run.
             ServerGone: if there is no server.
             OSError: if there is no room for the exchange.
         """
 
     @abstractmethod
     def leave(self, finished: bool) -> None:
-        """Takes down what `join` has set up, whether or not it returned; the link, if there was one, is closed already.
+        """Takes down what `join` has set up, whether or not it returned. The link, if there was one, is already closed.
 
         Args:
-            finished: the worker has the final anchor.
+            finished: whether the worker has the final anchor.
         """

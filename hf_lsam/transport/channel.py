@@ -1,4 +1,4 @@
-"""What carries control messages between processes of one machine: a Unix stream socket."""
+"""Carries control messages between processes of one machine, over a Unix stream socket."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TextIO
 
 from .messages import WORKER_MESSAGES, Message
 
-# What tells others that this process lives. A child that is forked, such as a worker of a DataLoader, would hold it
-# open, and the process would not be known to have left, or died, before all its children have.
+# Open files by which others can tell that this process is alive. A forked child, such as a DataLoader worker, would
+# keep them open, and others would not notice that the process has left, or died, before all its children had.
 signs_of_life: weakref.WeakSet[socket.socket | TextIO] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(signs_of_life)])
 
@@ -20,13 +20,13 @@ os.register_at_fork(after_in_child=lambda: [sign.close() for sign in list(signs_
 class Channel:
     """A stream socket that carries `WORKER_MESSAGES`.
 
-    Process: any; two threads may `send`, of which the one that does all else may `close`.
-    Blocking: `wait` until a frame or `timeout`; all else never.
+    Process: any. Two threads may `send`; one of them does everything else, including `close`.
+    Blocking: `receive`, until a frame has arrived or `timeout` has passed; nothing else.
     """
 
     def __init__(self, connection: socket.socket):
         self._socket = connection
-        self._sending = threading.Lock()  # so that the descriptor is not another file's by then
+        self._sending = threading.Lock()  # a `close` during a `send` could give the descriptor to another file
         self._unread = b""
 
     def fileno(self) -> int:
@@ -34,22 +34,22 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Sends one frame, whole or not at all: the kernel takes so small a message in one piece.
+        """Sends one frame, completely or not at all: the kernel accepts so small a message in one piece.
 
         Raises:
             ConnectionError: if the peer is gone.
-            BlockingIOError: if it has left some hundred frames unread.
+            BlockingIOError: if the peer has left some hundred frames unread.
         """
         with self._sending:
             self._socket.settimeout(0.0)
             self._socket.sendall(WORKER_MESSAGES.pack(message))
 
     def receive(self, timeout: float | None = 0.0) -> Message | None:
-        """The next frame, or None if none has come after `timeout` seconds (None: wait for ever).
+        """The next message, or None if none has arrived after `timeout` seconds (None: wait forever).
 
         Raises:
             ConnectionError: if the peer closed the connection.
-            ValueError: if the bytes are no frame.
+            ValueError: if the bytes are not a frame.
         """
         while len(self._unread) < WORKER_MESSAGES.size:
             self._socket.settimeout(timeout)
@@ -71,6 +71,6 @@ class Channel:
 
     def close(self) -> None:
         """Ends the connection for both sides, after a `send` that is under way."""
-        self.shut()  # a copy of the descriptor may be open in a child that is no Python's
+        self.shut()  # a child process that is not Python may hold a copy of the descriptor open
         with self._sending:
             self._socket.close()

@@ -1,7 +1,7 @@
-"""Copies between a worker's device and shared memory, beside the training stream.
+"""Copies between a worker's device and shared memory, alongside the training stream.
 
 On CUDA the shared pages are registered as pinned memory, and copies run on a stream of their own: the training thread
-starts one and later asks, without waiting, whether it has ended. On CPU a copy is a copy and has ended when it returns.
+starts a copy and later asks, without waiting, whether it has ended. On CPU a copy has ended when the call returns.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 class Copier:
-    """One copy under way at a time.
+    """Runs one copy at a time.
 
     Attributes:
-        pinned: which of the shared tensors are.
+        pinned: the shared tensors that are pinned.
 
     Args:
         device: where the worker's vectors live.
         shared: mapped tensors that will take part in copies; registered as pinned memory on CUDA.
-        was_finite: what `is_finite` says before the first copy that is checked.
+        was_finite: what `is_finite` returns before the first checked copy.
 
-    Blocking: on CPU for the length of the copy; on CUDA never.
+    Blocking: `start`, on CPU for the length of the copy, on CUDA never; `wait` and `close`, until the copy has ended.
     """
 
     def __init__(self, device: torch.device, shared: list[Tensor], was_finite: bool = True):
@@ -43,7 +43,7 @@ class Copier:
                     logger.warning(
                         "could not pin %d shared bytes (%s): exchange copies will block", tensor.nbytes, status
                     )
-                    with suppress(RuntimeError):  # takes the error away, which the next kernel would raise
+                    with suppress(RuntimeError):  # clears the error, which the next kernel would raise otherwise
                         torch.zeros(1, device=device)
                     break
                 self.pinned.append(tensor)
@@ -52,7 +52,7 @@ class Copier:
         """Begins target <- source, both float32 [d]. Neither may be written before `finished`.
 
         Args:
-            check: whether `is_finite` is to be about this copy.
+            check: whether `is_finite` is to report on this copy.
         """
         if self._stream is None:
             if check:
@@ -60,7 +60,7 @@ class Copier:
             else:
                 target.copy_(source)
             return
-        # Whatever the training stream still does with either tensor comes first.
+        # Work of the training stream on either tensor comes first.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -69,7 +69,7 @@ class Copier:
             self._event = self._stream.record_event()
 
     def _copy_and_check(self, target: Tensor, source: Tensor) -> None:
-        """In blocks that the cache holds: a sweep of its own costs half as much again."""
+        """Copies in blocks that fit into the cache; a separate pass for the check would cost half as much again."""
         self._squared_norm.zero_()
         for written, read in blocks([target], [source]):
             for into, part in zip(written, read, strict=True):
@@ -78,7 +78,8 @@ class Copier:
 
     @property
     def is_finite(self) -> bool:
-        """Whether what the last checked copy carried was, as in `coupling.is_finite`; once it has `finished`."""
+        """Whether the source of the last checked copy was finite, in the sense of `coupling.is_finite`. Valid once the
+        copy has `finished`."""
         return bool(self._squared_norm.isfinite())
 
     def finished(self) -> bool:
@@ -91,7 +92,7 @@ class Copier:
             self._event.synchronize()
 
     def close(self) -> None:
-        """Ends copies under way and unpins the shared memory."""
+        """Waits for a copy that is under way, and unpins the shared memory."""
         self.wait()
         for tensor in self.pinned:
             torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""The exchange of a worker that is alone (LSAM, Algorithm 1): its server is an object in the same process."""
+"""The exchange of a worker that trains alone (LSAM, Algorithm 1): its server is an object in the same process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import FinalAnchor, Link, LinkStatus
 
 
 class Aggregator(Protocol):
-    """Pushes in, anchor out: what a link in the same process, and a server, need of `server.core`'s classes."""
+    """Pushes in, anchor out: what an in-process link, and a server, require of the classes in `server.core`."""
 
     anchor: Anchor
     accepted_pushes: int
@@ -24,31 +24,32 @@ class Aggregator(Protocol):
 
     @property
     def live_workers(self) -> int:
-        """n: those that have joined and not left."""
+        """n: the number of workers that have joined and not left."""
 
     def join(self, worker: int) -> None:
         """Counts `worker` as live."""
 
     def leave(self, worker: int) -> None:
-        """Counts `worker` as gone; what it pushed stays."""
+        """Counts `worker` as gone; what it has pushed stays counted."""
 
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
-        """Takes what one worker hands in, float32 [d], of `steps` local steps; False if it is not finite."""
+        """Takes one worker's push, float32 [d], of `steps` local steps; returns False if it is not finite."""
 
     def flush(self) -> None:
-        """The run ends: what is still pending is not lost."""
+        """Ends the run; what is still pending must not be lost."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold, as tensors by name."""
+        """Everything that a checkpoint must hold, as tensors by name."""
 
 
 class InProcessLink(Link):
-    """Hands each push to the server's arithmetic at once; nothing waits, nothing leaves the process, nothing is lost.
+    """Passes each push to the server's arithmetic at once; nothing waits, leaves the process or is lost.
 
     Args:
         core: the server; several links may share one.
         worker: this worker's number.
-        alone: no other link shares the server, which is on the worker's device: the worker has no copy of the anchor.
+        alone: whether no other link shares the server, and it is on the worker's device: the worker then keeps no copy
+            of the anchor.
     """
 
     def __init__(self, core: Aggregator, worker: int = 0, alone: bool = False):

@@ -1,24 +1,26 @@
-"""Exchange between processes of one machine: vectors through shared memory, control through a Unix socket.
+"""Exchange between processes of one machine: vectors through shared memory, control messages through a Unix socket.
 
 A run folder (mode 0700) holds
 
     run.json         what the first worker decided: length, fingerprint, settings
-    parameters.json  the manifest of names, shapes and dtypes, for the error of a worker that does not match
+    parameters.json  the manifest of names, shapes and dtypes, for the error message of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [4]: last version complete, last version begun, whether it is final, best step
     between_machines int64 [1]: bytes that this machine's server has sent to and received from others
-    steps            int64 [1 + workers]: steps begun elsewhere, by the server; then each worker's, by itself
-    mailbox_N        float32 [d], the Nth join's: written by its worker, read by the server
+    steps            int64 [1 + workers]: steps begun elsewhere, written by the server; then each worker's, by itself
+    mailbox_N        float32 [d], of the Nth join: written by its worker, read by the server
     socket           Unix stream socket; its frames are those of `messages`
-    snapshot.safetensors, lock, create, server.json    the server's last saved state; the process that serves the folder
+    snapshot.safetensors    the server's last saved state
+    server.json, lock       the process that serves the folder, and its lock
+    create                  lock of the worker that creates a run in the folder
 
-Who may touch what, and when. A worker writes its mailbox only while the mailbox is its own: from the server's reply to
-one push until it sends the next. The server reads it only in between. The frames cross in order, so neither ever sees
-a half-written mailbox. A mailbox lives as long as one join: a worker that was taken for dead and wakes in the middle of
-a copy writes into a file without a name, never into its successor's. The anchor has one writer and any number of
-readers that never ask: version v lies in slot v % 2, the writer announces "begun v + 1" before it touches the other
-slot, and a reader that finds "begun" two ahead after its copy knows that the slot may have changed under it and copies
-again.
+Who may access what, and when. A worker writes its mailbox only while it owns it: from the server's answer to one push
+until it sends the next. The server reads it only in between. Frames arrive in order, so neither side ever sees a
+half-written mailbox. A mailbox lasts as long as one join: a worker that was taken for dead and wakes in the middle of a
+copy writes into a file without a name, never into its successor's. The anchor has one writer and any number of readers,
+which need no permission: version v is in slot v % 2, the writer announces "begun v + 1" before it touches the other
+slot, and a reader that finds "begun" two ahead after its copy knows that the slot may have changed during the copy, and
+copies again.
 
     writer                  reader
     begun <- v + 2
@@ -28,10 +30,10 @@ again.
     complete <- v + 2       ---- barrier
                             whole if begun < v + 2
 
-All four are needed where the processor may let stores and loads of different words pass each other (aarch64): without
-the writer's first or the reader's second a copy holds the new slot's words while "begun" is still the old one, and
-without the others "complete" is seen before what it announces. x86-64 keeps stores among stores and loads among loads
-in order by itself.
+All four barriers are needed where the processor may reorder stores and loads of different words (aarch64): without the
+writer's first or the reader's second, a copy may hold words of the new version while "begun" still reads as the old
+one; without the other two, "complete" may be seen before what it announces. x86-64 keeps stores in order among stores,
+and loads among loads, without them.
 """
 
 from __future__ import annotations
@@ -58,11 +60,11 @@ with suppress(ImportError):  # on Windows, where one worker trains without any o
     import fcntl
 
 FLOAT_BYTES = 4
-MAX_WORKERS = 4096  # external ones at a time
+MAX_WORKERS = 4096  # external workers at a time
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Creates a file whose pages exist, so that a full /dev/shm is an error here and not a SIGBUS at some write."""
+    """Creates a file and allocates its pages, so that a full /dev/shm is an error here and not a SIGBUS at a write."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size)
@@ -79,7 +81,7 @@ def _allocate_shared(path: Path, numel: int, num_workers: int) -> None:
 
 
 def _map(path: Path, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The file as a tensor [numel] that all processes which map it share; torch would make one that is not there.
+    """The file as a tensor [numel], shared by all processes that map it. Torch alone would create a missing file.
 
     Raises:
         FileNotFoundError: if it does not exist.
@@ -92,10 +94,11 @@ _SHARED_FILES = ("anchor_0", "anchor_1", "version", "between_machines", "steps")
 
 
 def _barrier() -> None:
-    """No access to memory before it is seen after one that follows it, by any process, on x86-64 and on aarch64.
+    """A full barrier on x86-64 and aarch64: no process sees a later access to memory before an earlier one.
 
-    Python has no barrier of its own. Giving a lock back orders all that precedes it, taking one all that follows, and
-    neither processor lets the second pass the first (on aarch64: a load-acquire after a store-release).
+    Python has no barrier of its own. Releasing a lock orders all accesses before it, acquiring one orders all accesses
+    after it, and neither processor lets the acquire pass the release (on aarch64: a load-acquire after a
+    store-release).
     """
     lock = threading.Lock()
     lock.acquire()
@@ -130,14 +133,14 @@ class RunFolder:
         """Allocates the files of a run and publishes `initial` as version 0.
 
         Args:
-            path: an existing folder; run.json appears in it last.
+            path: an existing folder; run.json is written last.
             initial: the first anchor, float32 [d].
-            num_workers: workers that begin together, 0 if they come and go; as many mailboxes must find room.
+            num_workers: workers that begin together, 0 if they come and go; there must be room for as many mailboxes.
             manifest: `ParameterLayout.manifest`.
             run: further contents of run.json.
 
         Raises:
-            OSError: if the file system has no room. Names the bytes needed and the remedy; nothing is left behind.
+            OSError: if the file system has no room. Names the bytes needed and the remedy, and leaves nothing behind.
         """
         size = initial.numel() * FLOAT_BYTES
         contents = {**run, "numel": initial.numel(), "num_workers": num_workers}
@@ -169,11 +172,11 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
-        """Opens a folder whose server has ended; makes the shared files again if it ended cleanly.
+        """Opens a folder whose server has ended; creates the shared files anew if it ended cleanly and removed them.
 
         Raises:
             FileNotFoundError: if no run was ever created in it.
-            RuntimeError: if nothing is left of its anchor.
+            RuntimeError: if it holds neither an anchor nor a snapshot.
         """
         run = json.loads((path / "run.json").read_text())
         if not (path / "version").exists():
@@ -184,16 +187,16 @@ class RunFolder:
             _allocate_shared(path, int(run["numel"]), int(run["num_workers"]))
         for mailbox in path.glob("mailbox_*"):
             mailbox.unlink()
-        for unfinished in path.glob(".snapshot.safetensors.*"):  # by a server that was killed while it saved
+        for unfinished in path.glob(".snapshot.safetensors.*"):  # left by a server that was killed while saving
             shutil.rmtree(unfinished)
         return cls(path)
 
     @classmethod
     def create_or_open(cls, path: Path, initial: Tensor, manifest: list[Any], run: dict[str, Any]) -> RunFolder:
-        """Opens the run in `path`; the first worker that comes creates it, with `create`'s arguments.
+        """Opens the run in `path`; the first worker to arrive creates it, with `create`'s arguments.
 
         Raises:
-            FileNotFoundError: if there is a run whose server has ended, or not yet opened it again.
+            FileNotFoundError: if there is a run whose server has ended, or has not reopened it yet.
         """
         with (path / "create").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -212,7 +215,7 @@ class RunFolder:
         """Where the server saves its state."""
         return self.path / "snapshot.safetensors"
 
-    # --- mailboxes: one a join ---
+    # --- mailboxes: one per join ---
 
     def make_mailbox(self, number: int) -> Tensor:
         """Server only: allocates and maps the mailbox of one join, float32 [d].
@@ -229,58 +232,58 @@ class RunFolder:
         return _map(path, self.numel)
 
     def drop_mailbox(self, number: int) -> None:
-        """Server only: takes the name away; who has it mapped keeps a file of its own."""
+        """Server only: unlinks the mailbox; a worker that has it mapped keeps a file that has no name."""
         (self.path / f"mailbox_{number}").unlink(missing_ok=True)
 
     def mailbox(self, number: int) -> Tensor:
         """Maps the mailbox of one join, float32 [d]."""
         return _map(self.path / f"mailbox_{number}", self.numel)
 
-    # --- the steps that were begun: each worker writes its own, all read the sum ---
+    # --- steps begun: each worker writes its own, all read the sum ---
 
     @property
     def steps_begun(self) -> int:
-        """By all workers of the run: those of this folder, and elsewhere as far as the server knows."""
+        """Steps begun by all workers of the run: in this folder, and elsewhere as far as the server knows."""
         return int(self._steps.sum())
 
     @property
     def steps_begun_here(self) -> int:
-        """By the workers of this folder, also by those that have left."""
+        """Steps begun by the workers of this folder, including those that have left."""
         return int(self._steps[1:].sum())
 
     def begin_step(self, worker: int) -> None:
-        """Worker only: counts one more step of its own."""
+        """Worker only: counts one more of its own steps."""
         self._steps[1 + worker] += 1
 
     def set_steps_begun_elsewhere(self, steps: int) -> None:
-        """Server only: by workers of other machines, and before this folder was made."""
+        """Server only: sets the steps begun by workers of other machines, and before this folder was made."""
         self._steps[0] = steps
 
     # --- what crosses links to other machines ---
 
     @property
     def bytes_between_machines(self) -> int:
-        """That the server of this machine has sent to and received from others."""
+        """Bytes that this machine's server has sent to and received from others."""
         return int(self._between_machines[0])
 
     def set_bytes_between_machines(self, count: int) -> None:
-        """Server only."""
+        """Server only: sets `bytes_between_machines`."""
         self._between_machines[0] = count
 
     # --- the anchor: one writer ---
 
     def publish(self, vector: Tensor, version: int) -> None:
         """Server only: makes `vector` readable as `version`, which must be above the last."""
-        if (version - self.version) % 2 == 0:  # versions were left out: what is being read must not be written over
+        if (version - self.version) % 2 == 0:  # versions were skipped, and this one would overwrite the slot being read
             self.publish(vector, version - 1)
-        self._version[1] = version  # begun: from here on a reader of version - 2 will copy again
+        self._version[1] = version  # begun: from here on, readers of version - 2 will copy again
         _barrier()
         self._slots[version % 2].copy_(vector)
         _barrier()
         self._version[0] = version  # complete
 
     def end(self, best_step: int) -> None:
-        """Server only: what is published is final. `best_step`: of the best checkpoint, or -1."""
+        """Server only: declares the published anchor final. `best_step`: of the best checkpoint, or -1."""
         self._version[3] = best_step
         _barrier()
         self._version[2] = 1
@@ -294,14 +297,14 @@ class RunFolder:
 
     @property
     def version(self) -> int:
-        """The newest complete version; one read of shared memory, that precedes all that follow."""
+        """The newest complete version. One read of shared memory, ordered before all that follow."""
         version = int(self._version[0])
         _barrier()
         return version
 
     @property
     def best_step(self) -> int | None:
-        """What `end` was given, or None as long as the run goes on; also when the server and the files are gone."""
+        """What `end` was given, or None while the run continues; readable also when server and files are gone."""
         final = int(self._version[2])
         _barrier()
         return int(self._version[3]) if final else None
@@ -311,7 +314,7 @@ class RunFolder:
         return self._slots[version % 2]
 
     def is_whole(self, version: int) -> bool:
-        """Whether a copy of `slot(version)` that has just ended cannot have been written over meanwhile."""
+        """Whether a copy of `slot(version)` that has just ended is intact: the slot was not written to meanwhile."""
         _barrier()
         return int(self._version[1]) < version + 2
 
@@ -319,7 +322,7 @@ class RunFolder:
 
     @contextmanager
     def _reachable(self, name: str) -> Iterator[str]:
-        """The address of `name` through an open descriptor of the folder: Unix addresses hold 107 characters only."""
+        """The address of `name` through an open descriptor of the folder: Unix addresses have only 107 characters."""
         folder = os.open(self.path, os.O_PATH | os.O_DIRECTORY)
         try:
             yield f"/proc/self/fd/{folder}/{name}"
@@ -327,9 +330,9 @@ class RunFolder:
             os.close(folder)
 
     def listen(self) -> socket.socket:
-        """Server only: the listening socket. It appears under its name once it accepts connections."""
+        """Server only: makes the listening socket, which appears under its name once it accepts connections."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        (self.path / "socket.new").unlink(missing_ok=True)  # of a server that was killed right here
+        (self.path / "socket.new").unlink(missing_ok=True)  # left by a server that was killed before the rename below
         with self._reachable("socket.new") as address:
             listener.bind(address)
         listener.listen(128)
@@ -340,7 +343,7 @@ class RunFolder:
         """Worker only: connects to the server, waiting for it to listen.
 
         Args:
-            still_coming: asked again and again; False ends the wait (the server process died at its start).
+            still_coming: called repeatedly; False ends the wait (the server process died at its start).
             timeout: seconds.
 
         Raises:
@@ -373,7 +376,7 @@ class RunFolder:
         return Channel(connection)
 
     def clear(self) -> None:
-        """Server only: removes what nobody needs once the run rests; its snapshot and description stay."""
+        """Server only: removes what nobody needs while no server runs; the run's snapshot and description stay."""
         for name in (*_SHARED_FILES, "socket", "server.json"):
             (self.path / name).unlink(missing_ok=True)
         for mailbox in self.path.glob("mailbox_*"):

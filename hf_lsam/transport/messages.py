@@ -1,8 +1,8 @@
-"""What processes say to each other: every message is a class, its fields have names, and all frames have one size.
+"""The messages between processes: each is a class with named fields, and all frames of a protocol have the same size.
 
 Workers and the server of their machine talk in `WORKER_MESSAGES`, servers of different machines in `MACHINE_MESSAGES`.
-A frame holds numbers and fingerprints only; nothing is ever unpickled. Vectors travel beside: through shared memory,
-or between the frames of a link.
+A frame holds numbers and fingerprints only; nothing is ever unpickled. Vectors travel separately: through shared
+memory, or between the frames of a link.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
 
 ELSEWHERE = -1  # stands for the number of a worker on another machine
-ANY_NUMBER = -1  # what a worker or a machine calls itself that is not of a launch; it is given a number
+ANY_NUMBER = -1  # in the join of a worker or machine that belongs to no launch: asks for a number
 
 
 class Refusal(IntEnum):
@@ -22,31 +22,31 @@ class Refusal(IntEnum):
     RUN = 2  # another run
     FINGERPRINT = 3  # other trainable parameters
     LENGTH = 4  # another number of trainable values
-    SETTINGS = 5  # of the server, on another machine
-    TAKEN = 6  # somebody has that number
-    TIMEOUT = 7  # others never came
+    SETTINGS = 5  # the server settings of the two machines differ
+    TAKEN = 6  # the number is in use
+    TIMEOUT = 7  # other workers never came
     NO_ROOM = 8  # for a mailbox
-    ENDED = 9  # the run has
+    ENDED = 9  # the run has ended
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one process says to another. Fields are int and bool, float, `Refusal`, or 32 bytes."""
+    """What one process sends to another. Fields are int, bool, float, `Refusal`, or 32 bytes."""
 
 
-# --- either way, or in both ---
+# --- in both protocols ---
 
 
 @dataclass(frozen=True)
 class Refused(Message):
-    """To a worker or a machine that wants to join."""
+    """Answers a worker or a machine that wants to join and may not."""
 
     reason: Refusal
 
 
 @dataclass(frozen=True)
 class Failed(Message):
-    """A worker ends with an error; a launch ends with it."""
+    """A worker ends with an error; if it belongs to a launch, the launch ends with it."""
 
 
 # --- from a worker ---
@@ -58,7 +58,7 @@ class Join(Message):
 
     worker: int  # or ANY_NUMBER
     numel: int  # vector length d
-    process: int  # a random number, by which a server knows again whose pushes it has counted
+    process: int  # a random number by which a server recognises whose pushes it has counted
     fingerprint: bytes  # of the trainable parameters
 
 
@@ -69,7 +69,7 @@ class Push(Message):
     number: int  # which push of this process it is, from 1
     steps: int  # local steps in it
     loss: float  # their mean
-    finite: bool  # what the worker has found, as it wrote the mailbox
+    finite: bool  # what the worker found while it wrote the mailbox
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Finish(Message):
 
 @dataclass(frozen=True)
 class Snapshot(Message):
-    """The server is to write its state into the run folder."""
+    """Asks the server to write its state into the run folder."""
 
 
 @dataclass(frozen=True)
 class Heartbeat(Message):
-    """Still there, in a long step."""
+    """The worker's process is alive, even if its step takes long."""
 
 
 # --- to a worker ---
@@ -97,17 +97,17 @@ class Heartbeat(Message):
 class Welcome(Message):
     """The worker takes part."""
 
-    worker: int  # the number given
-    last_counted: int  # push of this process
-    mailbox: int  # its number; each join has one of its own
+    worker: int  # the number that it was given
+    last_counted: int  # number of the last push of this process that was counted
+    mailbox: int  # number of its mailbox; each join has one of its own
 
 
 @dataclass(frozen=True)
 class Answer(Message):
-    """To a push."""
+    """Answers a push."""
 
     accepted: bool  # False: NaN or infinity
-    version: int  # of the anchor when the push came in
+    version: int  # of the anchor when the push arrived
 
 
 @dataclass(frozen=True)
@@ -126,24 +126,24 @@ class Finished(Message):
 
 @dataclass(frozen=True)
 class SnapshotDone(Message):
-    """To `Snapshot`."""
+    """Answers `Snapshot`."""
 
     written: bool
 
 
 @dataclass(frozen=True)
 class Evicted(Message):
-    """Nothing was heard for `worker_timeout`; the worker may join again."""
+    """Nothing was heard from the worker for `worker_timeout`; it may join again."""
 
 
 @dataclass(frozen=True)
 class RootLost(Message):
-    """This machine's server has lost the root, or was refused by it: there is no server from here on."""
+    """This machine's server has lost the root, or was refused by it: from here on there is no server."""
 
 
 @dataclass(frozen=True)
 class WorkerFailed(Message):
-    """A worker of the launch ended with an error: there is no server from here on."""
+    """A worker of the launch ended with an error: from here on there is no server."""
 
     worker: int  # or ELSEWHERE
 
@@ -153,7 +153,7 @@ class WorkerFailed(Message):
 
 @dataclass(frozen=True)
 class OpenLink(Message):
-    """The first frame of a connection: what both sides must have alike before anything else is said."""
+    """The first frame of a connection: what both sides must agree on before anything else is sent."""
 
     run: bytes  # SHA-256 of its id
     fingerprint: bytes  # of the trainable parameters
@@ -167,7 +167,7 @@ class JoinMachine(Message):
     machine: int  # or ANY_NUMBER
     process: int  # a random number of the relay
     live: int  # workers on the machine
-    settings: bytes  # SHA-256 of the server's
+    settings: bytes  # SHA-256 of the server settings
 
 
 @dataclass(frozen=True)
@@ -182,20 +182,20 @@ class Sum(Message):
     """With a vector: the sum of what the machine's workers have pushed."""
 
     number: int  # which sum of this relay it is, from 1
-    steps: int  # that it counts as
+    steps: int  # local steps that it counts as
     begun: int = 0  # steps that the machine's workers have begun since the last sum
 
 
 @dataclass(frozen=True)
 class StopAll(Message):
-    """A worker asks that all stop."""
+    """A worker asks all workers to stop."""
 
 
 @dataclass(frozen=True)
 class FinishMachine(Message):
     """All workers of the machine have finished."""
 
-    nobody_waits: bool  # for the final anchor
+    nobody_waits: bool  # no worker of the machine waits for the final anchor
     best_step: int  # or -1
 
 
@@ -204,7 +204,7 @@ class FinishMachine(Message):
 
 @dataclass(frozen=True)
 class LinkOpened(Message):
-    """To `OpenLink`, unless it is refused."""
+    """Answers `OpenLink`, unless it is refused."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ class WelcomeMachine(Message):
     """With a vector: the anchor."""
 
     version: int
-    last_counted: int  # sum of this relay
-    begun: int = 0  # steps that all workers have begun, this machine's as far as it has told
+    last_counted: int  # number of the last sum of this relay that was counted
+    begun: int = 0  # steps that all workers have begun; this machine's as far as it has reported them
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class NewAnchor(Message):
 
 @dataclass(frozen=True)
 class AnchorChange(Message):
-    """With a vector: what to add to the anchor that the machine was last sent, to have (nearly) the newest."""
+    """With a vector: what to add to the anchor that was last sent to the machine, to get (nearly) the newest."""
 
     version: int
     begun: int = 0  # as in `WelcomeMachine`
@@ -234,7 +234,7 @@ class AnchorChange(Message):
 
 @dataclass(frozen=True)
 class SumAnswer(Message):
-    """To a sum."""
+    """Answers a sum."""
 
     number: int
     accepted: bool  # False: NaN or infinity, or too late
@@ -287,7 +287,7 @@ class Vocabulary:
         """The message in one frame.
 
         Raises:
-            ValueError: if it is none of this protocol.
+            ValueError: if it is not a frame of this protocol.
         """
         magic, number = _HEAD.unpack_from(frame)
         if magic != self._magic or number not in self._kinds:

@@ -1,4 +1,4 @@
-"""Who serves a run folder, and whose launch's it is: locks on files, which go with the process that holds them."""
+"""Who serves a run folder, and which launch owns it: file locks, which end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAUNCH_PREFIX = "hf_lsam-"  # of the folders that launches make for themselves
 
 
 def missing_here() -> str | None:
-    """Why no workers can exchange anything on this operating system, and what to do; None where they can."""
+    """Why workers cannot exchange anything on this operating system, and what to do about it; None if they can."""
     if sys.platform == "linux":
         return None
     what, instead = {
@@ -44,10 +44,10 @@ def missing_here() -> str | None:
 
 @contextmanager
 def served_by_this_process(path: Path) -> Iterator[None]:
-    """Inside, this process is the server of `path`, and no other can be; the lock goes with the process.
+    """Makes this process the only server of `path` inside the `with` block; the lock ends with the process.
 
     Raises:
-        RuntimeError: if another process serves it. Names its run and its pid.
+        RuntimeError: if another process serves it. Names that process's run and pid.
     """
     with (path / "lock").open("a") as lock:
         deadline = time.monotonic() + 1.0
@@ -56,7 +56,7 @@ def served_by_this_process(path: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:  # not a worker that is only looking whether there is a server
+                if time.monotonic() > deadline:  # too long for a worker that only checks whether there is a server
                     raise RuntimeError(_taken(path)) from None
                 time.sleep(0.02)
         record = path / "server.json"
@@ -71,9 +71,9 @@ def is_served(path: Path) -> bool:
 
 
 def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, TextIO]:
-    """A new folder in `parent` for the run of a launch, and the lock that tells that its first worker lives.
+    """Makes a folder in `parent` for the run of a launch, with a lock that shows that its first worker is alive.
 
-    Folders of launches that were killed with all their processes, so that none could remove them, are removed.
+    Removes the folders of launches that were killed with all their processes, so that none of them could.
 
     Args:
         name: what follows `LAUNCH_PREFIX`; a folder of that name whose owner has died is taken over as it is. None
@@ -104,12 +104,12 @@ def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, Tex
     held = beside.open("w")
     signs_of_life.add(held)
     fcntl.flock(held, fcntl.LOCK_EX)
-    beside.rename(path / "launch")  # whoever finds it finds it locked
+    beside.rename(path / "launch")  # only now, so that whoever finds it finds it locked
     return path, held
 
 
 def dead_launches(parent: Path) -> list[Path]:
-    """The folders in `parent` of this user's launches of which nothing lives."""
+    """The folders in `parent` of this user's launches of which no process is alive."""
     return [folder for folder in parent.glob(f"{LAUNCH_PREFIX}*") if _is_of_dead_launch(folder)]
 
 

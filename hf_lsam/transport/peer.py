@@ -1,9 +1,10 @@
 """One end of a link between two machines: messages and vectors over one TLS connection (see `tls`).
 
-Each side sends frames of one size. A frame is a heartbeat, twice a second; a message, which says in how many bits a
-value its vector follows, if it has one; the head of a piece of that vector, which follows it at once; or the
-acknowledgement of a message that has arrived, with its vector. A vector crosses in pieces, each encoded on one side and
-decoded on the other by itself: heartbeats and acknowledgements pass between them, and neither side holds it encoded.
+Each side sends frames of one size. A frame is one of these: a heartbeat, twice a second; a message, which says in how
+many bits per value its vector will follow, if it has one; the head of a piece of that vector, immediately followed by
+the piece; or the acknowledgement that a message has arrived, with its vector. A vector crosses in pieces, which are
+encoded and decoded one by one: heartbeats and acknowledgements pass between them, and neither side ever holds the whole
+vector in encoded form.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from .messages import MACHINE_MESSAGES, Message
 
 HEARTBEAT = 0.5  # seconds
 
-_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s")  # what, bits a value of its vector or 0, message
+_FRAME = struct.Struct(f"<BB{MACHINE_MESSAGES.size}s")  # what, bits per value of its vector or 0, message
 _BEAT, _MESSAGE, _PIECE, _ARRIVED = range(4)  # what a frame is
 _PIECE_VALUES = (1 << 12) * BLOCK  # 1 MiB of float32
-_RECORD = 1 << 14  # bytes of one of TLS's records: both ways take turns at that
+_RECORD = 1 << 14  # bytes of a TLS record: sending and receiving take turns at this size
 _MOST_RECORDS = 1 << 24  # that one key of AES-GCM may encrypt (RFC 8446, 5.5); 256 GiB of vectors
-_BUFFERS = 2  # vectors that one end holds: the owner has one while the next arrives
+_BUFFERS = 2  # vectors that one end holds: the owner uses one while the next arrives
 
 
 class Peer:
     """One end of an exchange with another machine; made by `Listener.accept` and `connect`.
 
     Attributes:
-        bytes_moved: sent and received, before encryption.
+        bytes_moved: bytes sent and received, before encryption.
 
-    Messages arrive in the order they were posted, each with its vector, if it has one. A thread sends and receives. It
-    fills one buffer while the owner holds another; as long as neither is free, nothing is acknowledged, and the other
-    side's post of a vector waits.
+    Messages arrive in the order in which they were posted, each with its vector, if it has one. A thread of the peer's
+    own sends and receives. It fills one buffer while the owner holds another; while neither is free, nothing is
+    acknowledged, and the other side cannot post another vector.
 
     Args:
-        connection: proved, and with nothing under way.
+        connection: authenticated, and with nothing under way.
         numel: vector length d.
-        silence: seconds without a sign of life after which the other side is lost.
+        silence: seconds without a sign of life after which the other side counts as lost.
         address: of the other side.
 
-    Process: one thread owns it; code that keeps the interpreter's lock for `silence` seconds loses the connection.
-    Blocking: `close` only, for moments.
+    Process: one thread owns it; code that holds the interpreter lock (GIL) for `silence` seconds loses the connection.
+    Blocking: `close` only, briefly.
     """
 
     def __init__(self, connection: ssl.SSLSocket, numel: int, silence: float, address: tuple[str, int]):
@@ -62,16 +63,16 @@ class Peer:
         self._numel = numel
         self._silence = silence
         self._lock = threading.Lock()
-        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # of the owner
-        self._work = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # of the thread
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # wakes the owner
+        self._work = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # wakes the thread
         self._outbox: deque[tuple[Message, Tensor | None, int]] = deque()
         self._inbox: deque[tuple[Message, Tensor | None]] = deque()
         self._free = [torch.empty(numel, dtype=torch.float32) for _ in range(_BUFFERS)]
         self._held: Tensor | None = None
         self._posted = 0
-        self._arrived = 0  # of those that were posted
-        self._unacknowledged = 0  # of those that have come
-        self._lost: str | None = None  # why
+        self._arrived = 0  # of the messages posted, those that have arrived on the other side
+        self._unacknowledged = 0  # of the messages received, those that have not been acknowledged
+        self._lost: str | None = None  # why the connection was lost, if it was
         self._closed = False
         self._error_raised = False  # whether `poll` has raised the error
         connection.setblocking(False)
@@ -85,7 +86,7 @@ class Peer:
 
     @property
     def can_post(self) -> bool:
-        """Whether all that was posted has arrived on the other side, so that its vectors may be written again, and a
+        """Whether everything posted has arrived on the other side, so that its vectors may be overwritten and another
         vector may be posted."""
         with self._lock:
             return self._posted == self._arrived and self._lost is None
@@ -97,15 +98,15 @@ class Peer:
             return self._posted == self._arrived
 
     def post(self, message: Message, vector: Tensor | None = None, bits: int = 32) -> None:
-        """Sends a message. Dropped if the connection is lost: the next `poll` says so.
+        """Sends a message. If the connection is lost, the message is dropped, and the next `poll` raises.
 
         Args:
             message: one of `MACHINE_MESSAGES`. Without a vector it may be posted at any time.
-            vector: float32 [d] on CPU, contiguous; to be left as it is until `can_post`.
-            bits: of each of its values on the way; it arrives as `compression.round_` would make it.
+            vector: float32 [d] on CPU, contiguous; must not change until `can_post`.
+            bits: bits per value in transit; the vector arrives as `compression.round_` would leave it.
 
         Raises:
-            ValueError: if the vector is not such a one, or not `can_post`.
+            ValueError: if the vector is of another kind, or if not `can_post`.
         """
         if vector is not None:
             if vector.shape != (self._numel,) or vector.dtype != torch.float32 or vector.device.type != "cpu":
@@ -125,7 +126,7 @@ class Peer:
         os.eventfd_write(self._work, 1)
 
     def poll(self) -> tuple[Message, Tensor | None] | None:
-        """The next message, if one has arrived. Its vector float32 [d] may be read and written until the next call.
+        """The next message, if one has arrived. Its vector, float32 [d], may be read and written until the next call.
 
         Raises:
             ConnectionError: once, after the last message, if the other side is lost.
@@ -134,7 +135,7 @@ class Peer:
             if self._held is not None:
                 self._free.append(self._held)
                 self._held = None
-                os.eventfd_write(self._work, 1)  # an acknowledgement may have waited for it
+                os.eventfd_write(self._work, 1)  # an acknowledgement may have waited for a free buffer
             if len(self._inbox) <= 1:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._wakeup)
@@ -149,9 +150,9 @@ class Peer:
             return None
 
     def close(self) -> None:
-        """Leaves; the other side's `poll` raises. What has not arrived there is dropped: see `can_post`.
+        """Closes the connection; the other side's `poll` raises. What has not arrived there is dropped: see `can_post`.
 
-        Unregister `fileno` first.
+        Stop watching `fileno` first.
         """
         if self._closed:
             return
@@ -178,11 +179,11 @@ class Peer:
         os.eventfd_write(self._wakeup, 1)
 
     def _exchange(self) -> None:
-        """Moves what there is, both ways in turns, until this side closes.
+        """Sends and receives in turns whatever there is, until this side closes.
 
         Raises:
             OSError: if the connection breaks, or the other side gives no sign of life.
-            ValueError: if what comes is not what a machine says.
+            ValueError: if the other side sends something that the protocol does not allow.
         """
         arriving, leaving = self._arriving(), self._leaving()
         unfilled, unsent = next(arriving), memoryview(b"")
@@ -203,7 +204,7 @@ class Peer:
                 if unsent and writable:
                     try:
                         sent = self._attempt(self._connection.send, unsent[:_RECORD])
-                    except OSError:  # reading tells why, and first brings in what came before the end
+                    except OSError:  # reading will raise the reason, after what arrived before the end
                         writable = False
                 if sent is not None:
                     self.bytes_moved += sent
@@ -213,7 +214,7 @@ class Peer:
                         raise ConnectionAbortedError("its key has sent as much as one may, and a new link gets another")
                 if received is not None or sent is not None:
                     continue
-                # Asked after reading: a process that was itself stopped finds what came in the meantime.
+                # Checked after reading: a process that was itself stopped first finds what arrived in the meantime.
                 if time.monotonic() - heard > self._silence:
                     raise TimeoutError(f"no sign of life in {self._silence:g} s")
                 awaits_room = selectors.EVENT_WRITE if unsent and writable else 0
@@ -224,16 +225,16 @@ class Peer:
 
     @staticmethod
     def _attempt(move: Callable[[memoryview], int], data: memoryview) -> int | None:
-        """Bytes that were moved, or None if the connection is not ready."""
+        """The number of bytes moved, or None if the connection is not ready."""
         try:
             return move(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
 
     def _arriving(self) -> Iterator[memoryview]:
-        """Yields what is to be filled next by what comes, and takes it."""
+        """Yields the memory to be filled next with received bytes, and handles it once it is full."""
         frame = memoryview(bytearray(_FRAME.size))
-        awaited: Message | None = None  # a message whose vector is still to come whole
+        awaited: Message | None = None  # a message whose vector is not complete yet
         vector, bits = torch.empty(0), 0
         pieces: deque[Tensor] = deque()
         while True:
@@ -275,7 +276,7 @@ class Peer:
         os.eventfd_write(self._wakeup, 1)
 
     def _leaving(self) -> Iterator[memoryview]:
-        """Yields what is to be sent next; nothing, if there is nothing."""
+        """Yields the bytes to be sent next; none if there is nothing to send."""
         beaten = 0.0
         pieces: deque[Tensor] = deque()
         bits = 32

@@ -1,7 +1,7 @@
-"""The secret of a run on several machines: a file that its user alone may read, and a certificate that follows from it.
+"""The secret of a run on several machines: a file that only its user may read, and the certificate derived from it.
 
-All machines of a run derive one and the same key and certificate from the secret. So each can prove to the others, by
-TLS's own proof of a certificate, that it knows the secret, and trusts no other certificate.
+All machines of a run derive the same key and certificate from the secret. TLS's own proof of a certificate therefore
+proves to each machine that the other one knows the secret; no other certificate is trusted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SECRET_BYTES = 32
 
 
 def new_secret(path: Path) -> None:
-    """Writes a fresh secret, readable by this user only, at once or not at all.
+    """Writes a new secret, readable by this user only, completely or not at all.
 
     Raises:
-        FileExistsError: if there is a file; machines may have copies of its secret.
+        FileExistsError: if the file exists already; other machines may have copies of its secret.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -64,14 +64,14 @@ def read_secret(path: Path) -> bytes:
 
 
 def derive_certificate(secret: bytes) -> tuple[bytes, bytes]:
-    """The private key and the certificate (Ed25519, signed by itself) that belong to a secret; PEM.
+    """The private key and the self-signed certificate (Ed25519) that belong to a secret, as PEM.
 
-    Both follow from the secret alone, byte for byte: an Ed25519 signature holds nothing random.
+    Both follow from the secret alone, byte for byte: an Ed25519 signature contains nothing random.
 
     Args:
         secret: from `read_secret`.
     """
-    # Loaded here: workers import this module, and none of them needs it.
+    # Imported here, because workers import this module and none of them needs this library.
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
     from cryptography.x509 import CertificateBuilder, Name, NameAttribute
@@ -80,7 +80,7 @@ def derive_certificate(secret: bytes) -> tuple[bytes, bytes]:
     key = Ed25519PrivateKey.from_private_bytes(hmac.digest(secret, b"hf_lsam links", "sha256"))
     name = Name([NameAttribute(NameOID.COMMON_NAME, "hf_lsam")])
     builder = CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1).public_key(key.public_key())
-    # Always valid: the clocks of machines differ.
+    # Always valid, because the clocks of machines differ.
     builder = builder.not_valid_before(datetime(1970, 1, 1)).not_valid_after(datetime(9999, 12, 31, 23, 59, 59))
     certificate = builder.sign(key, algorithm=None)
     return (

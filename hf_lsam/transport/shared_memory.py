@@ -1,4 +1,4 @@
-"""A worker's link to the server process of its machine: vectors through shared memory, control through a socket."""
+"""A worker's link to its machine's server process: vectors through shared memory, control messages through a socket."""
 
 from __future__ import annotations
 
@@ -50,39 +50,40 @@ HEARTBEAT_SECONDS = 1.0  # or less, where the server's timeout is short
 
 
 class SharedMemoryLink(Link):
-    """Pushes sums and pulls anchors through a run folder.
+    """Pushes vectors and pulls anchors through a run folder.
 
-    A push goes through three hands: `push` starts the copy into the mailbox, the next `poll` after its end sends the
-    frame, and the poll that reads the server's reply makes the mailbox the worker's again. A pull likewise: one poll
-    starts the copy out of the shared slot, a later one checks that the server has not begun to write over it.
+    A push takes three steps: `push` starts the copy into the mailbox, the first `poll` after the copy has ended sends
+    the frame, and the poll that reads the server's answer makes the mailbox the worker's again. A pull is similar: one
+    poll starts the copy out of the shared slot, a later one checks that the server has not begun to overwrite the slot.
 
-    A closed connection is no error. The worker goes on, coupled to the anchor it has; its sum grows, and each poll
-    looks, without waiting, whether a server listens again. The one that does says which push of this process it
-    counted last, so a push that was under way is handed in again if it was not counted, and only then.
+    A closed connection is not an error. The worker continues, coupled to the anchor it has; its next push grows, and
+    each poll checks, without waiting, whether a server listens again. That server says which push of this process it
+    counted last, so a push that was under way is repeated if and only if it was not counted.
 
-    A thread tells the server that the process lives, whatever the training thread does: evaluates, saves, compiles. One
-    that was stopped for so long that the run has ended without it finds the final anchor still in its memory.
+    A thread sends heartbeats to the server, whatever the training thread does: evaluate, save, compile. A process that
+    was stopped for so long that the run has ended without it finds the final anchor still in its memory.
 
     Attributes:
-        mailbox: what the server reads a push from, float32 [d] in shared memory. To push it is to hand it in as it is.
+        mailbox: shared memory from which the server reads a push, float32 [d]. Pushing this tensor itself makes no copy
+            and no check: its values must be finite, and must not change until `can_push` again.
         outgoing, incoming: the copies into the mailbox, and out of the shared slots.
-        process: a random number by which a server knows again whose pushes it has counted.
+        process: a random number by which a server recognises whose pushes it has counted.
 
     Args:
         folder: the run folder.
         worker: this worker's number, or `ANY_NUMBER` to be given one.
-        layout: of this worker's trainable parameters; must be that of worker 0.
+        layout: of this worker's trainable parameters; must be the same as worker 0's.
         device: where the worker's vectors live.
         server_alive: whether the server process runs, as far as this worker can know.
         timeout: seconds to wait for the server and for the other workers to join.
-        server_timeout: seconds that the worker goes on without a server.
-        revive: called before each attempt to find the server again; its owner starts it anew.
+        server_timeout: seconds for which the worker continues without a server.
+        revive: called before each attempt to find the server again; the worker that owns the server restarts it there.
 
     Raises:
         RefusedError: if the server refuses this worker.
         ServerGone: if the server is not there.
 
-    Process: a worker's training thread, and the one of the heartbeat. Blocking: construction, `finish`, `snapshot` and
+    Process: a worker's training thread, and the heartbeat thread. Blocking: construction, `finish`, `snapshot` and
     `settle` only.
     """
 
@@ -118,8 +119,8 @@ class SharedMemoryLink(Link):
         self._channel: Channel | None = None
         self._away_since = time.monotonic()
         self._next_attempt = 0.0
-        self._evicted_at: int | None = None  # the newest anchor version then
-        self._gone: ServerGone | None = None  # what the server has ended with, until a call that may raise it
+        self._evicted_at: int | None = None  # the newest anchor version at the eviction, until it has been pulled
+        self._gone: ServerGone | None = None  # why the server ended, until a call that may raise it
         self._final: Finished | None = None
         self._snapshot_done: SnapshotDone | None = None
         try:
@@ -170,7 +171,7 @@ class SharedMemoryLink(Link):
             if self._folder.is_whole(self._pulling):
                 version, self._pulling = self._pulling, None
                 break
-            self._start_pull(incoming)  # the server has begun to write over that slot; a newer version is there
+            self._start_pull(incoming)  # the server has begun to overwrite that slot; a newer version is complete
         if self._evicted_at is not None and (held if version is None else version) >= self._evicted_at:
             self._evicted_at = None
             self._status = replace(self._status, evictions=self._status.evictions + 1)
@@ -187,7 +188,7 @@ class SharedMemoryLink(Link):
         asked, waited_from = None, time.monotonic()
         while self._final is None:
             if self._status.connected and asked is not self._channel and self._send(frame):
-                asked = self._channel  # a server that comes in its place is asked again
+                asked = self._channel  # a server that takes its place is asked again
             self._progress(1.0)
             self._raise_if_gone()
             if time.monotonic() - waited_from > 30:
@@ -235,7 +236,7 @@ class SharedMemoryLink(Link):
     # --- what each poll does ---
 
     def _progress(self, timeout: float) -> None:
-        """Looks for the server if there is none, sends what waits, handles what came; waits `timeout` s at most."""
+        """Looks for a server if there is none, sends what is due, handles what has arrived; waits up to `timeout` s."""
         if not self._status.connected:
             self._try_to_return()
         elif self._push_frame is not None and not self._push_sent and self.outgoing.finished():
@@ -257,7 +258,7 @@ class SharedMemoryLink(Link):
         return version
 
     def _send(self, message: Message) -> bool:
-        """Whether the server's socket took the frame. One that did not is dead, which is read, or has stopped."""
+        """Whether the server's socket took the frame. If not, the server is dead, as reading will show, or stopped."""
         assert self._channel is not None
         try:
             self._channel.send(message)
@@ -266,10 +267,10 @@ class SharedMemoryLink(Link):
         return True
 
     def _send_heartbeats(self) -> None:
-        """Its own thread. Before the welcome the server expects nothing but a `Join`."""
+        """Runs in a thread of its own. Sends nothing before the welcome, when the server expects only a `Join`."""
         timeout = self._folder.run.get("service", {}).get("worker_timeout", HEARTBEAT_SECONDS * 4)
         while not self._left.wait(min(HEARTBEAT_SECONDS, timeout / 4)):
-            channel = self._channel  # first: the welcome that is seen next was this channel's, or an older one's
+            channel = self._channel  # read first: the welcome seen next then came over this channel, or an older one
             if self._status.connected and channel is not None:
                 with suppress(OSError):
                     channel.send(Heartbeat())
@@ -346,7 +347,7 @@ class SharedMemoryLink(Link):
                 self._hang_up()
 
     def _await_welcome(self, timeout: float) -> None:
-        """The first join: here a server that ends, or that nobody else joins, is an error."""
+        """Waits for the welcome of the first join, when a server that ends, or that nobody else joins, is an error."""
         begin = time.monotonic()
         while not self._status.connected:
             assert self._channel is not None
@@ -403,11 +404,11 @@ class SharedMemoryLink(Link):
                 raise ValueError(f"a server does not say {message}")
 
     def _note_gone(self, why: str) -> None:
-        """The first reason is the cause."""
+        """Keeps the first reason, which is the cause of the others."""
         self._gone = self._gone or ServerGone(why)
 
     def _welcome(self, message: Welcome) -> None:
-        """Takes the mailbox of this join, and moves a push into it that was handed in and not counted."""
+        """Maps the mailbox of this join, and copies a push that was under way and not counted into it."""
         if self.mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
         try:
@@ -431,15 +432,17 @@ class SharedMemoryLink(Link):
             self._push_sent = False
 
     def _drop_push(self) -> None:
-        """What was under way when the worker was taken for dead is of long ago, and was not counted: the server answers
-        a push before it evicts. What the worker has done since is dropped when it begins again."""
+        """Drops the push that was under way when the worker was taken for dead: it is long out of date, and it was not
+        counted, because the server answers a push before it evicts. What the worker has done since is dropped when it
+        starts again."""
         if self._push_frame is not None:
             self._push_frame = None
             self._pushes -= 1
             self._status = replace(self._status, counted_at=NOTHING_UNCOUNTED)
 
     def _refused_return(self, reason: Refusal) -> None:
-        """A number that is still taken, by this process's own lost connection for one, may be free in a moment."""
+        """Tries again later: a number that is still taken, for example by this process's own lost connection, may be
+        free in a moment."""
         self._hang_up()
         if reason is Refusal.FINGERPRINT:
             raise RefusedError(self._refusal(reason))

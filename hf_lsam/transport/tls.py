@@ -1,15 +1,16 @@
 """Links between machines: one TLS connection each, open to those that know the secret of the run.
 
-The root listens, at one port; every machine connects. TLS 1.3 encrypts and authenticates: both sides prove that they
-hold the key that follows from the secret (see `secret`), and what was read on the way, changed, left out, repeated or
-sent back ends the connection and reaches nobody. Then, in frames of one size (see `messages`),
+The root listens at one port; every other machine connects to it. TLS 1.3 encrypts and authenticates: both sides prove
+that they hold the key derived from the secret (see `secret`), nobody on the way can read what is sent, and data that
+was changed, dropped, replayed or reflected on the way ends the connection and is never delivered. Then, in frames of
+one size (see `messages`),
 
     OpenLink      machine -> root   run, fingerprint, vector length
     LinkOpened    root -> machine   or `Refused`, with the reason
-    ...           both ways         what `peer` says and sends
+    ...           both ways         the messages and vectors of `peer`
 
-Trust boundary. The secret decides who takes part, and who can read what is sent. Whoever can reach the port can disturb
-a run, though neither alter it nor read anything of it.
+Trust boundary. The secret decides who takes part, and who can read what is sent. Anyone who can reach the port can
+disturb a run, but can neither alter it nor read any of it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _REFUSALS = {
 
 
 class JoinRefused(RefusedError):
-    """The global server does not take this machine, or is not the one that this machine may trust."""
+    """The root server does not accept this machine, or is not one that this machine may trust."""
 
     def __init__(self, reason: Refusal, address: tuple[str, int]):
         super().__init__(f"The server at {address[0]}:{address[1]} refused ({reason.name}). {_REFUSALS[reason]}")
@@ -54,28 +55,28 @@ class JoinRefused(RefusedError):
 
 
 class Listener:
-    """The global side: takes in the machines of one run.
+    """The root's side: accepts the machines of one run.
 
-    `accept` does what is due without waiting: call it when `fileno` is readable, and now and then. A connection that
-    has proved nothing costs a socket and a thread, for `handshake_timeout` seconds.
+    `accept` does what is due without waiting: call it when `fileno` is readable, and from time to time. A connection
+    that has proved nothing costs a socket and a thread, for `handshake_timeout` seconds.
 
     Args:
         host: name or address to listen on.
         port: 0 lets the system choose.
         secret: at least 32 bytes, from `read_secret`.
-        run_id: the run.
+        run_id: id of the run.
         fingerprint: 32 bytes, of the trainable parameters.
         numel: vector length d.
         allow_remote: listen beyond this machine; read the module's trust boundary first.
-        silence: seconds without a sign of life after which a machine is lost.
-        handshake_timeout: seconds a connection has to prove itself.
-        max_pending: connections that may be open without proof; more are closed at once.
+        silence: seconds without a sign of life after which a machine counts as lost.
+        handshake_timeout: seconds that a connection has to prove itself.
+        max_pending: pending connections, those without proof, that may be open at a time; more are closed at once.
 
     Raises:
         ValueError: if the host is not loopback and `allow_remote` is not set, or if an argument is out of range.
         OSError: if it cannot listen there.
 
-    Process: one thread owns it. Blocking: construction, to resolve the host; `close`, for moments.
+    Process: one thread owns it. Blocking: construction, to resolve the host; `close`, briefly.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Listener:
         return self._selector.fileno()
 
     def accept(self) -> list[Peer]:
-        """Takes in who has connected; returns the machines that have joined since."""
+        """Accepts new connections; returns the machines that have joined since the last call."""
         with suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
         self._forget_ended()
@@ -173,7 +174,7 @@ class Listener:
             connection, address = self._socket.accept()
         except BlockingIOError:
             return None
-        except OSError as error:  # it has gone again, or this process has no file descriptor left
+        except OSError as error:  # the peer has gone already, or this process has no file descriptor left
             logger.warning("could not take in a connection: %s", error)
             return None
         return connection, address[:2]
@@ -182,7 +183,7 @@ class Listener:
         self._joining = {thread: connection for thread, connection in self._joining.items() if thread.is_alive()}
 
     def _join(self, connection: ssl.SSLSocket, address: tuple[str, int]) -> None:
-        """In a thread of its own: from a connection to a machine that has joined, or was refused."""
+        """Runs in a thread of its own, from the connection of a machine until it has joined or was refused."""
         try:
             connection.do_handshake()
             asked = _receive(connection)
@@ -223,17 +224,17 @@ def connect(
     timeout: float = 60.0,
     silence: float = 30.0,
 ) -> Peer:
-    """Joins the run at `address`, and tries again until `timeout` if nobody answers there.
+    """Joins the run at `address`; if nobody answers there, tries again until `timeout`.
 
     Args:
         address: host and port of the listener.
-        secret, run_id, fingerprint, numel: as the listener's.
-        timeout: seconds in all.
-        silence: seconds without a sign of life after which the global side is lost.
+        secret, run_id, fingerprint, numel: the same as the listener's.
+        timeout: seconds in total.
+        silence: seconds without a sign of life after which the root counts as lost.
 
     Raises:
         JoinRefused: if either side does not accept the other.
-        ConnectionError: if it did not work in time.
+        ConnectionError: if it did not succeed in time.
 
     Blocking: until joined.
     """
@@ -283,7 +284,7 @@ def _connect_once(
 
 
 def _receive(connection: ssl.SSLSocket) -> Message:
-    """The next frame of one that has proved itself."""
+    """The next message of a connection that has proved itself."""
     frame = b""
     while len(frame) < MACHINE_MESSAGES.size:
         chunk = connection.recv(MACHINE_MESSAGES.size - len(frame))
@@ -294,21 +295,22 @@ def _receive(connection: ssl.SSLSocket) -> Message:
 
 
 def _shut(connection: ssl.SSLSocket) -> None:
-    """Ends what another thread does with it. `SSLSocket.shutdown` would take the TLS state from under that thread."""
+    """Interrupts what another thread does with the connection. `SSLSocket.shutdown` would discard the TLS state that
+    this thread is using."""
     socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _context(secret: bytes, side: ssl._SSLMethod) -> ssl.SSLContext:
-    """TLS that accepts one certificate, and shows it: the one that follows from the secret."""
+    """A TLS context that presents, and accepts, only the certificate derived from the secret."""
     if len(secret) < SECRET_BYTES:
         raise ValueError(f"A secret has at least {SECRET_BYTES} bytes, not {len(secret)}. Make one with new_secret().")
     key, certificate = derive_certificate(secret)
     context = ssl.SSLContext(side)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # machines have many names, and one certificate
+    context.check_hostname = False  # machines have different names and share one certificate
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=certificate.decode())
-    # Python's ssl reads a key from a file only: one in memory, that no other process sees.
+    # Python's ssl reads keys from files only, so this is a file in memory, which no other process sees.
     with os.fdopen(os.memfd_create("hf_lsam", os.MFD_CLOEXEC), "wb") as file:
         file.write(key + certificate)
         file.flush()
