@@ -159,7 +159,7 @@ class RunFolder:
                 (path / name).unlink(missing_ok=True)
             with suppress(OSError):
                 path.rmdir()
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
                 raise
             raise OSError(
                 error.errno,
