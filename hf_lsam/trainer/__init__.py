@@ -1,4 +1,4 @@
-"""`LSAMTrainer`, the mixin that makes a worker of any Trainer, and their configuration."""
+"""`LSAMTrainer`, the mixin that turns any Trainer into a worker, and their configuration."""
 
 from .config import LSAMConfig
 from .wiring import LSAMTrainer, LSAMTrainerMixin

@@ -1,4 +1,4 @@
-"""What the parts of `LSAMTrainerMixin` stand on: to a type checker the Trainer that they are mixed into."""
+"""The base class of the parts of `LSAMTrainerMixin`: to a type checker, the Trainer that they are mixed into."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .config import LSAMConfig
 
     class _Trainer(Trainer):
-        """A Trainer, and what the parts share."""
+        """A Trainer, with what the parts share."""
 
         args: LSAMConfig
-        lr_scheduler: Any  # a RunSchedule where steps are shared, which passes for a scheduler and is none
+        lr_scheduler: Any  # if steps are shared a RunSchedule, which stands in for a scheduler but is not one
         model: nn.Module
         optimizer: Optimizer
         session: Session

@@ -1,4 +1,4 @@
-"""Where a worker meets Trainer's loop, and how worker 0's trackers hear of the others."""
+"""A worker's hooks in Trainer's loop, and how worker 0's trackers receive what the other workers log."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _COUNT_THEIR_OWN_STEPS = ("dvclive",)
 
 
 class OtherWorkers:
-    """What the others log, for worker 0's trackers: one run there shows all workers.
+    """What the other workers log, for worker 0's trackers: one run there shows all workers.
 
-    It is read from the record (see `record`), so nobody waits for them; a worker on another machine is seen where
-    `output_dir` is shared.
+    It is read from the record (see `record`), so nobody waits for the others. A worker on another machine is seen only
+    if `output_dir` is shared.
 
     Args:
         output_dir: the run's folder.
@@ -34,7 +34,7 @@ class OtherWorkers:
 
     def __init__(self, output_dir: Path, num_workers: int):
         self._tails = {rank: Tail(worker_file(output_dir, rank)) for rank in range(1, num_workers)}
-        # What stands there now is of a run before: no worker begins before this one, which has yet to join, has come.
+        # Entries that are there now belong to an earlier run: no worker begins before this one, which has yet to join.
         for _ in self._new_entries():
             pass
 
@@ -52,7 +52,7 @@ class OtherWorkers:
         state: TrainerState,
         control: TrainerControl,
     ) -> None:
-        """Gives each tracker what is new, as `worker_<rank>/loss` and so on, at the steps of that worker."""
+        """Gives each tracker the new entries, as `worker_<rank>/loss` and so on, at that worker's own steps."""
         for rank, entry in self._new_entries():
             if "loss" not in entry or entry.get("between_logs"):
                 continue
@@ -64,18 +64,18 @@ class OtherWorkers:
 
 
 def trackers_among(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
-    """Those that send metrics to TensorBoard, Weights & Biases, ... under the step that they are given."""
+    """The callbacks that send metrics to TensorBoard, Weights & Biases, ... under the step that they are given."""
     known = tuple(kind for name, kind in INTEGRATION_TO_CALLBACK.items() if name not in _COUNT_THEIR_OWN_STEPS)
     return [callback for callback in callbacks if isinstance(callback, known)]
 
 
 class LSAMCallback(TrainerCallback):
-    """Hands Trainer's events to the session. Added by `LSAMTrainerMixin`, after all other callbacks.
+    """Passes Trainer's events to the session. Added by `LSAMTrainerMixin`, after all other callbacks.
 
     Attributes:
         steps_before_epoch: optimizer steps when the epoch began.
-        server_gone: what the run ends with, once a checkpoint is saved.
-        others: at worker 0, where there are any.
+        server_gone: the error with which the run ends once a checkpoint is saved, or None.
+        others: the other workers, at worker 0 of several; else None.
     """
 
     def __init__(self, trainer: Trainer, session: Session):
@@ -107,7 +107,7 @@ class LSAMCallback(TrainerCallback):
         except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
             self.server_gone = error
         if not self._session.steps_are_left:
-            state.max_steps = state.global_step + 1  # counted in a moment: Trainer ends as it does after its last step
+            state.max_steps = state.global_step + 1  # this step, not counted yet: Trainer ends as after its last one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._leave_evaluation_to_worker_0(args, control)
@@ -119,7 +119,7 @@ class LSAMCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Trainer's summary is logged once all workers have finished: by then all that they have written is reported.
+        # Trainer logs its summary after all workers have finished, so everything that they have written gets reported.
         if self.others is not None:
             self.others.report(trackers_among(self._trainer.callback_handler.callbacks), args, state, control)
 
@@ -130,6 +130,6 @@ class LSAMCallback(TrainerCallback):
 
     def _leave_evaluation_to_worker_0(self, args: TrainingArguments, control: TrainerControl) -> None:
         if self._session.arguments.identity.rank != 0:
-            # Worker 0 may save what it evaluates as the best so far; what the others were then has to be there too.
+            # Worker 0 may save what it evaluates as the best so far; the others' states of that time must be saved too.
             control.should_save |= control.should_evaluate and args.save_strategy == SaveStrategy.BEST
             control.should_evaluate = False

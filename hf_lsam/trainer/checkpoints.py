@@ -1,4 +1,4 @@
-"""Checkpoints: the model is the anchor; beside it lies the server's state, and each worker's own."""
+"""Checkpoints: the model is the anchor; saved with it are the server's state and each worker's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints(TrainerPart):
-    """The part of `LSAMTrainerMixin` that saves checkpoints and goes on from them.
+    """The part of `LSAMTrainerMixin` that saves checkpoints and resumes from them.
 
     `_common_checkpoint`, from which a run is resumed, is worker 0's: it holds the weights and the server's state.
     """
@@ -28,9 +28,9 @@ class Checkpoints(TrainerPart):
     _common_checkpoint: Path | None
 
     def _refuse_unwritable(self) -> None:
-        """Raises OSError before training instead of at the first save."""
+        """Raises OSError before training, instead of at the first save, if checkpoints cannot be written."""
         folder = self._output_folder.absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())  # it may have yet to be made
+        existing = next(path for path in (folder, *folder.parents) if path.exists())  # the folder may not exist yet
         if self.args.save_strategy != "no" and not os.access(existing, os.W_OK):
             raise OSError(
                 errno.EROFS,
@@ -45,7 +45,7 @@ class Checkpoints(TrainerPart):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
-        self.args.save_total_limit = None  # the old ones stand until the new one is on the disk
+        self.args.save_total_limit = None  # the old ones are kept until the new one is on the disk
         try:
             with self.args.saving_own_state():
                 super()._save_checkpoint(model, trial)
@@ -58,9 +58,10 @@ class Checkpoints(TrainerPart):
             self._rotate_own(folder, limit)
 
     def _rotate_own(self, folder: Path, limit: int) -> None:
-        """Deletes all but the newest `limit` and those that a run which resumes at one of worker 0's would go on from.
+        """Deletes this worker's checkpoints, except for the newest `limit` and those from which it would continue if
+        the run resumed from one of worker 0's.
 
-        Workers are not equally fast: when this one has saved anew, worker 0 may still be before what it saved last.
+        Workers are not equally fast: when this one saves, worker 0 may not have reached its previous checkpoint yet.
         """
         mine = [number for number, path in numbered(folder).items() if is_sealed(path)]
         common = numbered(folder.parent.parent)
@@ -76,14 +77,14 @@ class Checkpoints(TrainerPart):
         try:
             if not self.session.save_anchor(Path(output_dir)):
                 missing = "There is no server now."
-        except OSError as error:  # no room where vectors are exchanged; training needs no more of it
+        except OSError as error:  # no room where vectors are exchanged, and training itself needs no more room there
             missing = str(error)
         if missing:
             logger.warning("%s %s holds the last anchor as its model alone.", missing, output_dir)
         self.session.save_worker(Path(output_dir))
 
     def _own_checkpoint(self, common: Path) -> Path:
-        """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if it has none."""
+        """This worker's newest checkpoint that is not ahead of worker 0's; worker 0's if there is none."""
         rank, number = self.args.identity.rank, common.name.rpartition("-")[2]
         if rank == 0 or not number.isdigit():
             return common
@@ -92,13 +93,13 @@ class Checkpoints(TrainerPart):
             for at, path in numbered(common.parent / "workers" / str(rank)).items()
             if (path / WORKER_STATE).exists()
             and (path / "trainer_state.json").exists()
-            and (is_sealed(path) or not is_sealed(common))  # a power cut may have caught this one alone
+            and (is_sealed(path) or not is_sealed(common))  # a power cut may have damaged only this one
         ]
         reached = [(at, path) for at, path in candidates if at <= int(number)]
         return max(reached)[1] if reached else common
 
     def _say_who_resumes(self, common: Path) -> None:
-        """A run may go on with another number of workers; it says what becomes of those that were there."""
+        """Warns if the run resumes with another number of workers, and says what becomes of the previous ones."""
         before = 1 + sum(any(folder.glob("checkpoint-*")) for folder in (common.parent / "workers").glob("*"))
         now = self.args.identity.num_workers
         if self.args.identity.rank == 0 and before != now:
@@ -109,7 +110,7 @@ class Checkpoints(TrainerPart):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # The weights lie with worker 0's checkpoint; x comes after, from the worker's own state.
+        # The weights are in worker 0's checkpoint; x is loaded later, from the worker's own state.
         super()._load_from_checkpoint(str(self._common_checkpoint or resume_from_checkpoint), model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -117,7 +118,7 @@ class Checkpoints(TrainerPart):
             super()._load_rng_state(checkpoint)
 
     def _join(self, server_state: Path | None, checkpoint: Path | None, max_steps: int) -> None:
-        """Takes part, with x from the worker's own checkpoint, or else from the anchor."""
+        """Joins the run, with x from the worker's own checkpoint, or else from the anchor."""
         rank = self.args.identity.rank
         own = checkpoint if rank == 0 or checkpoint != self._common_checkpoint else None
         if self.session.join(server_state, None if own is None else own / WORKER_STATE, max_steps) is not None:
@@ -129,7 +130,7 @@ class Checkpoints(TrainerPart):
                 rank,
                 self._common_checkpoint,
             )
-        identity = self.args.identity  # one that is alone in its launch has the number that the server has given it
+        identity = self.args.identity  # a worker that is alone in its launch uses the number that the server gave it
         if number := identity.rank if identity.num_workers > 1 else self.session.joined_worker.link.worker:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each
             # worker draws its own dropout masks and noise.

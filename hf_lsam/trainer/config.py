@@ -1,4 +1,4 @@
-"""`LSAMConfig`, apart from `LSAMArguments` so that a loop of one's own need not import transformers."""
+"""`LSAMConfig`, separate from `LSAMArguments` so that a custom training loop need not import transformers."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ from ..arguments import LSAMArguments
 
 @dataclass
 class LSAMConfig(LSAMArguments, TrainingArguments):
-    """Every field of `TrainingArguments`, and LSAM's own (see `LSAMArguments`)."""
+    """All fields of `TrainingArguments`, and LSAM's own (see `LSAMArguments`)."""

@@ -1,6 +1,6 @@
-"""What workers tell each other of an evaluation, through the launch's store: who makes which batch, and its results.
+"""How workers share an evaluation through the launch's store: who evaluates which batch, and the results.
 
-Results cross as safetensors and JSON, and only between workers that evaluate the same model on the same data.
+Results travel as safetensors and JSON, and only between workers that evaluate the same model on the same data.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class Exchange:
-    """One evaluation. Where the store is gone, a worker is alone.
+    """One shared evaluation. If the store is gone, a worker evaluates alone.
 
-    Taken part in inside `with`: who leaves it with an error says that there will be no results of what it has taken.
+    A worker takes part inside the `with` block. On leaving it, with an error for example, it announces that there will
+    be no results of the batches that it has taken and not finished.
 
     Args:
-        key: the evaluation's.
-        seconds: without a word, after which who has taken a batch is waited for no longer.
+        store: the launch's store.
+        key: of the evaluation.
+        seconds: how long a worker that has taken a batch may be silent before the others no longer wait for it.
     """
 
     def __init__(self, store: LaunchStore, key: str, seconds: float):
@@ -41,12 +43,12 @@ class Exchange:
         self._alone = False
 
     def taken(self, parts: int, own: int, end: float) -> Iterator[int]:
-        """Takes batches: their numbers, which nobody else has.
+        """Takes batches: yields the numbers of batches that no other worker has taken.
 
         Args:
-            parts: the batches are dealt out in turn into so many, each taken in order.
+            parts: number of parts into which the batches are dealt in turn; each part is taken in order.
             own: the part to begin with.
-            end: the number at which they end.
+            end: the number at which the batches end.
         """
         for part in (*range(own, parts), *range(own)):
             while (times := self._ask(self._store.count, f"{self._key}/taken/{part}")) is not None:
@@ -57,7 +59,7 @@ class Exchange:
                 yield number
 
     def put(self, number: int, result: list[Any]) -> None:
-        """Hands over a result; if it cannot be written without pickling, the others make it themselves."""
+        """Publishes a result. If it cannot be written without pickling, the others evaluate that batch themselves."""
         try:
             data = _packed(result)
         except (TypeError, ValueError, NotImplementedError):
@@ -66,14 +68,15 @@ class Exchange:
         self._there.add(number)
 
     def get(self, number: int) -> list[Any] | None:
-        """A result of another worker; None if it is to be made here."""
+        """Another worker's result, or None if the batch must be evaluated here."""
         data = self._ask(self._store.take, f"{self._key}/{number}", self._seconds)
         if data is None:
-            self._seconds = 0.0  # what is there is taken, and nothing waited for
+            self._seconds = 0.0  # from now on, takes only what is there already and waits for nothing
         return _unpacked(data) if data else None
 
     def take_back(self) -> bool:
-        """Frees what was handed over, unless a worker that has begun this evaluation may yet get it."""
+        """Removes what was published, unless a worker that has begun this evaluation may still need it. Returns whether
+        it was removed."""
         begun, ended = (self._ask(self._store.count, f"{self._key}/{what}", 0) for what in ("begun", "ended"))
         if begun != ended:
             return False
@@ -136,7 +139,8 @@ def fingerprint(model: nn.Module) -> dict[str, int]:
 
 
 def digest_of(*values: Any) -> str:
-    """Of nested values, the same in every process; of one that is neither plain nor a tensor, its type alone counts."""
+    """A digest of nested values, the same in every process. Of a value that is neither plain nor an array or tensor,
+    only the type counts."""
     digest = hashlib.sha256()
     for leaf in _leaves(values):
         if isinstance(leaf, Tensor):

@@ -1,4 +1,4 @@
-"""When training has ended: the landscape around the anchor (see `landscape`), on the run's own loss and batches."""
+"""After training: scans the landscape around the anchor (see `landscape`), with the run's own loss and batches."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class LandscapeScan(TrainerPart):
     def _scan_landscape(self) -> None:
         """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
 
-        In evaluation mode, except that BatchNorm normalises by the batch: running statistics belong to one point. What
-        cannot be read or written is warned of; the run has its model already.
+        The model is in evaluation mode, except that BatchNorm normalises by the batch, because running statistics
+        belong
+        to one point. A file that cannot be read or written causes a warning only: the run already has its model.
         """
         assert self._own is not None  # training has ended
         args, folder = self.args, self._output_folder / FOLDER
@@ -41,7 +42,7 @@ class LandscapeScan(TrainerPart):
         if self.gather_from_workers("landscape", None) is None:
             return
         try:
-            # Those of another machine are not here unless output_dir is shared.
+            # Files of workers on another machine are not here unless output_dir is shared.
             workers = {
                 rank: load_tensors(file)["x"].to(args.device) for rank, file in enumerate(files) if file.exists()
             }

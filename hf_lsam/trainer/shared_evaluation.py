@@ -1,18 +1,19 @@
-"""Evaluation after training: the workers of a launch share it, and each has the results of a single process.
+"""Evaluation after training: the workers of a launch share it, and each gets the results of a single process.
 
 Each worker takes batches of the data loader that a single process would go through, in its order, runs
-`prediction_step` on them and puts what comes of it into the launch's store. Once no batch is left to be taken it gets
-the other results from there. Then Trainer's own evaluation loop goes over all of them, in order: what is concatenated,
-computed and called back is Trainer's.
+`prediction_step` on them and puts the results into the launch's store. Once no batch is left, it gets the other results
+from there. Then Trainer's own evaluation loop goes over all of them, in order: whatever is concatenated, computed and
+called back is Trainer's work.
 
     in the store                          worker 0                  worker 1
-    how many batches of part 0 are taken  0, 2, 4, ...              after its own: what worker 0 has not got to
+    how many batches of part 0 are taken  0, 2, 4, ...              after its own: those that worker 0 has not reached
     how many batches of part 1 are taken  after its own: likewise   1, 3, 5, ...
     the result of each batch              puts its own, gets others'
 
-Nobody is waited for but who has taken a batch: a worker that evaluates alone takes all, and one that comes late gets
-what is there. Who fails says so for what it has taken, and who is silent for `worker_timeout` is waited for no longer:
-each makes what is missing by itself. Workers meet where a digest of model, data and settings is the same.
+A worker waits only for those that have taken a batch: one that evaluates alone takes them all, and a latecomer gets
+what is there. A worker that fails announces it for the batches that it has taken, and one that is silent for
+`worker_timeout` is no longer waited for: each of the others evaluates what is missing by itself. Workers share an
+evaluation only if they have the same digest of model, data and settings.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from .trl import EvalCounts, add_eval_counts, eval_counts
 
 logger = logging.getLogger(__name__)
 
-_Settings = tuple[str, bool | None, list[str] | None, str]  # of `evaluation_loop`, after the data loader
+_Settings = tuple[str, bool | None, list[str] | None, str]  # arguments of `evaluation_loop` after the data loader
 
-_PROBES = 8  # rows that tell a data set from another one of the same length
+_PROBES = 8  # rows that distinguish a data set from another one of the same length
 _times_evaluated: Counter[str] = Counter()  # by the digest
 
 
 class SharedEvaluation(TrainerPart):
     """The part of `LSAMTrainerMixin` that shares evaluations."""
 
-    _exchanges: Sequence[Exchange] = ()  # which the launch's store holds results of
+    _exchanges: Sequence[Exchange] = ()  # those of which the launch's store still holds results
 
     def evaluation_loop(
         self,
@@ -62,14 +63,15 @@ class SharedEvaluation(TrainerPart):
     ) -> EvalLoopOutput:
         loop, settings = super().evaluation_loop, (description, prediction_loss_only, ignore_keys, metric_key_prefix)
         shared = self.args.identity.meets_others and self.session.finished and not self._showing_local
-        if not shared or self.args.batch_eval_metrics:  # these are for predictions that are too many to be kept
+        if not shared or self.args.batch_eval_metrics:  # which is for predictions that are too large to keep
             return loop(dataloader, *settings)
         with closing(self._recorded(dataloader, settings)) as recorded:
             passes_for_one: Any = Recorded(dataloader, recorded)
             return loop(passes_for_one, *settings)
 
     def _recorded(self, loader: DataLoader[Any], settings: _Settings) -> Generator[RecordedBatch, None, None]:
-        """Begins with Trainer's loop, once the model is in evaluation mode, and yields what that goes over."""
+        """Begins when Trainer's loop does, with the model in evaluation mode already, and yields that loop's
+        batches."""
         evaluated, batches = self._evaluating(*settings[1:3]), Batches(loader)
         asked = *settings, vars(self).get("_gen_kwargs"), self.args.include_for_metrics
         digest = digest_of(asked, batches.probe(), fingerprint(self.model))
@@ -81,7 +83,7 @@ class SharedEvaluation(TrainerPart):
                     yield RecordedBatch(*results.pop(number))
 
     def _evaluating(self, loss_only: bool | None, ignore_keys: list[str] | None) -> Callable[[Any], list[Any]]:
-        """What Trainer's loop does with a batch before it gathers; the results on the CPU."""
+        """A function that does what Trainer's loop does with a batch before gathering; its results are on the CPU."""
         step, args = self.prediction_step, self.args
         preprocess: Callable[[Any, Any], Any] | None = self.preprocess_logits_for_metrics  # there may be no labels
         loss_only = args.prediction_loss_only if loss_only is None else loss_only
@@ -99,7 +101,7 @@ class SharedEvaluation(TrainerPart):
         return evaluated
 
     def _results(self, batches: Batches, evaluated: Callable[[Any], list[Any]], key: str) -> dict[int, list[Any]]:
-        """Of all batches by their numbers, made here or by other workers."""
+        """The results of all batches by their numbers, evaluated here or by other workers."""
         args, results = self.args, dict[int, list[Any]]()
         silent = args.disable_tqdm or args.identity.rank != 0
         bar = tqdm(desc="This worker's part", unit="batch", disable=silent, leave=False, delay=2)  # seconds
@@ -126,7 +128,7 @@ class SharedEvaluation(TrainerPart):
 
     @contextmanager
     def _steps_recorded(self) -> Iterator[None]:
-        """Inside, the steps of Trainer's loop give back what was recorded."""
+        """Makes the steps of Trainer's loop return what was recorded, inside the `with` block."""
 
         def recorded(
             model: nn.Module, inputs: RecordedBatch, prediction_loss_only: bool, ignore_keys: Any = None
@@ -136,7 +138,7 @@ class SharedEvaluation(TrainerPart):
 
         steps = {"prediction_step": recorded, "preprocess_logits_for_metrics": None}
         before = {name: vars(self)[name] for name in steps if name in vars(self)}
-        vars(self).update(steps)  # of the object, before those of any class
+        vars(self).update(steps)  # on the instance, where they take precedence over those of any class
         try:
             yield
         finally:
@@ -146,7 +148,7 @@ class SharedEvaluation(TrainerPart):
 
 
 class RecordedBatch(dict[str, Any]):
-    """Stands for the inputs of a batch that was evaluated: as many rows, and those inputs that metrics are shown."""
+    """Stands in for the inputs of an evaluated batch: has as many rows, and the inputs that metrics are shown."""
 
     def __init__(
         self, rows: int | None, shown: dict[str, Any], loss: Any, logits: Any, labels: Any, counts: EvalCounts
@@ -156,7 +158,7 @@ class RecordedBatch(dict[str, Any]):
 
 
 class Recorded:
-    """A data loader in all but its batches."""
+    """A data loader in all respects but its batches, which are the recorded ones."""
 
     def __init__(self, loader: DataLoader[Any], batches: Iterator[RecordedBatch]):
         self._loader, self._batches = loader, batches
@@ -172,11 +174,11 @@ class Recorded:
 
 
 class Batches:
-    """The batches of a data loader, numbered as they come.
+    """The batches of a data loader, numbered in order.
 
     Attributes:
-        is_stream: whether they cannot be had by their number, but only as they come; perhaps only once.
-        count: how many there are; of a stream, how many have come.
+        is_stream: whether batches cannot be loaded by number, but only in order, and perhaps only once.
+        count: how many there are; for a stream, how many have come so far.
         end: the number at which they end; infinite for a stream.
     """
 
@@ -191,16 +193,16 @@ class Batches:
         self._first = list(itertools.islice(self._coming, 1))
 
     def probe(self) -> list[Any]:
-        """What tells these batches from others."""
+        """What distinguishes these batches from others."""
         if self.is_stream:
             return self._first
         some = self._indices[:: -(-self.count // _PROBES) or 1]
         return [repr(self._indices), [self._loader.dataset[indices[0]] for indices in some]]
 
     def numbered(self, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
-        """Each batch of `numbers`, which of a stream ascend, with its number; the next is asked for as late as can be.
+        """Yields each batch of `numbers` with its number, and asks for the next number as late as possible.
 
-        Of a map-style data set nothing else is loaded.
+        For a stream, the numbers must ascend. Of a map-style data set, no other batches are loaded.
         """
         if not self.is_stream:
             loading: deque[int] = deque()
@@ -225,7 +227,7 @@ class Batches:
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
-        """Inside, Accelerate knows which batch it is: of the last one it leaves out what is no row."""
+        """Tells Accelerate, inside the `with` block, which batch this is: it drops the padding rows of the last one."""
         prepared = self._loader if isinstance(self._loader, DataLoaderStateMixin) else None
         if prepared is not None:
             prepared.begin()

@@ -1,4 +1,4 @@
-"""Each worker its share of the training data, by Accelerate's own sharding, in one order that all agree on."""
+"""Gives each worker its share of the training data, by Accelerate's own sharding, in an order that all agree on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _shared(make: Callable[..., DataLoader[Any]]) -> Callable[..., DataLoader[An
             return make(trainer)
         if trainer.args.data_distribution == "sharded":
             return trainer._train_dataloader(identity.num_workers, seed)
-        # Far apart: epoch e of the seedable sampler uses its seed + e.
+        # Seeds far apart, because epoch e of the seedable sampler uses its seed + e.
         return trainer._train_dataloader(1, seed + 1_000_003 * identity.rank)
 
     return get_train_dataloader
@@ -41,8 +41,8 @@ class TrainingData(TrainerPart):
     among the workers, as it would be under DDP.
     """
 
-    _batch_sizes: list[int]  # of each worker, while and after it trains
-    _is_sharding = False  # whether Accelerate is to make the shard of this worker now
+    _batch_sizes: list[int]  # of each worker, during and after training
+    _is_sharding = False  # whether this worker's shard is being made, by Accelerate
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -55,7 +55,7 @@ class TrainingData(TrainerPart):
 
     @property
     def _data_seed(self) -> int:
-        """The same in every worker, whatever the state of its generators."""
+        """The seed of the data's order: the same in every worker, whatever the state of its generators."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _train_dataloader(self, num_shards: int, seed: int) -> DataLoader[Any]:
@@ -84,11 +84,11 @@ class TrainingData(TrainerPart):
         """The first training batches of the run, the same in every worker.
 
         Args:
-            rows: of a batch; None takes this worker's own number.
+            rows: rows per batch; None for this worker's own batch size.
         """
         before = self._train_batch_size, self.args.dataloader_persistent_workers
         self._train_batch_size = rows or self._train_batch_size
-        self.args.dataloader_persistent_workers = False  # Accelerate keeps the loader, and with it they would live on
+        self.args.dataloader_persistent_workers = False  # Accelerate keeps the loader, and they would live as long
         try:
             return itertools.islice(self._train_dataloader(1, self._data_seed), count)
         finally:

@@ -1,5 +1,5 @@
-"""What LSAM has to know of trl's trainers: what their batches are made of, what they count inside the loss, and where
-they load a model that is given by its name."""
+"""What LSAM has to know about trl's trainers: what their batches are made of, what they count inside the loss, and
+where they load a model that is given by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTERS_BY_MODE = ("_metrics", "_stored_metrics")  # {"train" or "eval": {name
 
 @contextmanager
 def kept_counters(trainer: Trainer) -> Iterator[None]:
-    """trl counts tokens and averages metrics inside the loss: after, they are what they were before."""
+    """Restores, after the `with` block, the token counts and metrics that trl updates inside the loss."""
     kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _COUNTERS if name in vars(trainer)}
     try:
         yield
@@ -31,9 +31,10 @@ def kept_counters(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def eval_counts(trainer: Trainer) -> Iterator[EvalCounts]:
-    """Yields what, after, holds what trl has counted inside in evaluation mode; its counters are what they were before.
+    """Yields a dict that, after the `with` block, holds what trl counted inside it in evaluation mode. trl's own
+    counters are restored.
 
-    `add_eval_counts` adds it, there or in another process.
+    `add_eval_counts` adds the dict to the counters, in this process or another.
     """
     found: EvalCounts = {}
     of_trl = _trainers_of_trl(type(trainer))
@@ -51,30 +52,30 @@ def eval_counts(trainer: Trainer) -> Iterator[EvalCounts]:
 
 
 def add_eval_counts(trainer: Trainer, found: EvalCounts) -> None:
-    """Adds what `eval_counts` has yielded for a batch."""
+    """Adds to trl's counters what `eval_counts` has yielded for a batch."""
     for name, counter in found.items():
         for key, values in counter.items():
-            if key == "num_tokens":  # not a value for each batch, but what this worker has trained on
+            if key == "num_tokens":  # not a value per batch, but the tokens that this worker has trained on
                 vars(trainer)[name]["eval"][key] = [vars(trainer)["_total_train_tokens"]]
             else:
                 vars(trainer)[name]["eval"][key].extend(values)
 
 
 def _trainers_of_trl(kind: type) -> list[type]:
-    """The trainers of trl that `kind` is one of, the most derived first."""
+    """The trl trainers among the base classes of `kind` and itself, the most derived first."""
     return [c for c in kind.__mro__ if c.__module__.startswith("trl.") and c.__name__.endswith("Trainer")]
 
 
 def stacks_rows(kind: type) -> str | None:
-    """The trl trainer whose batches are not of rows that each stand alone, if `kind` is one: all but SFTTrainer."""
+    """The trl trainer that `kind` is one of, if its batches' rows do not each stand alone: any but SFTTrainer."""
     names = [c.__name__ for c in _trainers_of_trl(kind)]
     return names[0] if names and names[0] != "SFTTrainer" else None
 
 
 def makes_its_batches(kind: type) -> str | None:
-    """The trl trainer whose step makes or changes the batch that it is given, if `kind` is one.
+    """The trl trainer that `kind` is one of, if its step makes or changes the batch that it is given.
 
-    The others leave `_prepare_inputs` to Trainer, and hand what `training_step` gets on without naming it.
+    The others leave `_prepare_inputs` to Trainer, and pass on the arguments of `training_step` without naming them.
     """
     trainers = _trainers_of_trl(kind)
     for trainer in trainers:
@@ -86,15 +87,15 @@ def makes_its_batches(kind: type) -> str | None:
 
 
 def load_on_one_device(kind: type, model: Any, args: LSAMArguments) -> None:
-    """Tells a trainer of trl to load what it loads by name on the worker's device.
+    """Makes a trl trainer load the models that it loads by name on the worker's device.
 
-    trl spreads a model over all GPUs that it sees (`device_map="auto"`) unless it believes in a distributed job, which
-    a worker is not. A `device_map` of the user's own stands.
+    trl spreads a model over all visible GPUs (`device_map="auto"`) unless it finds itself in a distributed job, which a
+    worker is not. A `device_map` of the user's own is kept.
 
     Args:
         kind: the trainer's class.
-        model: as it is given to the trainer: by name, or loaded.
-        args: `model_init_kwargs` is replaced.
+        model: as given to the trainer: a name, or a loaded model.
+        args: the trainer's arguments; their `model_init_kwargs` is replaced.
     """
     trainers = _trainers_of_trl(kind)
     if not trainers or args.device.type in ("cpu", "mps") or not hasattr(args, "model_init_kwargs"):

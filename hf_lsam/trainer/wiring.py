@@ -1,13 +1,13 @@
-"""`LSAMTrainer`: transformers' Trainer whose gradient is SAM's and whose parameters are coupled to an anchor.
+"""`LSAMTrainer`: transformers' Trainer with SAM's gradient, and with parameters that are coupled to an anchor.
 
-Wiring only. A worker is an ordinary single-device Trainer run; this module takes the seams at which LSAM acts:
+Wiring only. A worker is an ordinary single-device Trainer run; this module overrides the methods at which LSAM acts:
 
     training_step           two passes instead of one (session.py, sam.py)
     callbacks               the worker acts around each optimizer step (callbacks.py, optimizers.py)
-    get_train_dataloader    each worker its share of the data, sharded by Accelerate (training_data.py)
+    get_train_dataloader    gives each worker its share of the data, sharded by Accelerate (training_data.py)
     evaluate, save, ...     the model holds the anchor meanwhile
     evaluation_loop         after training, shared among the workers (shared_evaluation.py)
-    _finalize_training      the last push, and the final anchor into the model of every worker
+    _finalize_training      makes the last push, and loads the final anchor into every worker's model
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .trl import kept_counters, load_on_one_device, makes_its_batches, stacks_ro
 
 logger = logging.getLogger(__name__)
 
-# Of the Trainer's arguments, what the record of a run tells beside LSAM's own.
+# Those of the Trainer's arguments that are recorded with a run, in addition to LSAM's own.
 _RECORDED = (
     "learning_rate",
     "lr_scheduler_type",
@@ -63,7 +63,7 @@ _RECORDED = (
     "seed",
 )
 
-# Not part of transformers' public interface; tried on the versions that pyproject.toml admits.
+# Not part of transformers' public interface; tested on the versions that pyproject.toml admits.
 _SEAMS = {
     Trainer: (
         "_finalize_training",
@@ -87,18 +87,18 @@ for _owner, _names in _SEAMS.items():
 
 
 class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingData):
-    """Makes a worker of any Trainer: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
+    """Turns any Trainer into a worker: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
 
-    Its `args` must be an `LSAMConfig`, or a config of that Trainer with `LSAMArguments` mixed in. Started with plain
-    `python`, the worker is alone and its server is an object in the same process (LSAM, Algorithm 1). Under `accelerate
-    launch` with n processes, worker 0 starts a server process, and each worker trains by itself.
+    Its `args` must be an `LSAMConfig`, or that Trainer's config with `LSAMArguments` mixed in. Started with plain
+    `python`, the worker trains alone, and its server is an object in the same process (LSAM, Algorithm 1). Under
+    `accelerate launch` with n processes, worker 0 starts a server process, and each worker trains on its own.
 
-    While training, the model holds the worker's own parameters x; `evaluate`, `predict`, `save_model` and checkpoints
-    see the anchor y. After training, the model of every worker holds the final anchor (or the best one, with
-    `load_best_model_at_end`), and `local()` gives x back for a while.
+    During training, the model holds the worker's own parameters x; `evaluate`, `predict`, `save_model` and checkpoints
+    use the anchor y. After training, every worker's model holds the final anchor (or the best one, with
+    `load_best_model_at_end`), and `local()` gives x back temporarily.
 
     Raises:
-        TypeError: if `args` is no `LSAMArguments`.
+        TypeError: if `args` is not an `LSAMArguments`.
         ValueError: for a Trainer or model that LSAM cannot train (see each message for the reason and the remedy).
     """
 
@@ -125,7 +125,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
                 "time there too."
             )
         if not is_pinned(args.identity):
-            # Another TrainingArguments or Accelerator was made since, and made one distributed job of the workers.
+            # Another TrainingArguments or Accelerator was created since, and turned the workers into a distributed job.
             args.pin_process(args.device.type == "cpu")
         load_on_one_device(type(self), keywords.get("model", positional[0] if positional else None), args)
         if args.identity.rank != 0:
@@ -150,12 +150,12 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
 
     @property
     def worker(self) -> Worker | None:
-        """This worker, once training has begun."""
+        """This worker; None before training has begun."""
         return self.session.worker
 
     @property
     def sam_rho(self) -> float:
-        """Radius of the perturbation: the configured one when training begins; a callback may set it at the beginning
+        """Radius of the perturbation. Training begins with the configured one; a callback may set it at the beginning
         of a step (`on_step_begin`), for a schedule.
 
         Raises:
@@ -179,9 +179,11 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
 
     @contextmanager
     def anchor(self) -> Iterator[None]:
-        """The model holds the anchor inside, and what it held before after. May be nested; no-op when it already does.
+        """Lets the model hold the anchor inside the `with` block; afterwards it holds what it held before. May be
+        nested.
 
-        BatchNorm statistics are re-estimated there, and the worker's own put back.
+        Does nothing if the model holds the anchor already, before training has begun, and inside `local()`. BatchNorm
+        statistics are re-estimated for the anchor; the worker's own are restored afterwards.
         """
         if self._showing_local or self.worker is None or self.session.finished or self.worker.shows_anchor:
             yield
@@ -192,9 +194,13 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """After training, the model holds this worker's last own parameters x inside: `with trainer.local():
-        trainer.evaluate()` measures a worker instead of the anchor. With an optimizer that has a mode for evaluation
-        (schedule-free), they are those of that mode."""
+        """After training, lets the model hold this worker's own last parameters x inside the `with` block: `with
+        trainer.local(): trainer.evaluate()` evaluates a worker instead of the anchor. With an optimizer that has an
+        evaluation mode (schedule-free), x are the parameters of that mode.
+
+        Raises:
+            RuntimeError: before `train()` has ended.
+        """
         if self._own is None:
             raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
         worker = self.session.joined_worker
@@ -214,15 +220,15 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         return [buffer for layer in self.session.batchnorm for buffer in layer.buffers()]
 
     def gather_from_workers(self, key: str, value: Any) -> list[Any] | None:
-        """Collects a JSON value of each worker at worker 0, in the order of ranks; None at the others.
+        """Collects a JSON value from each worker at worker 0, in the order of ranks; returns None at the others.
 
-        Worker 0 waits for the slowest. All workers must call it as often, and in the same order.
+        Worker 0 waits for the slowest worker. All workers must make the same calls in the same order.
         """
         return self.session.run.gather(key, value)
 
     def worker_summary(self) -> dict[str, Any]:
-        """This worker's totals of the last `train()`, or of the one under way: steps, pushes, bytes, staleness, anchor
-        version, and the drift at the last step."""
+        """This worker's totals of the last `train()`, or of the one under way: steps, pushes, bytes, staleness and
+        anchor version, and the drift at the last step."""
         return self.session.summary()
 
     # --- the SAM step ---
@@ -239,7 +245,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
 
         def other_pass() -> Tensor:
             with kept_counters(self):
-                # A part of a number of items need not be whole.
+                # A share of the number of items need not be an integer.
                 return step(model, part, items)  # type: ignore[arg-type]
 
         scaler = self.accelerator.scaler
@@ -248,24 +254,26 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
     # --- what is evaluated and saved is the anchor ---
 
     def evaluate(self, *positional: Any, **keywords: Any) -> dict[str, float]:
-        """Trainer's, of the anchor. After training the workers that call it share the batches; each has the metrics."""
+        """Trainer's method, for the anchor. After training, the workers that call it share the batches, and each gets
+        the metrics."""
         with self.anchor():
             return super().evaluate(*positional, **keywords)
 
     def predict(self, *positional: Any, **keywords: Any) -> PredictionOutput:
-        """Trainer's, of the anchor. After training the workers that call it share the batches; each has the results."""
+        """Trainer's method, for the anchor. After training, the workers that call it share the batches, and each gets
+        the results."""
         with self.anchor():
             return super().predict(*positional, **keywords)
 
     def push_to_hub(self, *positional: Any, **keywords: Any) -> CommitInfo:
-        """Trainer's, of the anchor."""
+        """Trainer's method, for the anchor."""
         with self.anchor():
             return super().push_to_hub(*positional, **keywords)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, of the anchor, in the types that the model was loaded in."""
+        """Trainer's method, for the anchor, in the types that the model was loaded in."""
         if _internal_call and self.args.identity.rank != 0:
-            # The checkpoint of a worker beside worker 0 holds its own state only.
+            # The checkpoint of every worker but worker 0 holds that worker's own state only.
             Path(output_dir or self._output_folder).mkdir(parents=True, exist_ok=True)
             return
         with self.anchor(), in_stored_types(self.session.cast):
@@ -284,9 +292,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         dataset_args: str | list[str] | None = None,
         dataset_name: str | None = None,
     ) -> None:
-        """Writes the card that `hf-lsam card` would write of this run's record into `output_dir`, at worker 0.
+        """At worker 0, writes to `output_dir` the card that `hf-lsam card` would write from this run's record.
 
-        Args: those of Trainer's and of trl's method of this name; `dataset_args` is not told.
+        Args: those of Trainer's and trl's methods of this name; `dataset_args` is ignored.
         """
         if not self.is_world_process_zero():
             return
@@ -305,7 +313,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         write_atomically(folder / "README.md", str(card))
 
     def _settle_batchnorm(self) -> None:
-        """Running statistics at the weights the model holds, from the same training batches in every worker."""
+        """Re-estimates running statistics at the weights that the model holds, from the same training batches in every
+        worker."""
 
         def batches() -> Iterator[Any]:
             return self._first_batches(self.args.batchnorm_batches, min(self._batch_sizes, default=None))
@@ -319,7 +328,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
     # --- logging ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Trainer alone hands over the start time, with what it measured between two log points.
+        # Only Trainer itself passes the start time, with what it measured between two log points.
         if start_time is not None and self.is_in_train and "loss" in logs:
             logs.update(self.session.log(self.state.global_step, logs))
         elif self.args.identity.rank == 0 and not self._showing_local:
@@ -334,7 +343,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         self, args: TrainingArguments, dataloader: DataLoader[Any]
     ) -> tuple[int, int, int, int, int, int | None, int]:
         values = super().set_initial_training_values(args, dataloader)
-        if self.args.share_steps:  # one worker alone may make all of the epochs, which come first
+        if self.args.share_steps:  # one worker may make the epochs of all; their number is the first value
             values = (values[0] * self.args.identity.num_workers, *values[1:])
         return values
 
@@ -347,7 +356,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
     # --- a run: join, train, finish ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
-        """Trainer's; at its end the model holds the final anchor, or the best one where Trainer loads that."""
+        """Trainer's method. At its end the model holds the final anchor, or the best one if Trainer loads that."""
         self._refuse_unwritable()
         self._common_checkpoint = None
         identity = self.args.identity
@@ -420,7 +429,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
             raise self._callback.server_gone
         # Not best_global_step: the best evaluation may be of a step that was not saved.
         best = -1 if state.best_model_checkpoint is None else _number_of(Path(state.best_model_checkpoint))
-        # A stop before the last step is somebody's decision and holds for all; running out of data is not.
+        # A stop before the last step is somebody's decision and applies to all workers; running out of data is not.
         in_an_epoch = self._callback.steps_before_epoch < state.global_step < state.max_steps
         stop_all = self.control.should_training_stop and in_an_epoch
         try:
@@ -446,7 +455,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
                     folder,
                 )
         if session.budget is not None:
-            num_train_samples *= state.global_step / self._max_steps  # as many as it has made
+            num_train_samples *= state.global_step / self._max_steps  # in proportion to the steps this worker has made
         return super()._finalize_training(trial, num_train_samples, start_time)
 
 
@@ -467,7 +476,7 @@ def _number_of(checkpoint: Path) -> int:
 
 
 def _devices_of(model: Any) -> str:
-    """Of a model that Accelerate has dispatched."""
+    """The devices of a model that Accelerate has dispatched, in words."""
     places = sorted({str(place) for place in model.hf_device_map.values()})
     return f"several devices ({', '.join(places)})" if len(places) > 1 else f"device {places[0]}"
 
@@ -477,7 +486,7 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:
-    """The first `fraction` of a batch, at least one row, and the share of the rows that it is.
+    """The first `fraction` of a batch, at least one row, and the share of its rows that this is.
 
     Every tensor whose first dimension is the batch is cut; a batch of one row, or without tensors, stays whole.
     """
