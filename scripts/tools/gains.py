@@ -49,7 +49,7 @@ class Gains:
 
     @cached_property
     def _questions(self) -> dict[str, Runs]:
-        return {name: simulated("text_classification", name) for name in ("trec", "trec_wrong_labels_ten")}
+        return {name: simulated("text_classification", name) for name in ("trec", "trec_wrong_labels")}
 
     @cached_property
     def _images(self) -> dict[str, Runs]:
@@ -108,7 +108,7 @@ class Gains:
         """The table of README.md: what a user gains, one line each, with the plain gradient and with SAM's."""
         compared = (
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
-            self.sentences("trec_wrong_labels_ten", WRONG_LABELS, lambda run: run["accuracy"]),
+            self.sentences("trec_wrong_labels", WRONG_LABELS, lambda run: run["accuracy"]),
             *map(self.images, ("epochs", "long")),
             *map(self.recipe, RECIPES),
         )
@@ -128,9 +128,9 @@ class Gains:
         compared = (
             self.sentences("trec", f"accuracy, %, {SENTENCES}", lambda run: run["accuracy"]),
             self.sentences("trec", "the same, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]),
-            self.sentences("trec_wrong_labels_ten", WRONG_LABELS, lambda run: run["accuracy"]),
+            self.sentences("trec_wrong_labels", WRONG_LABELS, lambda run: run["accuracy"]),
             self.sentences(
-                "trec_wrong_labels_ten", "these, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]
+                "trec_wrong_labels", "these, weights in 4 bits", lambda run: run["accuracy_in_few_bits"]["4"]
             ),
             *map(self.images, IMAGES),
             *map(self.recipe, RECIPES),
@@ -144,7 +144,7 @@ class Gains:
         ]
         seeds = {
             "sentences": self._questions["trec"],
-            "sentences with wrong labels": self._questions["trec_wrong_labels_ten"],
+            "sentences with wrong labels": self._questions["trec_wrong_labels"],
             "30 epochs": self._images["epochs"],
             "other images": self._images["methods"],
             "the clock": self._images["clock"],
