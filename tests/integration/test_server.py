@@ -29,13 +29,14 @@ from hf_lsam.files import replacing, write_atomically
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
-from hf_lsam.server.root import Root
+from hf_lsam.server.root import Root, refuse_taken_port
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import RefusedError, ServerGone
 from hf_lsam.transport.channel import Channel
 from hf_lsam.transport.copier import Copier
 from hf_lsam.transport.mailbox import RunFolder
 from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Push
+from hf_lsam.transport.ownership import is_served
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
 
@@ -615,3 +616,21 @@ def test_a_damaged_or_malicious_file_is_no_checkpoint(tmp_path):
     torch.save({"x": torch.ones(3)}, pickled)
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_tensors(pickled)
+
+
+def test_a_server_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    folder, _ = make_folder(tmp_path)
+    (tmp_path / "secrets.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    server = start_server(folder.path, tmp_path / "server.log")
+    wait_until(lambda: is_served(folder.path), (tmp_path / "server.log").read_text)
+    server.terminate()
+    server.wait()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_a_free_port_of_either_family_is_no_error(host):
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this kernel has no IPv6")
+    refuse_taken_port((host, 0))

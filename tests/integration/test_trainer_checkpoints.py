@@ -204,6 +204,8 @@ def test_resume_continues_bit_for_bit(tmp_path, stop, fields):
         assert torch.equal(ours, theirs)
     assert torch.equal(vector(resumed.model), vector(through.model))
     assert resumed.worker.version == through.worker.version > stop // 4
+    totals = [{n: v for n, v in t.worker_summary().items() if n != "bytes_pulled"} for t in (resumed, through)]
+    assert totals[0] == totals[1]  # but for the anchor that a worker begins with, in both parts of the run
     entries = [[e for e in t.state.log_history if "loss" in e] for t in (resumed, through)]
     assert entries[0] == entries[1]
     # What the checkpoint shows as the model is the anchor of that step.

@@ -490,6 +490,12 @@ def test_bad_tags_are_errors(tmp_path):
     good = {"tokens": ["a", "b"], "tags": ["O", "B-X"]}
     with pytest.raises(ValueError, match=r"Sentence 2 has 2 words in column `tokens` and 1 tags in .*'a b'"):
         load([good, {"tokens": ["a", "b"], "tags": ["O"]}], [good])
+    with pytest.raises(
+        ValueError, match=r"Sentence 1 has 'a b' in column `tokens`, which is no list.*a CSV holds none"
+    ):
+        load([{"tokens": "a b", "tags": "O O"}], [{"tokens": "a b", "tags": "O O"}])
+    with pytest.raises(ValueError, match=r"Sentence 1 has \['O', None\] in column `tags`"):
+        load([{"tokens": ["a", "b"], "tags": ["O", None]}], [good])
     with pytest.raises(ValueError, match=r"held-out tags that no training sentence has: 'B-Y' \(there: 'B-X', 'O'\)"):
         load([good], [{"tokens": ["a"], "tags": ["B-Y"]}])
 

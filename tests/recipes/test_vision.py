@@ -518,6 +518,22 @@ def test_scaling_averages_and_takes_the_central_square(tmp_path):
     assert torch.equal(images.train_images, torch.full((2, 3, 16, 16), 100, dtype=torch.uint8))
 
 
+def test_photographs_are_turned_as_their_file_says_and_16_bits_are_refused(tmp_path):
+    for split in ("train", "test"):
+        for name in ("left", "right"):
+            (tmp_path / split / name).mkdir(parents=True)
+            exif = Image.Exif()
+            exif[0x0112] = 6  # turned by a quarter
+            Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / split / name / "photo.jpg", exif=exif)
+    arguments = ImageDataArguments(dataset="folder", data_dir=str(tmp_path))
+    assert load_images(arguments).train_images.shape == (2, 3, 8, 4)
+    Image.fromarray(np.full((8, 4), 40_000, np.uint16)).save(tmp_path / "train/left/scan.png")
+    with pytest.raises(
+        ValueError, match=r"scan\.png is not an image that can be decoded: its mode is 'I;16'.*convert it"
+    ):
+        load_images(arguments)
+
+
 def test_bad_image_sets_are_errors_that_say_what_to_do(tmp_path):
     path = str(write_parquet(tmp_path / "good.parquet", 10, 0))
     other = str(write_parquet(tmp_path / "other.parquet", 3, 0, labels=[1, 2, 9]))
