@@ -187,7 +187,7 @@ def test_a_push_that_is_replayed_or_comes_out_of_order_is_not_counted(server, se
     server.turn(0.0)
     assert state_of(server) == before
     with pytest.raises(ConnectionError):
-        worker.wait(5)
+        worker.receive(5.0)
     worker.close()
 
 

@@ -240,10 +240,10 @@ def test_loader_processes_that_persist_do_not_grow_in_number_with_evaluations(tm
 
     class Children(TrainerCallback):
         def __init__(self):
-            self.seen = []
+            self.seen, self.before = [], set(psutil.Process().children())
 
         def on_evaluate(self, args, state, control, **keywords):
-            self.seen.append(len(psutil.Process().children()))
+            self.seen.append(len(set(psutil.Process().children()) - self.before))
 
     children = Children()
     fields = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "batchnorm_batches": 2}
