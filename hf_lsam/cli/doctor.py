@@ -85,7 +85,7 @@ def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tupl
 
 
 def tell(console: Console, findings: Sequence[Finding]) -> None:
-    """Prints the findings, the worst last.
+    """Prints the findings, the worst first.
 
     Raises:
         SystemExit: with code 1, if anything is wrong.
