@@ -1,4 +1,4 @@
-"""A headless Chromium that is spoken to over a pipe, for tests of pages."""
+"""A headless Chromium that tests of pages control over a pipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page. Keeps what it asks the network for, and what goes wrong in it.
+    """One page. Records its network requests and its errors.
 
     Args:
         profile: an empty folder for the browser's own files.
@@ -34,7 +34,7 @@ class Browser:
         self._answers, write = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += [f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"]
-        # The browser speaks on descriptors 3 and 4, which may be ours here.
+        # The browser expects its pipes at descriptors 3 and 4, which this process may be using itself.
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (read, write)]
         redirect = f'exec "$0" "$@" 3<&{high[0]} 4>&{high[1]}'
         self._process = subprocess.Popen(
@@ -81,7 +81,7 @@ class Browser:
                 return answer["result"]
 
     def open(self, page: Path) -> None:
-        """Loads a page and waits until it is there."""
+        """Loads a page and waits until it is complete."""
         self("Page.navigate", url=page.as_uri())
         while self.ask("document.readyState") != "complete" or self.ask("location.href") != page.as_uri():
             time.sleep(0.05)
@@ -93,18 +93,18 @@ class Browser:
         return result["result"].get("value")
 
     def emulate(self, width: int, dark: bool = False, media: str = "screen") -> None:
-        """Another screen."""
+        """Emulates another screen."""
         self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """Of the whole page, as PNG."""
+        """Saves an image of the whole page, as PNG."""
         data = self("Page.captureScreenshot", captureBeyondViewport=True, format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 
     def pdf(self, path: Path) -> None:
-        """The page as it is printed."""
+        """Saves the page as it would be printed."""
         path.write_bytes(base64.b64decode(self("Page.printToPDF", preferCSSPageSize=True)["data"]))
 
     def _next(self) -> dict[str, Any]:

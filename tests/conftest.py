@@ -1,7 +1,7 @@
-"""What every test is held to: it leaves no process, thread, shared-memory file or environment variable behind.
+"""What every test must comply with: it leaves no process, thread, shared-memory file or environment variable behind.
 
-Only what this process and its descendants have made counts: other test sessions may run on the machine, and do where
-pytest-xdist starts several processes.
+Only what this process and its descendants have created counts: other test sessions may run on the machine, as they do
+when pytest-xdist starts several processes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def nothing_leaks():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Accelerate keeps one state a process; each test starts without."""
+    """Accelerate keeps one state per process; each test starts without it."""
     from accelerate.state import AcceleratorState, GradientState
 
     yield

@@ -20,19 +20,19 @@ import psutil
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-STARTUP = TESTS / "startup"  # of every process that tests start: sitecustomize, and what the fork server imports
+STARTUP = TESTS / "startup"  # for every process that tests start: sitecustomize, and what the fork server imports
 # What a script needs on its PYTHONPATH to import what tests share.
 PATHS = os.pathsep.join(map(str, (STARTUP, TESTS, ROOT)))
 SHARED_MEMORY = Path("/dev/shm")
-# What must happen on an idle machine within a second may take this long on one that is busy.
+# What takes at most a second on an idle machine may take this long on a busy one.
 TIMEOUT = 240.0
-# All that tests start inherits it, and so do the servers that outlive who started them: sessions on one machine can
-# tell whose a process is.
+# Everything that tests start inherits this variable, even servers that outlive the process that started them, so that
+# sessions on one machine can tell whose a process is.
 SESSION = "HF_LSAM_TEST_SESSION"
 
 
 def own_processes() -> list[tuple[int, str]]:
-    """(pid, command line) of this process's descendants, and of what they have started and left behind."""
+    """(pid, command line) of this process's descendants, and of processes that they have left behind."""
     descendants = psutil.Process().children(recursive=True)
     found = {process.pid: process for process in descendants}
     for process in psutil.process_iter():
@@ -41,7 +41,7 @@ def own_processes() -> list[tuple[int, str]]:
                 found[process.pid] = process
     for process in descendants:
         with suppress(psutil.NoSuchProcess):
-            # The servers of this session themselves, not what they have forked.
+            # multiprocessing's own servers in this session do not count, but whatever they have forked does.
             if process.ppid() == os.getpid() and any(
                 word.startswith("from multiprocessing.") for word in process.cmdline()
             ):
@@ -60,7 +60,7 @@ def own_shared_memory(known: Iterable[Path] = ()) -> set[Path]:
     """Folders of runs in /dev/shm, except those that a process of another test session, or of no test, has open.
 
     Args:
-        known: what nobody need look for, which takes 50 ms.
+        known: folders to be left out; if there are no others, the search for their owners, of 50 ms, is skipped.
     """
     folders = set(SHARED_MEMORY.glob("hf_lsam-*")) - set(known)
     if not folders:
@@ -83,7 +83,7 @@ def wait_until(condition: Callable[[], object], explain: Callable[[], object] = 
     """Returns once the condition holds.
 
     Raises:
-        AssertionError: with what `explain` says, if it still does not after `TIMEOUT`.
+        AssertionError: with what `explain` returns, if the condition still does not hold after `TIMEOUT` seconds.
     """
     deadline = time.monotonic() + TIMEOUT
     while not condition():
@@ -92,16 +92,16 @@ def wait_until(condition: Callable[[], object], explain: Callable[[], object] = 
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on; the kernel gives it to nobody who asks for any."""
+    """A port of this machine on which nobody listens, and which the kernel gives to nobody who asks for any port."""
     first_given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    anew = random.SystemRandom()  # Trainer seeds the other one: two test processes would draw the same ports
+    anew = random.SystemRandom()  # Trainer seeds the global one: two test processes would draw the same ports
     while True:
         with suppress(OSError), socket.create_server(("127.0.0.1", anew.randrange(1024, first_given_away))) as probe:
             return probe.getsockname()[1]
 
 
-# Importing what a worker needs takes 6 CPU seconds. A launch may be forked from a process that has done so, which the
-# first one starts, and torchrun's own options have its workers forked from it.
+# Importing what a worker needs takes 6 CPU seconds. So a launch may be forked from a server process that has imported
+# it, which the first such launch starts; with torchrun's own options, its workers are forked from the launch in turn.
 fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["preloaded"])
 FORK_WORKERS = {"PET_START_METHOD": "fork", "PET_RUN_PATH": "1"}
@@ -122,16 +122,16 @@ def accelerate_launch(
     Args:
         script: a path, or the source of a script.
         num_processes: workers.
-        multi_gpu: without it `accelerate launch` starts one process on a CPU machine.
+        multi_gpu: without it, `accelerate launch` starts one process on a CPU machine.
         check: raise, with the output, if the run fails.
         extra: further options of `accelerate launch`.
-        fork: spare its processes their imports, where nothing depends on how they begin or end: a forked worker
-            inherits the launcher's signal handlers, and stays until its launcher has seen all of them end.
+        fork: save its processes their imports, if nothing depends on how they start or end: a forked worker inherits
+            the launcher's signal handlers, and stays until its launcher has seen all of them end.
     """
     options = ["--multi_gpu"] if multi_gpu else []
     options += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", "0", *extra, str(script), *arguments]
-    # Warnings are errors in the tests' own process; the workers' are looked at where a test is about them.
+    # Warnings are errors in the tests' own process only; a test that is about workers' warnings reads their output.
     run = run_launcher(options, fork, **environment)
     if check and run.returncode != 0:
         raise AssertionError(f"exit code {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}")
@@ -148,7 +148,7 @@ def run_launcher(words: Sequence[str], fork: bool, **environment: str) -> subpro
 
 
 def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a script of the repository, and what it launches, in forked processes: all are spared their imports."""
+    """Runs a script of the repository, and what it launches, in forked processes: none of them repeats the imports."""
     return _forked(_run_script, [str(script), *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **FORK_WORKERS})
 
 
@@ -179,7 +179,7 @@ def _launch(words: Sequence[str]) -> None:
     from accelerate.commands import launch
 
     script = next(word for word in words if word.endswith(".py"))
-    sys.path.insert(0, str(Path(script).resolve().parent))  # where torchrun does not, with PET_RUN_PATH
+    sys.path.insert(0, str(Path(script).resolve().parent))  # with PET_RUN_PATH, torchrun does not add it
     sys.argv[1:] = words
     launch.main()
 
@@ -194,7 +194,7 @@ def _run_script(words: Sequence[str]) -> None:
 
 
 def _launch_from_fork(processes: int, script: str, arguments: Sequence[str]) -> None:
-    """In the place of `scripts.common.launches.launch`."""
+    """Replaces `scripts.common.launches.launch`."""
     from scripts.common import launches
 
     target, words = _run_script, [script, *arguments]

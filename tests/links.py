@@ -1,4 +1,4 @@
-"""Links that do what a server of flesh and blood does now and then."""
+"""Links that do what a real server does only now and then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hf_lsam.transport.in_process import InProcessLink
 
 
 class SlowServerLink(InProcessLink):
-    """While it is `busy`, its server has not taken the last push; it counts one late that it says so of."""
+    """While it is `busy`, its server has not taken the last push. `counted_late_at` makes its status report that the
+    last push was counted at that anchor version."""
 
     busy = False
     counted_late_at: int | None = None

@@ -1,8 +1,9 @@
-"""A worker that takes its turn: the problem that the lock-step test runs in processes and in a simulation.
+"""A worker that steps on request: the problem that the lock-step test runs in processes and in a simulation.
 
-As a script (`lockstep.py RUN_DIR RANK [STRENGTH COUPLING]`) it joins a running server and obeys one request a line:
-"step" trains one step and "period" tau of them, until what was pushed is answered; "pull" takes the newest anchor,
-"digest" prints hashes of x and y, "finish" hands in what is left and takes the final anchor.
+As a script (`lockstep.py RUN_DIR RANK [STRENGTH COUPLING]`) it joins a running server and obeys one request per line:
+"step" trains one step, waits for the answer to its push, if it made one, and pulls the newest anchor; "period" trains
+tau steps and waits for the answer; "pull" pulls the newest anchor; "digest" prints hashes of x and y; "finish" pushes
+what is left, takes the final anchor, and prints the same hashes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def digest(parameters, anchor) -> list[str]:
 
 
 class LockstepProblem:
-    """SAM with SGD on a two-layer regression; each rank has data of its own."""
+    """SAM with SGD on a two-layer regression; each rank has its own data."""
 
     def __init__(self, rank: int):
         self.generator = batch_generator(100 + rank)

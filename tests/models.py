@@ -113,14 +113,14 @@ def texts(rows: int = 64, length: int = 8, seed: int = 0) -> Rows:
 
 BASES = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    # As for FSDP: what looks like a weight in bfloat16 is 4-bit numbers, packed.
+    # As for FSDP: what looks like a bfloat16 weight is packed 4-bit numbers.
     "4 bits in bfloat16": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
     "8 bits": {"load_in_8bit": True},
 }
 
 
 def saved_llama(folder: Path) -> str:
-    """A folder with a Llama of one layer, 64 wide."""
+    """Saves a Llama of one layer, 64 wide, to `folder`, and returns that."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -149,13 +149,13 @@ def quantised(folder: Path | str, base: str):
 
 
 def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """The bytes of what must stay as it is."""
+    """The bytes of all parameters and buffers that training must not change."""
     tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
     return {name: tensor.detach().clone().flatten().view(torch.uint8) for name, tensor in tensors.items()}
 
 
 def arguments(kind: type, output_dir: Path, **fields: Any):
-    """A config of class `kind` for a short quiet CPU run whose batches come in the order of the rows."""
+    """A config of class `kind` for a short, quiet CPU run whose batches come in the order of the rows."""
     defaults = {
         "use_cpu": True,
         "per_device_train_batch_size": 8,

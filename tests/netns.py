@@ -1,4 +1,4 @@
-"""Machines of a test: network namespaces joined by a switch. Needs root and iproute2; a router, nftables."""
+"""Machines for a test: network namespaces joined by a switch. Needs root and iproute2, and nftables for a router."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Machine:
         name: of the namespace.
         address: its IPv4 address in the network of the test; its router's if it is behind one.
         switch: the namespace in which all links end.
-        port: its end of this machine's link there.
+        port: the switch's end of this machine's link.
     """
 
     name: str
@@ -29,16 +29,16 @@ class Machine:
 
     @property
     def prefix(self) -> list[str]:
-        """What goes before a command line that is to run on this machine."""
+        """The words to put before a command line so that it runs on this machine."""
         return ["ip", "netns", "exec", self.name]
 
     def throttle(self, megabits: int) -> None:
-        """Lets this machine send so many Mbit/s at most."""
+        """Limits what this machine sends to `megabits` Mbit/s."""
         rate = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "1mb", "latency", "50ms")
         subprocess.run([*self.prefix, "tc", "qdisc", "add", "dev", "eth0", *rate], check=True)
 
     def cut(self) -> None:
-        """Lets nothing through to or from this machine, without a word to either side."""
+        """Lets nothing through to or from this machine, without either side being told."""
         _ip("-n", self.switch, "link", "set", self.port, "down")
 
     def restore(self) -> None:
@@ -47,7 +47,7 @@ class Machine:
 
 
 def why_not(behind_a_router: bool = False) -> str | None:
-    """Why this host lets no test have a network of its own, or none with a router; None if it does."""
+    """Why a test cannot have a network of its own on this host, or one with a router; None if it can."""
     for command, package in (("ip", "iproute2"), *([("nft", "nftables")] if behind_a_router else ())):
         if shutil.which(command) is None:
             return f"NO NETWORK TEST: {package} is not installed (apt-get install {package})"
@@ -64,7 +64,7 @@ def why_not(behind_a_router: bool = False) -> str | None:
 
 @contextmanager
 def machines(count: int, behind_a_router: bool = False) -> Iterator[list[Machine]]:
-    """`count` machines that reach each other; at the end they are gone, with all that still runs on them.
+    """`count` machines that can reach each other; removed at the end, with everything that still runs on them.
 
     Args:
         behind_a_router: the last one is in a network of its own, whose router translates addresses (NAT): it reaches

@@ -1,7 +1,7 @@
-"""A transport of its own for tests: workers and their server talk over the pipes of `multiprocessing.connection`.
+"""A separate transport, for tests: workers and their server talk over the pipes of `multiprocessing.connection`.
 
-As a script (`pipe_transport.py ADDRESS WORKERS SETTINGS`) it is the server: it takes in so many workers and serves them
-until all have left. Frames are a fixed header and, where there is one, a vector; nothing is pickled.
+As a script (`pipe_transport.py ADDRESS WORKERS SETTINGS`) it is the server: it accepts that many workers and serves
+them until all have left. A frame is a fixed header, followed by a vector if there is one; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hf_lsam.transport.base import FinalAnchor, JoinRequest, Link, LinkStatus, S
 HEADER = struct.Struct("<cqqd")  # what, two integers, loss
 # From workers: B(egin) with the first anchor, S(tep) begun, P(ush) of steps, F(inish). From the server: W(elcome),
 # worker; A(nchor), version; T(otal) of the steps begun, and how many of them by this worker; C(ounted) at a version,
-# and whether it was accepted, with the anchor that it has moved; E(nd), version of the final anchor. Whoever has read
-# that a push is counted has the anchor that it completed, and the other way round.
+# and whether it was accepted, with the anchor that it has moved; E(nd), version of the final anchor. A worker that has
+# read that its push is counted also has the anchor that the push completed, and the other way round.
 
 
 def send(connection: Connection, what: bytes, first: int = 0, second: int = 0, loss: float = 0.0, vector=None) -> None:
@@ -40,7 +40,7 @@ def receive(connection: Connection) -> tuple[bytes, int, int, float, Tensor | No
 
 
 class PipeLink(Link):
-    """A worker's end; for vectors that the pipe takes at once."""
+    """A worker's end, for vectors that are small enough for the pipe to take at once."""
 
     def __init__(self, address: str, request: JoinRequest):
         self._connection = Client(address, "AF_UNIX")
@@ -82,7 +82,7 @@ class PipeLink(Link):
             self._take()
 
     def finish(self, stop_all: bool, best_step: int, incoming: Tensor) -> FinalAnchor:
-        with suppress(BrokenPipeError):  # reading tells
+        with suppress(BrokenPipeError):  # reading will raise ServerGone
             send(self._connection, b"F")
         while not self._finished:
             self._take()

@@ -1,6 +1,6 @@
-"""LSAM for one worker, written from the paper's equations in plain PyTorch, and the runs of Trainer beside it.
+"""LSAM for one worker, written from the paper's equations in plain PyTorch, and the Trainer runs to compare with it.
 
-It shares no code with the package.
+The reference shares no code with the package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 
-# The paper's Algorithm 1 with every part of it at work.
+# The paper's Algorithm 1 with all of its parts active.
 LSAM = {
     "sam_rho": 0.1,
     "sync_steps": 4,
@@ -64,10 +64,10 @@ def reference(
 
     Args:
         steps: the micro-batches of each optimizer step.
-        loss_weight: what `loss_of` a micro-batch is multiplied with; in pass 1 also with `ascent_weight`.
+        loss_weight: the factor of each micro-batch's `loss_of`; in pass 1 there is also the factor `ascent_weight`.
 
     Returns:
-        by step: loss, sharpness, gradient norm, drift, x and y; and the final anchor with its version.
+        for each step: loss, sharpness, gradient norm, drift, x and y; and the final anchor with its version.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -99,7 +99,7 @@ def reference(
                 if direction == "momentum":  # MSAM: against the momentum
                     known = [optimizer.state[p].get("momentum_buffer") for p in parameters]
                     known = None if known[0] is None else [-v for v in known]
-                else:  # FedLESAM: the way the anchor came
+                else:  # FedLESAM: back along the anchor's last move
                     known = None if came is None else came.split([p.numel() for p in parameters])
                 if known is not None:
                     norm = torch.cat([u.flatten() for u in known]).norm()
@@ -177,7 +177,7 @@ class Recorder(TrainerCallback):
     """Keeps x and y after every step."""
 
     def __init__(self):
-        self.x, self.y, self.trainer = [], [], None  # the trainer is set by who builds it
+        self.x, self.y, self.trainer = [], [], None  # the trainer is set by the code that builds it
 
     def on_step_end(self, args, state, control, model=None, **keywords):
         self.x.append(vector(model))
@@ -212,7 +212,7 @@ def logged(trainer: Trainer, name: str) -> list[float]:
 
 
 def assert_same_run(trainer: LSAMTrainer, expected: SimpleNamespace, rtol: float = 1e-5, atol: float = 2e-6) -> None:
-    """Every step's x and y, and the final ones, are the reference's."""
+    """Asserts that every step's x and y, and the final ones, are the reference's."""
     assert len(trainer.recorder.x) == len(expected.x)
     for ours, theirs in zip(trainer.recorder.x, expected.x, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)

@@ -1,4 +1,4 @@
-"""A small network and a loop of its own around it, which several tests train."""
+"""A small network with a custom training loop, used by several tests."""
 
 from __future__ import annotations
 

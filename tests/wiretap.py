@@ -1,4 +1,4 @@
-"""Somebody on the way between two machines: reads what crosses, and changes it on request."""
+"""A man in the middle between two machines: records what crosses, and changes it on request."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import suppress
 
 
 class Wiretap:
-    """Passes connections on to a server, one after another or several at a time.
+    """Forwards connections to a server, one after another or several at a time.
 
     Args:
         server: host and port.
 
     Attributes:
-        address: where machines find the server through it.
+        address: host and port at which machines reach the server through it.
         recorded: bytes that crossed, "to server" and "from server".
     """
 
@@ -31,7 +31,7 @@ class Wiretap:
         self._thread.start()
 
     def flip(self, way: str, after: int = 0) -> None:
-        """Changes a bit of one byte that crosses this way, once as many others have crossed."""
+        """Flips a bit of one byte that crosses this way, after `after` others have crossed."""
         self._flip_in[way] = after
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import click
 
-# What `hf-lsam --help` says of each; the command is the function of that name in the module of that name.
+# What `hf-lsam --help` says about each; a command is the function of that name in the module of that name.
 COMMANDS = {
     "doctor": "Says what would happen with a launch, before it happens.",
     "monitor": "Shows a run in the terminal, while it goes on or after.",
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name, and imports the module of the one that is called."""
+    """Knows its commands by name, and imports only the module of the one that is called."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -27,7 +27,7 @@ def card(
     output: Path | None,
     overwrite: bool,
 ) -> None:
-    """Writes the model card for the Hub, from the run's record, or a recipe's card.json, and the saved model.
+    """Writes the model card for the Hub, from the run's record (or a recipe's card.json) and the saved model.
 
     RUN_DIR is the run's output_dir.
     """

@@ -1,4 +1,4 @@
-"""Figures as inline SVG with their numbers beside them: lines, bands, maps."""
+"""Figures as inline SVG, each with a table of its numbers: lines, bands, maps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
-WIDTH, HEIGHT = 360, 250  # of a figure, in units of which a phone shows about one a pixel
+WIDTH, HEIGHT = 360, 250  # of a figure, in units of about one pixel on a phone
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 42
 STYLES = 7  # of workers or groups; the CSS has as many colours and dashes
-POINTS, ROWS = 400, 30  # that a curve draws and that its table shows at most
+POINTS, ROWS = 400, 30  # the most points that a curve draws, and the most rows of it that a table shows
 MARKERS = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
     "M-4,-4h8v8h-8z",
@@ -22,7 +22,7 @@ MARKERS = (
     "M-2,-5h4v10h-4z",
 )
 STAR = "M0,-7l2,5h5l-4,3l2,5l-5,-3l-5,3l2,-5l-4,-3h5z"  # the anchor
-# Light to dark in brightness, so that it also reads in grey; colours of viridis.
+# From light to dark, so that a map also reads in grey; colours of viridis.
 MAP_COLOURS = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))
 
 
@@ -44,7 +44,7 @@ class Series:
 
     @property
     def css(self) -> str:
-        """The class of its line, points and band in the page's style sheet."""
+        """The CSS class of its line, points and band in the page's style sheet."""
         return "anchor" if self.style is None else f"s{self.style % STYLES}"
 
     @property
@@ -54,7 +54,7 @@ class Series:
 
 
 def number(value: float | None) -> str:
-    """As a person reads it: four digits that count."""
+    """Formats a number for readers: whole numbers below 1e7 in full, others to three or four significant digits."""
     if value is None:
         return "none"
     if isinstance(value, int) or (value == int(value) if math.isfinite(value) else False):
@@ -72,7 +72,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
-    """A table that scrolls by itself where it is too wide."""
+    """A table that scrolls within its own box if it is too wide for the page."""
     header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -86,7 +86,7 @@ def line_chart(name: str, title: str, x_label: str, y_label: str, series: Sequen
 
     Args:
         name: of the figure, unique on the page.
-        series: points that are not finite are left out, and said to be.
+        series: the curves; a note says how many points were left out because they are not finite.
     """
     finite, missing = [], 0
     for each in series:
@@ -129,11 +129,11 @@ def map_chart(
     values: Sequence[Sequence[float]],
     marks: Sequence[tuple[str, float, float, int | None]],
 ) -> str:
-    """Values on a square grid, as colours, with points on it.
+    """Values on a square grid, shown as colours, with marked points.
 
     Args:
-        values: row i, column j at (coordinates[j], coordinates[i]).
-        marks: label, place and style of each point; style None for the anchor's.
+        values: row i, column j is the value at (coordinates[j], coordinates[i]).
+        marks: label, x, y and style of each point; style None for the anchor's.
     """
     flat = [value for row in values for value in row if math.isfinite(value)]
     if not flat:
@@ -190,7 +190,7 @@ def map_chart(
 
 
 def absent(title: str, reason: str) -> str:
-    """What stands where a figure would be."""
+    """A figure with a reason in place of what cannot be drawn."""
     return _figure(title, f'<p class="absent">{escape(reason)}</p>')
 
 
@@ -198,10 +198,10 @@ def absent(title: str, reason: str) -> str:
 
 
 class _Axis:
-    """Maps values to places; a little room is left around them."""
+    """Maps values to positions, with a small margin around them unless `exact`."""
 
     def __init__(self, low: float, high: float, begin: float, end: float, exact: bool = False):
-        if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):  # all the same
+        if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):  # all values are the same
             low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
         elif not exact:
             margin = 0.04 * (high - low)

@@ -27,10 +27,10 @@ from rich.console import Console
 from .doctor_ray import ray_findings
 from .finding import Finding, worker_count
 
-VECTORS_OF_SNAPSHOTS = 6  # beside those of the exchange, of as many float32 as are trained
+VECTORS_OF_SNAPSHOTS = 6  # in addition to those of the exchange; a vector has a float32 per trained parameter
 DEFAULT_PORT = 29500
 MARKS = {"ok": "green", "note": "yellow", "wrong": "red"}
-# Where these stand in a launch, the user's script stands behind them.
+# Options that say what kind of script follows: true of the user's, not of the probe.
 NOT_OF_THE_PROBE = ("-m", "--module", "--no_python", "--no-python")
 
 
@@ -41,11 +41,11 @@ class Launch:
     Args:
         options: the options of `accelerate launch`, without the script and what follows it.
         asked: processes that the command line or the configuration file asks for, or None.
-        multi_gpu: whether they are to be started by torch's elastic launcher.
-        machines: number of machines.
-        machine: number of this machine.
-        port: that workers meet at, or None for the default.
-        config: the configuration file that fills in what the command line leaves out, or None.
+        multi_gpu: whether torch's elastic launcher is to start them.
+        machines: how many machines there are.
+        machine: the number of this one.
+        port: at which the workers meet, or None for the default.
+        config: the configuration file that supplies what the command line leaves out, or None.
     """
 
     options: list[str]
@@ -65,7 +65,7 @@ class Launch:
 @click.option("--ray", is_flag=True, help="Look at a Ray cluster: the options are those of python -m hf_lsam.ray.")
 @click.argument("launch_options", nargs=-1, type=click.UNPROCESSED)
 def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tuple[str, ...]) -> None:
-    """Says what `accelerate launch LAUNCH_OPTIONS` would do, by starting it with a script that only says who it is.
+    """Says what `accelerate launch LAUNCH_OPTIONS` would do, by launching a script that only reports who it is.
 
     Give it the options of your launch; a script and its arguments may follow and are not started. The doctor's own
     options come first. With several machines, run it on each of them at the same time. The exit code is 1 when the
@@ -85,7 +85,7 @@ def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tupl
 
 
 def tell(console: Console, findings: Sequence[Finding]) -> None:
-    """Prints what was found, the worst last.
+    """Prints the findings, the worst first.
 
     Raises:
         SystemExit: with code 1, if anything is wrong.
@@ -106,7 +106,7 @@ def understand(arguments: list[str]) -> Launch:
     """Reads the options with accelerate's own parser and its configuration file.
 
     Raises:
-        click.ClickException: if accelerate would not take them.
+        click.ClickException: if accelerate would not accept them.
     """
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -122,7 +122,7 @@ def understand(arguments: list[str]) -> Launch:
         raise click.ClickException(f"accelerate launch does not take these options: {reason}") from error
     words = [*arguments, "probe"]
     options = words[: len(words) - len(args.training_script_args) - 1]
-    # As accelerate does: a file is read when it is named, or is the default one; --cpu leaves the default one aside.
+    # As accelerate does: it reads the file that is named, or else the default one, unless --cpu is given.
     config = args.config_file or (default_config_file if Path(default_config_file).is_file() and not args.cpu else None)
     try:
         defaults = load_config_from_file(config) if config else None
@@ -150,8 +150,8 @@ def start(launch: Launch, wait: float) -> tuple[list[dict[str, Any]], int | None
     """Launches the probe.
 
     Returns:
-        what the processes on this machine said, in the order of ranks; the exit code, None after `wait` seconds; the
-        launcher's output.
+        the reports of the processes on this machine, in the order of ranks; the exit code, or None if `wait` seconds
+        were not enough; the launcher's output.
     """
     with tempfile.TemporaryDirectory(prefix="hf_lsam-doctor-") as folder:
         command = [sys.executable, "-P", "-m", "accelerate.commands.launch", *launch.options]
@@ -171,7 +171,7 @@ def start(launch: Launch, wait: float) -> tuple[list[dict[str, Any]], int | None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a launcher that still runs, and all that it started: they are in sessions of their own."""
+    """Kills a launcher that still runs, and everything that it started, which is in sessions of its own."""
     if process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -187,7 +187,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def launch_findings(
     launch: Launch, reports: list[dict[str, Any]], code: int | None, output: str, wait: float
 ) -> Iterator[Finding]:
-    """Who was started, where, and whether that is what was asked for."""
+    """Which processes were started, where, and whether that is what was asked for."""
     started = reports[0]["world_size"] if reports else 0
     devices = Counter(report["device"] for report in reports if not report["error"])
     if launch.asked is not None and 0 < started < launch.asked:
@@ -254,7 +254,7 @@ def launch_findings(
 
 
 def config_findings(launch: Launch) -> Iterator[Finding]:
-    """Where the values come from that the command line does not give."""
+    """Where the values that are not on the command line come from."""
     if launch.config:
         yield Finding(
             "note",
@@ -293,7 +293,7 @@ def port_findings(launch: Launch) -> Iterator[Finding]:
 
 
 def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Whether the workers on this machine's CPU get its cores."""
+    """Whether the workers that train on this machine's CPU have as many threads as it has cores."""
     threads = [report["threads"] for report in reports if report.get("device") == "cpu"]
     cores = len(os.sched_getaffinity(0))
     if not threads:
@@ -320,7 +320,7 @@ def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
     """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
     from ..algorithms import ServerSettings, WorkerSettings
     from ..memory import shared_bytes, worker_bytes
-    from ..transport.ownership import dead_launches  # loads torch, for which --help need not wait
+    from ..transport.ownership import dead_launches  # imports torch, for which --help need not wait
 
     alone = ServerSettings(sync_steps=4) if workers == 1 else None
     kept = [worker_bytes(WorkerSettings(sync_steps=4), alone, accelerator) for accelerator in (False, True)]
@@ -359,12 +359,12 @@ def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except FileNotFoundError:  # a launch that has just begun removes it
+    except FileNotFoundError:  # a launch that has just begun has removed it
         return 0
 
 
 def version_findings() -> Iterator[Finding]:
-    """Whether the packages are those that hf_lsam is tried on."""
+    """Whether the installed packages have the versions that hf_lsam requires."""
     try:
         required = [Requirement(line) for line in requires("hf-lsam") or []]
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What `hf-lsam doctor --ray` finds: a Ray cluster, as `python -m hf_lsam.ray` would use it."""
+"""What `hf-lsam doctor --ray` finds: how `python -m hf_lsam.ray` would use a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .finding import Finding, worker_count
 
 
 def ray_findings(words: Sequence[str]) -> Iterator[Finding]:
-    """Joins the cluster, and looks at each node from a process there.
+    """Joins the cluster, and examines each node from a process on it.
 
     Args:
-        words: the options of `python -m hf_lsam.ray`, of which none is needed; a script may follow `--`.
+        words: the options of `python -m hf_lsam.ray`, none of which is required here; a script may follow `--`.
     """
     try:
         import ray
@@ -72,7 +72,7 @@ def _room(nodes: Sequence[Any], needs: Any, asked: int | None, least: int) -> It
 
 
 def _nodes(nodes: Sequence[Any], run_dir: Path | None, shared_memory_dir: Path) -> Iterator[Finding]:
-    """Whether hf_lsam runs on each node, and sees the folder of the run."""
+    """Whether hf_lsam runs on each node, and sees the run's folder there."""
     from ..ray.cluster import look_at
 
     with contextlib.ExitStack() as stack:

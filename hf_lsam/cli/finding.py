@@ -1,4 +1,4 @@
-"""What the doctor says: of a launch, and of a Ray cluster."""
+"""What the doctor reports about a launch or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """One finding of the doctor.
 
     Args:
-        mark: "ok"; "note", which is worth knowing; "wrong", with which the launch does not do what was asked.
+        mark: "ok"; "note", worth knowing; or "wrong", because of which the launch would not do what was asked.
         text: what was found.
         remedy: what to do about it, or None.
     """

@@ -1,4 +1,4 @@
-"""`hf-lsam monitor`: a run in the terminal, while it goes on or after. It reads the run's record and nothing else."""
+"""`hf-lsam monitor`: shows a run in the terminal, during or after it, from the run's record and nothing else."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rich.text import Text
 from ..record import BYTES, Record, RecordReader, is_metric, worker_state
 
 RATE_POINTS = 6  # log points over which a rate is taken
-PIPE_WIDTH = 120  # columns where there is no terminal to ask
-# A process that lives and has not logged for as many of its usual intervals is called silent.
+PIPE_WIDTH = 120  # columns, if there is no terminal to ask
+# A live process that has not logged for this many of its usual intervals, and seconds, is shown as silent.
 SILENT_INTERVALS, SILENT_SECONDS = 10, 60.0
 
 GOES_ON = ("training", "waiting", "away")
@@ -37,7 +37,7 @@ STYLES = {"training": "green", "finished": "cyan", "failed": "red", "dead": "red
 def monitor(run_dir: Path, once: bool, interval: float) -> None:
     """Shows a run: its workers, its anchor, its latest evaluation. Ends with the run, or with Ctrl-C.
 
-    RUN_DIR is the run's output_dir. The run is only looked at: nothing is written, nobody is asked.
+    RUN_DIR is the run's output_dir. The monitor only reads files: it writes nothing, and contacts no process.
     """
     reader = RecordReader(run_dir)
     try:
@@ -59,7 +59,7 @@ def monitor(run_dir: Path, once: bool, interval: float) -> None:
 
 
 def run_state(record: Record) -> str:
-    """How the run is as a whole: "waiting" (not all workers have joined), or the state that tells most."""
+    """The state of the run as a whole: "waiting" (not all workers have joined), or the most telling one of a worker."""
     states = _states(record)
     if "training" in states:
         return "training"
@@ -70,10 +70,10 @@ def run_state(record: Record) -> str:
 
 
 def render(record: Record, now: float) -> Group:
-    """What is shown.
+    """Renders what is shown.
 
     Args:
-        now: unix seconds.
+        now: the present time, in Unix seconds.
     """
     run, state = record.run, run_state(record)
     points = [point for rank in record.workers for point in log_points(record, rank)]
@@ -108,7 +108,7 @@ def render(record: Record, now: float) -> Group:
 
 
 def _exchanged(record: Record) -> dict[int, list[float]]:
-    """Of each worker that has logged, the bytes sent and received in the whole run, however often it was resumed."""
+    """The bytes that each worker that has logged has sent and received in the whole run, however often resumed."""
     lasts = {
         rank: next((entry for entry in reversed(entries) if BYTES[0] in entry), None)
         for rank, entries in record.made_once().workers.items()
@@ -168,7 +168,7 @@ def _sentence(record: Record, state: str) -> str:
 def _remaining(record: Record) -> str:
     configuration = record.run["configuration"]
     steps = configuration.get("max_steps") or -1
-    shared = configuration.get("share_steps")  # then all have one end, and see how far it is
+    shared = configuration.get("share_steps")  # then all workers end together, and each logs the steps of all
     seconds = []
     if shared:
         steps *= record.run["num_workers"]
@@ -191,7 +191,7 @@ def _update_rate(record: Record) -> str:
 
 
 def _rate(series: Sequence[tuple[float, float]]) -> float | None:
-    """Of (time, value) pairs, how much the value grows a second over the last few."""
+    """How much the value grows per second over the last few of the (time, value) pairs; None if there are too few."""
     (first, low), (last, high) = (series[-RATE_POINTS:][0], series[-1]) if len(series) > 1 else ((0, 0), (0, 0))
     return (high - low) / (last - first) if last > first else None
 

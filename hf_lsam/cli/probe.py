@@ -1,6 +1,6 @@
-"""What `hf-lsam doctor` has the launcher start in place of the user's script: each process says who it is.
+"""The script that `hf-lsam doctor` launches in place of the user's: each of its processes reports who it is.
 
-It does what a script with LSAM does first, so what would stop the script stops it here.
+It begins as a script with LSAM does, so whatever would stop such a script at its beginning stops it too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..files import write_atomically
 
 
 def main(folder: Path, seconds: float) -> None:
-    """Leaves `<rank>.json` in `folder`.
+    """Writes this process's report to `<rank>.json` in `folder`.
 
     Args:
         seconds: how long the workers wait for each other.

@@ -1,4 +1,4 @@
-"""`hf-lsam report`: runs as one HTML page that asks the network for nothing."""
+"""`hf-lsam report`: one or more runs as an HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ Points = list[tuple[float, float]]
     help="The page; one that is there is replaced.",
 )
 def report(run_dirs: tuple[Path, ...], output: Path) -> None:
-    """Writes a report of one run or several as one page of HTML, which opens anywhere, also without a network.
+    """Writes a report of one or more runs as a single HTML page, which opens anywhere, even without a network.
 
-    RUN_DIR is a run's output_dir. Several runs are compared: those that differ in the seed alone as mean and spread.
+    RUN_DIR is a run's output_dir. Several runs are compared; those that differ only in the seed, as mean and spread.
     """
     try:
         page = render([read_run(run_dir) for run_dir in run_dirs])
@@ -71,11 +71,11 @@ def report(run_dirs: tuple[Path, ...], output: Path) -> None:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the page tells of a run.
+    """What the page says about a run.
 
     Args:
         name: its folder, as it was given.
-        record: see `hf_lsam.record`; evaluations and log points that a resumed run has made again are not in it.
+        record: see `hf_lsam.record`; evaluations and log points that a resumed run has repeated are in it only once.
         landscape: the contents of landscape.json, or None.
         results: the contents of results.json, or None.
         notes: what is missing or went wrong, in sentences.
@@ -97,16 +97,16 @@ class RunFacts:
         return [entry for entry in self.record.workers.get(rank, []) if "loss" in entry or "lsam/drift" in entry]
 
     def metrics(self) -> list[str]:
-        """What evaluations measure, eval_loss first."""
+        """The names of what evaluations measure, eval_loss first."""
         names = {key for entry in self.record.evaluations() for key, value in entry.items() if is_metric(key, value)}
         return sorted(names, key=lambda name: (name != "eval_loss", name))
 
     def seconds(self, entry: dict[str, Any]) -> float:
-        """Since the run began; an evaluation before that counts as made then."""
+        """Seconds between the beginning of the run and `entry`; 0 for an evaluation that was made before."""
         return max(0.0, entry["time"] - self.record.run["started"])
 
     def mebibytes(self, entry: dict[str, Any]) -> float:
-        """What all workers have pushed and pulled until then, as far as they have logged it."""
+        """MiB that all workers had pushed and pulled by the time of `entry`, as far as they have logged it."""
         total = 0.0
         for times, exchanged in self._traffic:
             before = bisect_right(times, entry["time"])
@@ -115,7 +115,7 @@ class RunFacts:
 
     @cached_property
     def _traffic(self) -> list[tuple[list[float], list[float]]]:
-        """Of each worker the times of its log points, and what it had pushed and pulled by then."""
+        """For each worker, the times of its log points, and the bytes that it had pushed and pulled by then."""
         every = [self.points(rank) for rank in self.record.workers]
         return [
             ([point["time"] for point in points], [sum(point.get(name, 0) for name in BYTES) for point in points])
@@ -124,7 +124,7 @@ class RunFacts:
 
 
 def read_run(run_dir: Path) -> RunFacts:
-    """Reads all that is known of a run.
+    """Reads everything that is known about a run.
 
     Raises:
         FileNotFoundError: if the folder holds no record of a run.
@@ -143,7 +143,7 @@ def read_run(run_dir: Path) -> RunFacts:
             notes.append(f"Worker {rank} is {state}, not finished" + (f": {error}." if error else "."))
     landscape = _optional(run_dir / FOLDER / "landscape.json", notes)
     if landscape is not None and landscape.get("run_id") != record.run["run_id"]:
-        landscape = None  # of a run before in this folder
+        landscape = None  # it is of an earlier run in this folder
     if landscape is not None and (lacking := sorted(_OF_A_LANDSCAPE - landscape.keys())):
         notes.append(f"landscape.json lacks {', '.join(lacking)} and was left out.")
         landscape = None
@@ -168,10 +168,10 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Args:
-        label: what tells this group from the others.
+        label: what distinguishes this group from the others.
         runs: at least one.
     """
 
@@ -180,9 +180,9 @@ class Group:
 
 
 def grouped(runs: Sequence[RunFacts]) -> list[Group]:
-    """Runs by configuration apart from the seed, in the order in which they came.
+    """Groups runs by configuration, except for the seed, in the order in which they were given.
 
-    They are named by what differs, a run that is alone in its group by its folder too.
+    A group is named by what differs between the groups, and a run that is alone in its group by its folder as well.
     """
     by_key: dict[str, list[RunFacts]] = {}
     for run in runs:
@@ -206,7 +206,7 @@ def _compared(run: RunFacts) -> dict[str, Any]:
 
 
 def mean_and_spread(curves: Sequence[Points]) -> tuple[Points, list[float]]:
-    """Mean and standard deviation (n - 1) at the steps that all curves have; without a spread for one curve."""
+    """Mean and standard deviation (n - 1) at the steps that all curves have in common; no spread for a single curve."""
     values = [dict(curve) for curve in curves]
     common = sorted(set.intersection(*(set(value) for value in values)))
     spreads = [mean_and_deviation([value[step] for value in values]) for step in common]
@@ -230,7 +230,7 @@ def _metric_curve(run: RunFacts, metric: str) -> Points:
 
 
 def render(runs: Sequence[RunFacts]) -> str:
-    """The page, of at least one run."""
+    """The page, for at least one run."""
     title = f"LSAM: {Path(runs[0].name).name}" if len(runs) == 1 else f"LSAM: {len(runs)} runs"
     parts = [f"<header><h1>{escape(title)}</h1>{_contents(runs)}</header><main>"]
     if len(runs) > 1:

@@ -1,8 +1,8 @@
-"""hf-lsam on a Ray cluster: Ray places processes and says when they die; what they exchange never passes through it.
+"""hf-lsam on a Ray cluster: Ray places processes and reports their deaths; what they exchange never passes through it.
 
-    driver      the supervisor: how many workers there are to be, and where the servers are (`supervisor`)
-    actors      hosts: each keeps one process on the node that Ray has given it (`hosts`, `servers`)
-    processes   the global server, a relay a node, and the user's script as external workers: as without Ray
+    driver      the supervisor: decides how many workers run, and where the servers are (`supervisor`)
+    actors      hosts: each manages one process on the node that Ray has given it (`hosts`, `servers`)
+    processes   the root server, one relay per node, and the user's script as external workers: the same as without Ray
 
 `python -m hf_lsam.ray --help` says how it is started; `launch` is the same as a function.
 """
@@ -25,6 +25,6 @@ __all__ = ["launch"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "launch":  # not before it is used: whoever hosts a worker need not load torch
+    if name == "launch":  # imported on first use, because the host of a worker need not load torch
         return import_module(".supervisor", __name__).launch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

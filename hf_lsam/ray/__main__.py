@@ -1,7 +1,7 @@
 """`python -m hf_lsam.ray --num_workers N --run_dir DIR -- script.py ...`: trains on a Ray cluster.
 
 The script is the one that `accelerate launch` would start, and its `output_dir` is DIR, a folder that all nodes share.
-The same command under `ray job submit` has the cluster keep the supervisor too.
+Under `ray job submit`, the same command runs the supervisor on the cluster as well.
 """
 
 import argparse
@@ -35,7 +35,7 @@ parser.add_argument("--report_seconds", type=float, default=30.0, help="between 
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options, by name, and what follows `--`."""
+    """The options by name, and the words after `--`."""
     end = words.index("--") if "--" in words else len(words)
     return vars(parser.parse_args(words[:end])), list(words[end + 1 :])
 

@@ -1,4 +1,4 @@
-"""The Ray cluster: joining it, and what it has room for."""
+"""The Ray cluster: how to join it, and what it has room for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..version import __version__
 
-# Ray would end what a host has started with the host, by SIGKILL: a worker could not save.
+# Ray would otherwise kill (SIGKILL) what a host has started when the host ends: a worker could not save.
 HOST_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
-REACHABLE_SECONDS = 10.0  # within which the head of a cluster takes a connection
+REACHABLE_SECONDS = 10.0  # within which the head of a cluster must accept a connection
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a worker takes of its node.
+    """The resources that a worker takes on its node.
 
     Args:
         cpus, gpus: as Ray counts them; a GPU may be shared.
@@ -39,12 +39,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Node:
-    """A living node of the cluster.
+    """A node of the cluster that is alive.
 
     Args:
-        id: Ray's.
+        id: Ray's id of it.
         address: of its network interface.
-        cpus, gpus: that Ray may give away.
+        cpus, gpus: how many Ray may allocate.
     """
 
     id: str
@@ -53,26 +53,26 @@ class Node:
     gpus: float
 
     def places(self, needs: Needs) -> int:
-        """Workers that find room there, if nobody else uses it."""
+        """How many workers fit on the node if nothing else uses it."""
         return int(min(self.cpus // needs.cpus, self.gpus // needs.gpus if needs.gpus else float("inf")))
 
 
 def connect(address: str) -> bool:
-    """Joins a cluster, if this process has not joined one.
+    """Joins a cluster, unless this process has joined one already.
 
     Args:
-        address: HOST:PORT of its head; "auto" for RAY_ADDRESS or the cluster of this machine; "local" starts one of
-            this machine alone, which ends with this process.
+        address: HOST:PORT of its head; "auto" for RAY_ADDRESS or the cluster of this machine; "local" starts a cluster
+            of this machine alone, which ends with this process.
 
     Returns:
-        whether it has joined just now.
+        whether this call joined it.
 
     Raises:
-        RuntimeError: if there is none, or none that takes this process in.
+        RuntimeError: if there is no cluster, or none that accepts this process.
     """
     if ray.is_initialized():
         return False
-    # Ray's own processes write into its log files; what ours write lies in the run's folder.
+    # Ray's own processes write to Ray's log files; the output of ours is in the run's folder.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         quiet["include_dashboard"] = False
@@ -89,14 +89,14 @@ def connect(address: str) -> bool:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at HOST:PORT, which takes Ray itself minutes to say; else does nothing."""
+    """Raises OSError if nobody listens at HOST:PORT, which Ray itself takes minutes to report; else does nothing."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=REACHABLE_SECONDS).close()
 
 
 def nodes() -> list[Node]:
-    """Those that live."""
+    """The nodes that are alive."""
     return [
         Node(
             each["NodeID"], each["NodeManagerAddress"], each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0)
@@ -110,13 +110,14 @@ def look_at(nodes: Sequence[Node], probe: Path | None, shared_memory_dir: Path) 
     """What a process finds on each node.
 
     Args:
-        probe: a file that all are to see, or None.
+        probe: a file that all of them should see, or None.
         shared_memory_dir: where vectors are to be exchanged.
 
     Returns:
-        of each node "hf_lsam" and "python" (versions), "sees" (the probe) and "free" (bytes); or why nothing was found.
+        for each node "hf_lsam" and "python" (versions), "sees" (whether it sees the probe) and "free" (bytes), or the
+        error because of which nothing was found.
 
-    Blocking: until all have answered.
+    Blocking: until all nodes have answered.
     """
     asked = [
         ray.remote(_look)
@@ -143,10 +144,10 @@ def _look(probe: Path | None, shared_memory_dir: Path) -> dict[str, Any]:
 
 
 def asks_for_a_token() -> bool:
-    """Whether this process, and then the cluster that it is in, asks for a token."""
+    """Whether this process, and so the cluster that it has joined, uses Ray's token authentication."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def encrypts() -> bool:
-    """Whether what Ray's processes say is encrypted."""
+    """Whether Ray's processes encrypt what they send each other."""
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

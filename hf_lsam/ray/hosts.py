@@ -1,13 +1,13 @@
-"""Hosts: Ray's actors, each of which keeps one process on its node.
+"""Hosts: Ray actors, each of which manages one process on its node.
 
-No process that trains or exchanges is Ray's own: it is the child of a host, in a session of its own, with a file as its
-output. What becomes of it when its host dies is the point:
+No process that trains or exchanges vectors is Ray's own: it is the child of a host, in a session of its own, with its
+output in a file. What matters is what becomes of it when its host dies:
 
     server, relay   die with it. The supervisor starts another one, and two of a kind would split the run.
-    worker          stays: it finds its server gone, goes on alone, saves a checkpoint and ends with an error, as any
-                    external worker does. If its relay still lives, it is told to save and to leave (`end_orphan`).
+    worker          survives: it finds its server gone, continues alone, saves a checkpoint and ends with an error, as
+                    any external worker does. If its relay is still alive, it is told to save and leave (`end_orphan`).
 
-A host dies with the node's Ray (its raylet), with the supervisor, and when Ray's head stays away.
+A host dies with the node's Ray (its raylet), with the supervisor, and when Ray's head does not come back.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from pathlib import Path
 import ray
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-LOG_LINES = 5  # of a process that has ended with an error, in what is said of it
+LOG_LINES = 5  # how many lines of its log are quoted when a process has ended with an error
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class Host:
-    """Keeps one process.
+    """Manages one process.
 
     Args:
-        log: file that receives what it writes, appended to.
+        log: file to which the output of the process is appended.
 
-    Process: an actor's own, its main thread: the kernel takes the death of the thread that has started a process for
-    that of its parent. Blocking: as each method says, else never.
+    Process: an actor's own, in its main thread, because the kernel takes the death of the thread that started a process
+    for the death of its parent. Blocking: where a method says so, else never.
     """
 
     def __init__(self, log: Path):
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
-        # An actor that is idle need not notice that its raylet has died.
+        # An idle actor may not notice that its raylet has died.
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
 
     def where(self) -> tuple[str, str]:
@@ -56,7 +56,7 @@ class Host:
             process.send_signal(number)
 
     def code(self) -> int | None:
-        """The exit code of the process, None as long as it runs; negative if a signal has ended it."""
+        """The exit code of the process: None while it runs, negative if a signal ended it."""
         assert self._process is not None  # asked of a worker's host, once it has started its process
         return self._process.poll()
 
@@ -87,19 +87,19 @@ class Host:
 
 
 class WorkerHost(Host):
-    """Keeps one worker: the user's script, as an external worker of the relay on its node.
+    """Manages one worker: the user's script, as an external worker of the relay on its node.
 
     Its CUDA_VISIBLE_DEVICES is the one that Ray gives the actor.
     """
 
     def start(self, words: Sequence[str], folder: Path | None, relay: Path, number: int, num_workers: int) -> int:
-        """Starts it, if that was not done.
+        """Starts the worker, unless it has been started already.
 
         Args:
             words: the script and its arguments.
-            folder: where it starts, None for the actor's own.
+            folder: its working directory, None for the actor's own.
             relay: run folder of the relay.
-            number: of this worker, of `num_workers`.
+            number: number of this worker, out of `num_workers`.
 
         Returns:
             its pid.
@@ -131,8 +131,8 @@ def _end_with(raylet: int) -> None:
 
 
 def _dying_with(host: int) -> Callable[[], None]:
-    """What a new process does to be killed when the host's main thread is."""
-    libc = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may be
+    """What a new process does so that it is killed when the host's main thread dies."""
+    libc = ctypes.CDLL(None)  # loaded now, because nothing may be loaded between fork and exec
 
     def die_with_host() -> None:
         libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

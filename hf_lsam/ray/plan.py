@@ -1,4 +1,4 @@
-"""What is to run on a cluster, and whether it can be."""
+"""What is to run on a cluster, and whether it can run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from .cluster import Needs
 from .servers import SNAPSHOT
 
-FOLDER = "ray"  # in the run's folder: logs, the secret, what is kept of the root
+FOLDER = "ray"  # in the run's folder: logs, the secret, the saved state of the root
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class Plan:
     """What is to run.
 
     Args:
-        words: the user's script and its arguments, what follows `python`.
-        num_workers: as many as there are to be.
+        words: the user's script and its arguments: what follows `python`.
+        num_workers: how many workers to run, as far as there is room.
         run_dir: folder that all nodes share, the `output_dir` of the script.
-        min_workers: none starts before there is room for as many; with fewer the run goes on and says so.
-        needs: what a worker takes of its node.
-        max_restarts: how often another worker may take a number whose worker has ended, its node being alive.
-        resume: go on from the anchor that `run_dir` keeps, if it does.
+        min_workers: no worker starts before there is room for this many; if fewer run later, the run continues and
+            logs a warning.
+        needs: the resources that a worker takes on its node.
+        max_restarts: how often another worker may take over a number whose worker has ended while its node was alive.
+        resume: continue from the anchor that `run_dir` keeps, if there is one.
         shared_memory_dir: where each node exchanges vectors.
-        report_seconds: between two lines about each worker.
+        report_seconds: seconds between two log lines about each worker.
     """
 
     words: Sequence[str]
@@ -42,9 +43,10 @@ class Plan:
     report_seconds: float = 30.0
 
     def check(self) -> None:
-        """
+        """Checks that this can run from here.
+
         Raises:
-            ValueError: if it cannot be.
+            ValueError: if it cannot.
         """
         if not 1 <= self.min_workers <= self.num_workers:
             raise ValueError(
@@ -71,10 +73,11 @@ class Plan:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, this process is the only driver of `run_dir`, on this machine and where file locks cross the network.
+        """Makes this process the only driver of `run_dir` inside the `with` block: on this machine, and on others as
+        far as file locks cross the network.
 
         Raises:
-            RuntimeError: if another one is.
+            RuntimeError: if another process is its driver.
         """
         folder = self.run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)

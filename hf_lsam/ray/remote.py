@@ -1,4 +1,4 @@
-"""A host of the cluster, as who waits for none sees it."""
+"""A host of the cluster, as the supervisor sees it, which never waits for one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .cluster import HOST_ENVIRONMENT, Needs
 
 
 class HostDied(Exception):
-    """The actor is gone; says why."""
+    """The actor is gone; the message says why."""
 
 
 class Remote:
-    """A host, as the supervisor sees it: one question at a time is under way, and no answer is waited for.
+    """A host, as the supervisor sees it: one question at a time is under way, and nobody waits for its answer.
 
     Args:
         kind: class of the host.
         arguments: of its constructor.
-        node: where it must be; None leaves it to Ray.
-        needs: what it takes there.
+        node: Ray's id of the node where it must be; None leaves that to Ray.
+        needs: the resources that it takes there; None for none.
 
     Attributes:
-        node, address: where it is, once known.
+        node, address: where it is, once that is known; empty before.
     """
 
     def __init__(self, kind: type, arguments: Sequence[Any], node: str | None = None, needs: Needs | None = None):
@@ -45,24 +45,27 @@ class Remote:
 
     @property
     def is_asked(self) -> bool:
-        """Whether a question is under way whose answer has not been taken."""
+        """Whether a question has been asked whose answer has not been taken yet."""
         return self._asked is not None
 
     def ask(self, method: str, *arguments: Any) -> None:
-        """Asks what `answer` will tell; what is asked twice must be done once."""
+        """Calls a method of the host, whose result `answer` will return. The method must be idempotent, because the
+        call is repeated if the actor was unavailable."""
         self._question = (method, *arguments)
         self._asked = self.tell(method, *arguments)
 
     def tell(self, method: str, *arguments: Any) -> ray.ObjectRef[Any]:
-        """Asks for something whose answer is nobody's."""
+        """Calls a method of the host whose result `answer` does not return."""
         return getattr(self._actor, method).remote(*arguments)
 
     def answer(self) -> Any:
-        """What has been answered; None if nothing has, or was.
+        """The answer to the last question; None if it has not arrived, or is None.
+
+        The first question is where the host is: its answer sets `node` and `address`, and None is returned.
 
         Raises:
-            HostDied: instead of an answer.
-            RuntimeError: the host's own error.
+            HostDied: if the host died before it answered.
+            RuntimeError: if the method raised an error; has its message.
         """
         if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
             return None
@@ -82,5 +85,5 @@ class Remote:
         return value
 
     def kill(self) -> None:
-        """Ends the actor; a worker that it keeps goes on alone."""
+        """Ends the actor; a worker that it manages continues without it."""
         ray.kill(self._actor)

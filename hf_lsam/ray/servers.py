@@ -1,7 +1,7 @@
-"""Hosts of the servers: a relay on each node that has workers, and the global server on one of them.
+"""Hosts of the servers: a relay on each node that has workers, and the root server on one of these nodes.
 
-A run folder lies where its node exchanges vectors; what the global server has saved there is copied to the run's own
-folder, which all nodes share, so that another node can go on from it.
+A run folder is where its node exchanges vectors. What the root server saves there is copied to the folder of the run,
+which all nodes share, so that another node can continue from it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ..transport.mailbox import RunFolder
 from ..transport.ownership import make_launch_folder
 from .hosts import Host
 
-MOST_ERRORS = 3  # with which a server may end before the run is given up
+MOST_ERRORS = 3  # the run is given up when a server has ended with as many errors
 DESCRIPTION = ("parameters.json", "run.json")  # of a run in its folder; the second is written last
 SNAPSHOT = "snapshot.safetensors"
 
 
 class ServerHost(Host):
-    """Keeps a server process: starts it again, with --resume, whenever it has ended.
+    """Manages a server process: starts it again, with --resume, whenever it has ended.
 
     Args:
         shared_memory_dir: where the node exchanges vectors.
-        name: of the run folder there; that of a host before this one is taken over.
+        name: of the run folder there; the folder of an earlier host is taken over.
         secret: file with the secret of the run.
         log: see `Host`.
 
     Raises:
-        OSError: if there can be no run folder.
+        OSError: if the run folder cannot be made.
     """
 
     def __init__(self, shared_memory_dir: Path, name: str, secret: Path, log: Path):
@@ -49,10 +49,10 @@ class ServerHost(Host):
         return (self.folder / "run.json").exists()
 
     def _ended(self) -> bool:
-        """Whether there is no process, or none any more.
+        """Whether no process has been started, or the last one has ended.
 
         Raises:
-            RuntimeError: if too many have ended with an error of their own.
+            RuntimeError: if too many processes have ended with an error of their own.
         """
         if self._process is None or self._running is not None:
             return self._process is None
@@ -68,7 +68,7 @@ class ServerHost(Host):
         self._start([*words, *role, "--secret_file", str(self._secret)], dies_with_host=True)
 
     def end(self) -> None:
-        """Tells the server to end, and removes its folder. Blocking: until it has handed in, or saved, what it has."""
+        """Tells the server to end, and removes its folder. Blocking: until it has forwarded, or saved, what it has."""
         self.signal(signal.SIGTERM)
         if self._process is not None:
             self._process.wait()
@@ -77,20 +77,20 @@ class ServerHost(Host):
         self._lock.close()
 
     def _keep(self) -> None:
-        """What outlives the folder; nothing of a relay's."""
+        """Saves what must outlive the folder; for a relay, nothing."""
 
 
 class RelayHost(ServerHost):
-    """Keeps the relay of its node."""
+    """Manages the relay of its node."""
 
-    _root = ""  # which the relay was started to connect to
+    _root = ""  # the root that the relay was started to connect to
 
     def tend(self, root: str) -> tuple[bool, int]:
-        """To be called again and again.
+        """Keeps the relay running. Must be called again and again.
 
         Args:
-            root: host and port of the global server. One that has moved needs another relay in the same folder: it
-                loses what this one has summed, and the workers find it by themselves.
+            root: host and port of the root server. If they change, another relay is started in the same folder: what
+                the old one has summed is lost, and the workers find the new one by themselves.
 
         Returns:
             whether there is a run in the folder, which its first worker creates, and the newest version there.
@@ -106,7 +106,7 @@ class RelayHost(ServerHost):
         return False, 0
 
     def end_orphan(self, pid: int) -> None:
-        """Tells a worker of this node whose host has died to save and to leave: another one takes its number."""
+        """Tells a worker of this node whose host has died to save and leave, because another one takes its number."""
         with suppress(psutil.Error):
             process = psutil.Process(pid)
             if process.environ().get("HF_LSAM_SERVER_ADDRESS") == str(self.folder):  # the pid may have a new owner
@@ -114,11 +114,11 @@ class RelayHost(ServerHost):
 
 
 class RootHost(ServerHost):
-    """Keeps the global server.
+    """Manages the root server.
 
     Args:
         kept: folder that all nodes share, for the description of the run and its newest snapshot.
-        port: where to listen; None chooses one.
+        port: at which to listen; None chooses one.
     """
 
     def __init__(
@@ -126,33 +126,34 @@ class RootHost(ServerHost):
     ):
         super().__init__(shared_memory_dir, name, secret, log)
         self._kept = kept
-        self._copied: dict[str, int] = {}  # file -> when what was copied had been written, ns
+        self._copied: dict[str, int] = {}  # file -> modification time of what was copied, ns
         self._port = port or _free_port()
         kept.mkdir(parents=True, exist_ok=True)
 
     def tend(self, relay: Path | None, version: int) -> tuple[str, int]:
-        """To be called again and again. Blocking: while a snapshot is copied.
+        """Keeps the root server running, and copies what it saves. Must be called again and again. Blocking: while a
+        snapshot is copied.
 
         Args:
-            relay: folder of a relay on this node, which has a run; None if there is none. A run that has no snapshot
+            relay: run folder of a relay on this node that has a run; None if there is none. A run that has no snapshot
                 yet begins with the relay's anchor.
-            version: the newest that any relay has seen. A run that goes on elsewhere than it was goes on above it.
+            version: the newest that any relay has seen. A run that continues in another place continues above it.
 
         Returns:
-            host and port where the server listens, or will.
+            host and port at which the server listens, or will listen.
         """
         if self._ended():
             if not self._holds_run:
                 self._take_up(relay, version)
             if self._process is not None and self._process.returncode > 0:
-                self._port = _free_port()  # the one that it had may be another's by now
+                self._port = _free_port()  # another process may have taken the old one
             if self._holds_run:
                 self._serve("--listen", f"{self.where()[1]}:{self._port}", "--allow_remote")
         self._keep()
         return self.where()[1], self._port
 
     def _take_up(self, relay: Path | None, version: int) -> None:
-        """The run that was kept, or a relay's."""
+        """Takes up the run that was kept, or else a relay's."""
         if (self._kept / SNAPSHOT).exists():
             for name in (SNAPSHOT, *DESCRIPTION):
                 shutil.copyfile(self._kept / name, self.folder / name)
@@ -168,7 +169,7 @@ class RootHost(ServerHost):
             folder.publish(anchor, version)
 
     def _keep(self) -> None:
-        """Copies what is newer here than there: whole, or not at all."""
+        """Copies what is newer here than there, completely or not at all."""
         for name in (*DESCRIPTION, SNAPSHOT):
             here = self.folder / name
             with suppress(FileNotFoundError):

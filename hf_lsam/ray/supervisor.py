@@ -1,19 +1,19 @@
-"""The supervisor: keeps as many workers as the cluster has room for, a relay on each node of theirs, and one root.
+"""The supervisor: keeps as many workers as the cluster has room for, a relay on each of their nodes, and one root.
 
-It is the driver. It looks at every host once a second and waits for none: at each turn it takes the answer that has
-come, if one has, and asks the next. What it wants is all it remembers of servers; a server that has died is started
-again by its host, and a host that has died is made anew, where it was or where there is a node.
+It is the driver. It attends to every host once a second and waits for none: at each turn it takes the answer that has
+arrived, if any, and asks the next question. About servers it remembers only which of them it wants: a server that has
+died is started again by its host, and a host that has died is replaced, on the same node or on another one.
 
     a worker ends with 0       it has finished; from then on none is added
-    a worker ends otherwise    another one takes its number, `max_restarts` times
-    its host dies              likewise; if its node lives, the process is told to save and to leave first
-    a node dies                its workers wait for room elsewhere, which counts as no restart
+    a worker ends otherwise    another one takes its number, at most `max_restarts` times
+    its host dies              likewise; if its node is alive, the process is told to save and leave first
+    a node dies                its workers wait for room elsewhere, which does not count as a restart
     a node comes               Ray places what waits
-    the root's node dies       it goes on from what was kept, on a node that has a relay, and all relays are told where
-    SIGTERM or Ctrl-C          all workers save and leave, then relays hand in, then the root saves
+    the root's node dies       another root continues from what was kept, on a node with a relay; all relays are told
+    SIGTERM or Ctrl-C          all workers save and leave, then the relays forward what they have, then the root saves
 
-When the head of the cluster dies, Ray ends this process, all hosts and with them the servers; the workers go on alone
-for `server_timeout`, save, and end with an error.
+When the head of the cluster dies, Ray ends this process and all hosts, and with them the servers; the workers continue
+alone for `server_timeout`, save, and end with an error.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ def launch(
     shared_memory_dir: str | Path = "/dev/shm",
     report_seconds: float = 30.0,
 ) -> None:
-    """Trains on a Ray cluster: `python WORDS` as `num_workers` workers, and returns when all have finished.
+    """Trains on a Ray cluster: runs `python WORDS` as `num_workers` workers, and returns when all have finished.
 
-    The anchor is what worker 0 of the script saves; what the root has saved last lies in `run_dir`/ray/root.
+    Worker 0 of the script saves the anchor; what the root saved last is in `run_dir`/ray/root.
 
     Args:
-        address: see `cluster.connect`; of no consequence in a process that is a driver already.
+        address: see `cluster.connect`; ignored in a process that is a driver already.
         words, num_workers, run_dir, min_workers, max_restarts, resume, shared_memory_dir, report_seconds: see `Plan`.
         gpus_per_worker, cpus_per_worker: see `Needs`.
 
     Raises:
-        ValueError: if the arguments cannot be.
-        RuntimeError: if another driver keeps `run_dir`, if there is no cluster, if fewer than `min_workers` workers are
+        ValueError: if the arguments are invalid.
+        RuntimeError: if another driver has `run_dir`, if there is no cluster, if fewer than `min_workers` workers are
             left that may be started again, or if a server ends with an error again and again.
         KeyboardInterrupt, SystemExit: on a signal, once all have saved.
 
-    Blocking: until the end. Process: a driver's, its main thread for signals to be heard.
+    Blocking: until the end. Process: a driver's, in its main thread if it is to receive signals.
     """
     plan = Plan(
         list(words),
@@ -97,18 +97,18 @@ def launch(
 
 
 class Phase(enum.Enum):
-    """Of a worker's number."""
+    """How far the worker of a number is."""
 
     WAITING = enum.auto()  # for room, or for its host to begin
     PLACED = enum.auto()
     TRAINING = enum.auto()
     FINISHED = enum.auto()
-    LEFT = enum.auto()  # and nobody takes its place
+    LEFT = enum.auto()  # without finishing, and nobody takes its place
 
 
 @dataclass
 class Worker:
-    """A worker's number, and who has it."""
+    """A worker's number, and the host and process that have it."""
 
     number: int
     phase: Phase = Phase.WAITING
@@ -123,7 +123,7 @@ class Relay:
 
     host: Remote
     folder: Path
-    is_there: bool = False  # workers may come: it serves its folder, or will in a moment
+    is_there: bool = False  # workers may start: it serves its folder, or will in a moment
     holds_run: bool = False
     version: int = 0
     hosts_lost: int = 0
@@ -141,7 +141,7 @@ class Supervisor:
         self._folder = plan.run_dir / FOLDER
         self._secret = self._folder / "secret"
         self._name = f"ray-{secrets.token_hex(4)}"
-        # What a job has sent along lies where each node has unpacked it.
+        # Files that a job has sent along are wherever each node has unpacked them.
         sent = ray.get_runtime_context().runtime_env.get("working_dir")
         self._script_folder = None if sent else Path.cwd()
         self._workers = [Worker(number) for number in range(plan.num_workers)]
@@ -150,7 +150,7 @@ class Supervisor:
         self._root_node, self._root_port, self._root_at = "", None, ""
         self._roots_lost = 0
         self._signals = EndSignals()
-        self._started = False  # as many as must begin together had room
+        self._started = False  # as many workers as must begin together have had room
         self._leaving = False  # a worker has finished, or all are told to leave
         self._record = RecordReader(plan.run_dir)
         self._misses_record = False
@@ -246,7 +246,7 @@ class Supervisor:
         worker.host, worker.phase = None, phase
 
     def _end(self, worker: Worker, code: int) -> None:
-        """Its process has ended, with `code`."""
+        """The worker's process has ended, with `code`."""
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self._let_go(worker, Phase.LEFT if code else Phase.FINISHED)
         if code == 0:
@@ -258,7 +258,7 @@ class Supervisor:
             self._replace(worker, f"{how}; see {self._folder}/worker-{worker.number}.log")
 
     def _lose(self, worker: Worker, reason: str) -> None:
-        """Its host has died, and with it or without it the process."""
+        """The worker's host has died, with or without its process."""
         assert worker.host is not None
         node, address = worker.host.node, worker.host.address
         trained = worker.phase is Phase.TRAINING
@@ -273,7 +273,7 @@ class Supervisor:
             self._replace(worker, f"has lost its host: {reason}")
 
     def _replace(self, worker: Worker, why: str) -> None:
-        """Another one takes the number, unless too many have."""
+        """Lets another worker take the number, unless too many have already."""
         worker.restarts += 1
         if worker.restarts <= self._plan.max_restarts:
             worker.phase = Phase.WAITING
@@ -306,7 +306,7 @@ class Supervisor:
                 del self._relays[node]
                 return
             relay.hosts_lost = _one_more(relay.hosts_lost, "relay", error)
-            relay.host = self._new_relay(node, relay.host.address).host  # the workers wait in its folder
+            relay.host = self._new_relay(node, relay.host.address).host  # in the same folder, where the workers wait
             return
         if answer is not None:
             relay.is_there, (relay.holds_run, relay.version) = True, answer
@@ -332,22 +332,22 @@ class Supervisor:
             self._root.ask("tend", there, max((each.version for each in self._relays.values()), default=0))
 
     def _place_root(self) -> None:
-        """Where it was; or else on a node that has a relay, one with a run if there is one."""
+        """Places the root where it was, or else on a node that has a relay, one with a run if possible."""
         addresses = {each.id: each.address for each in nodes() if each.id in self._relays}
         if not addresses:
             return
         there = self._root_node in addresses
         node = self._root_node if there else max(addresses, key=lambda each: self._relays[each].holds_run)
         logger.info("the root is to be on %s", addresses[node])
-        # A folder a node: where two share a machine, neither finds what only the other can know.
+        # One folder per node: where two nodes share a machine, neither finds what only the other can know.
         arguments = [self._plan.shared_memory_dir, f"{self._name}-root-{node[:12]}", self._secret]
         arguments += [self._folder / "root.log", self._folder / "root", self._root_port if there else None]
         self._root, self._root_node = Remote(RootHost, arguments, node), node
 
-    # --- the end, and what is said ---
+    # --- the end, and reports ---
 
     def _leave(self) -> None:
-        """Workers save and leave, relays hand in, the root saves: in this order."""
+        """Workers save and leave, relays forward what they have, the root saves: in this order."""
         self._leaving = True
         told: list[Remote] = []
         try:
@@ -372,7 +372,7 @@ class Supervisor:
                 ray.wait([host.tell("end") for host in servers], num_returns=len(servers))
 
     def _report(self) -> None:
-        """A line about each worker that trains, and what keeps the others from it."""
+        """Logs a line about each worker that trains, and what keeps the others from training."""
         plan = self._plan
         training = [worker for worker in self._workers if worker.phase is Phase.TRAINING]
         waiting = [worker for worker in self._workers if worker.phase in (Phase.WAITING, Phase.PLACED)]
@@ -403,10 +403,10 @@ class Supervisor:
 
 
 def _one_more(lost: int, what: str, error: HostDied) -> int:
-    """Counts the hosts of a server that died while their node lived.
+    """Counts the hosts of a server that died while their node was alive.
 
     Raises:
-        RuntimeError: if they are too many.
+        RuntimeError: if there were too many.
     """
     logger.warning("the host of the %s is gone, and is made anew: %s", what, error)
     if lost + 1 == MOST_ERRORS:

@@ -323,9 +323,9 @@ class Relay(Role):
             raise ValueError(f"anchor {version} came without a vector")
         folder = self._service.folder
         self.core.adopt(vector, version)
-        # Two versions may be overwritten in place. Version 0, with which this folder began, has been read by nobody.
-        # And where the exact form of the published, rounded version arrives, a worker that copies it during the write
-        # gets the old or the new value for each element, and either will do.
+        # Two versions may be overwritten in place. Version 0, with which this folder began, is read by nobody before
+        # the root's welcome. And where the exact form of the published, rounded version arrives, a worker that copies
+        # it during the write gets the old or the new value of each element, and either will do.
         if folder.version in (0, version):
             folder.slot(folder.version).copy_(self.core.anchor.vector)
         self._service.publish_if_newer()

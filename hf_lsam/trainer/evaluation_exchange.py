@@ -33,7 +33,7 @@ class Exchange:
     Args:
         store: the launch's store.
         key: of the evaluation.
-        seconds: how long a worker that has taken a batch may be silent before the others no longer wait for it.
+        seconds: how long to wait for the next result of the workers that have taken batches; after that, for none.
     """
 
     def __init__(self, store: LaunchStore, key: str, seconds: float):

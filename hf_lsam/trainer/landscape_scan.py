@@ -29,8 +29,7 @@ class LandscapeScan(TrainerPart):
         """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
 
         The model is in evaluation mode, except that BatchNorm normalises by the batch, because running statistics
-        belong
-        to one point. A file that cannot be read or written causes a warning only: the run already has its model.
+        belong to one point. A file that cannot be read or written causes a warning only: the run already has its model.
         """
         assert self._own is not None  # training has ended
         args, folder = self.args, self._output_folder / FOLDER

@@ -70,8 +70,7 @@ class SharedEvaluation(TrainerPart):
             return loop(passes_for_one, *settings)
 
     def _recorded(self, loader: DataLoader[Any], settings: _Settings) -> Generator[RecordedBatch, None, None]:
-        """Begins when Trainer's loop does, with the model in evaluation mode already, and yields that loop's
-        batches."""
+        """Begins when Trainer's loop does, with the model already in evaluation mode; yields that loop's batches."""
         evaluated, batches = self._evaluating(*settings[1:3]), Batches(loader)
         asked = *settings, vars(self).get("_gen_kwargs"), self.args.include_for_metrics
         digest = digest_of(asked, batches.probe(), fingerprint(self.model))

@@ -179,11 +179,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
 
     @contextmanager
     def anchor(self) -> Iterator[None]:
-        """Lets the model hold the anchor inside the `with` block; afterwards it holds what it held before. May be
-        nested.
+        """Lets the model hold the anchor inside the `with` block; afterwards it holds what it held before.
 
-        Does nothing if the model holds the anchor already, before training has begun, and inside `local()`. BatchNorm
-        statistics are re-estimated for the anchor; the worker's own are restored afterwards.
+        May be nested. Does nothing if the model holds the anchor already, before training has begun, and inside
+        `local()`. BatchNorm statistics are re-estimated for the anchor; the worker's own are restored afterwards.
         """
         if self._showing_local or self.worker is None or self.session.finished or self.worker.shows_anchor:
             yield
