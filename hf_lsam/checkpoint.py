@@ -86,7 +86,7 @@ def refuse_other_parameters(path: Path, manifest: Sequence[Any]) -> None:
             saved = json.loads((file.metadata() or {}).get("manifest", "null")) or []
     except SafetensorError as error:
         raise ValueError(_about_no_file(path, error)) from error
-    if saved != json.loads(json.dumps(manifest)):
+    if saved != [list(entry) for entry in manifest]:
         raise ValueError(
             f"{path} was saved with other trainable parameters: {first_difference(manifest, saved)} (in the file). It "
             "holds one vector, whose values would end in the wrong places. Resume with the model, the adapter and the "

@@ -53,16 +53,16 @@ class StepHooks:
             ValueError: if the momentum belongs to the anchor, and the optimizer's has changed since the run began.
         """
         shared = self._shared_momentum
+        for group in self._optimizer.param_groups if shared else ():
+            if _momentum_in(group) != shared:
+                raise ValueError(
+                    f"The optimizer's momentum was {shared:g} when the run began, and is {_momentum_in(group):g} "
+                    "now: the anchor took it over then and keeps it, so workers would step with the wrong learning rate. "
+                    "Leave it as it is (a OneCycleLR needs cycle_momentum=False), or set momentum_at='worker'."
+                )
         if self.factor != 1.0 or shared:
             self._kept = []
             for group in self._optimizer.param_groups:
-                if shared and _momentum_in(group) != shared:
-                    raise ValueError(
-                        f"The optimizer's momentum was {shared:g} when the run began, and is {_momentum_in(group):g} "
-                        "now: the anchor took it over then and keeps it, so workers would step with the wrong learning "
-                        "rate. Leave it as it is (a OneCycleLR needs cycle_momentum=False), or set "
-                        "momentum_at='worker'."
-                    )
                 change = {"lr": group["lr"] * self.factor, **(_without_momentum(group) if shared else {})}
                 self._kept.append({key: group[key] for key in change})
                 group.update(change)

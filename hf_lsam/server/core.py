@@ -121,7 +121,8 @@ class RelayCore:
         settings: of the run.
 
     A sum that is sent in fewer than 32 bits a value is rounded, and the rounding error is added to the next sum (error
-    feedback); the last sum is exact.
+    feedback). What a run's end leaves in an incomplete period is sent unrounded; the rounding error of a complete last
+    period, less than one step of its codes a value, is dropped.
 
     State: the sum of the current period, the sum that was forwarded and is not answered yet, the last anchor.
     Process: one; not thread-safe.
@@ -139,7 +140,6 @@ class RelayCore:
         self._steps = 0
         self._under_way = torch.zeros_like(vector)
         self._steps_under_way = 0
-        self._holds_rest = False  # the sum holds what rounding has left of those before
 
     def join(self, worker: int) -> None:
         """Counts `worker` as live."""
@@ -181,17 +181,14 @@ class RelayCore:
             value in which to send it), or None.
         """
         complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
-        # What rounding has left of the last sum counts as a step: a sum of none would be refused.
-        steps = self._steps or int(all_of_it and self._holds_rest)
-        if self._steps_under_way or not steps or not (complete or all_of_it):
+        if self._steps_under_way or not self._steps or not (complete or all_of_it):
             return None
         self._sum, self._under_way = self._under_way, self._sum
-        self._steps, self._steps_under_way = 0, steps
+        self._steps, self._steps_under_way = 0, self._steps
         self.forwarded += 1
         bits = 32 if all_of_it else self.settings.exchange_bits
         if self.settings.exchange_bits < 32:
             round_(self._under_way, bits, rest=self._sum)
-        self._holds_rest = bits < 32
         return self._under_way, self._steps_under_way, self.forwarded, bits
 
     def answered(self, number: int) -> None:
@@ -209,7 +206,7 @@ class RelayCore:
     @property
     def is_empty(self) -> bool:
         """Whether everything that was pushed has been forwarded and answered."""
-        return not self._steps and not self._steps_under_way and not self._holds_rest
+        return not self._steps and not self._steps_under_way
 
     @torch.no_grad()
     def adopt(self, vector: Tensor, version: int) -> None:

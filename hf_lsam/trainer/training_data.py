@@ -31,6 +31,7 @@ def _shared(make: Callable[..., DataLoader[Any]]) -> Callable[..., DataLoader[An
         # Seeds far apart, because epoch e of the seedable sampler uses its seed + e.
         return trainer._train_dataloader(1, seed + 1_000_003 * identity.rank)
 
+    get_train_dataloader.is_shared = True  # type: ignore[attr-defined]
     return get_train_dataloader
 
 
@@ -46,8 +47,9 @@ class TrainingData(TrainerPart):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        if (own := cls.__dict__.get("get_train_dataloader")) is not None:
-            cls.get_train_dataloader = _shared(own)  # type: ignore[method-assign]
+        found = cls.get_train_dataloader  # its own, or that of a class that it names before the mixin
+        if not getattr(found, "is_shared", False):
+            cls.get_train_dataloader = _shared(found)  # type: ignore[method-assign]
 
     @_shared
     def get_train_dataloader(self) -> DataLoader[Any]:

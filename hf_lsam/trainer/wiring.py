@@ -226,8 +226,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         return self.session.run.gather(key, value)
 
     def worker_summary(self) -> dict[str, Any]:
-        """This worker's totals of the last `train()`, or of the one under way: steps, pushes, bytes, staleness and
-        anchor version, and the drift at the last step."""
+        """This worker's totals of the last `train()`, or of the one under way, including the part that it was resumed
+        from: steps, pushes, bytes, staleness and anchor version, and the drift at the last step."""
         return self.session.summary()
 
     # --- the SAM step ---
@@ -427,7 +427,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         if self._callback.server_gone is not None:
             raise self._callback.server_gone
         # Not best_global_step: the best evaluation may be of a step that was not saved.
-        best = -1 if state.best_model_checkpoint is None else _number_of(Path(state.best_model_checkpoint))
+        best = -1 if state.best_model_checkpoint is None else int(state.best_model_checkpoint.rpartition("-")[2])
         # A stop before the last step is somebody's decision and applies to all workers; running out of data is not.
         in_an_epoch = self._callback.steps_before_epoch < state.global_step < state.max_steps
         stop_all = self.control.should_training_stop and in_an_epoch
@@ -468,10 +468,6 @@ class LSAMTrainer(LSAMTrainerMixin, Trainer):
     trainer.save_model()    # the anchor
     ```
     """
-
-
-def _number_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _devices_of(model: Any) -> str:

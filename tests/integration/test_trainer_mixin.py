@@ -372,6 +372,17 @@ class LoaderOfASubclass(OwnLoader):
         return super().get_train_dataloader()
 
 
+class Loads:
+    """For any Trainer; it need not call what it overrides."""
+
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=4, shuffle=True))
+
+
+class LoaderOfAMixin(Loads, LSAMTrainer):
+    pass
+
+
 class UnpreparedLoader(LSAMTrainer):
     def get_train_dataloader(self):
         return DataLoader(self.train_dataset, batch_size=4, shuffle=True)
@@ -386,7 +397,7 @@ def as_worker(monkeypatch):
     return become
 
 
-@pytest.mark.parametrize("kind", [LSAMTrainer, OwnLoader, LoaderOfASubclass])
+@pytest.mark.parametrize("kind", [LSAMTrainer, OwnLoader, LoaderOfASubclass, LoaderOfAMixin])
 def test_a_loader_of_ones_own_is_shared_by_the_workers_as_trainers_is(tmp_path, as_worker, kind):
     rows, seen = blobs(), []
     for rank in range(2):
