@@ -141,8 +141,8 @@ def facts_of_run(run_dir: Path) -> CardFacts:
         return CardFacts(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is not what a card can be made of ({error!r}). Take it out of the way to have one from the run's "
-            "record alone, or let the script write it again."
+            f"{path} is not a results file that a card can be made from ({error!r}). Move it away to make the "
+            "card from the run's record alone, or let the script write it again."
         ) from error
 
 

@@ -48,7 +48,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], manifest: Sequence[Any]
         flush(whole)
         os.replace(whole, path)
     except SafetensorError as error:  # what safetensors raises when the disk is full
-        raise OSError(f"{path} could not be written: {error}. What stood there before still stands.") from error
+        raise OSError(f"{path} could not be written: {error}. The previous file is unchanged.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     flush(path.parent)
@@ -69,8 +69,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(_about_no_file(path, error)) from error
     if expected is not None and expected != _checksum(tensors):
         raise ValueError(
-            f"{path} does not hold what was saved: its checksum is wrong. The disk has damaged it, or it was edited; "
-            "resume from an older checkpoint."
+            f"{path} is damaged: its checksum does not match what was saved. The disk failed, or the file was "
+            "edited. Resume from an older checkpoint."
         )
     return tensors
 
@@ -88,9 +88,9 @@ def refuse_other_parameters(path: Path, manifest: Sequence[Any]) -> None:
         raise ValueError(_about_no_file(path, error)) from error
     if saved != [list(entry) for entry in manifest]:
         raise ValueError(
-            f"{path} was saved with other trainable parameters: {first_difference(manifest, saved)} (in the file). It "
-            "holds one vector, whose values would end in the wrong places. Resume with the model, the adapter and the "
-            "frozen parameters that it was saved with; to train others, begin a new run from the saved model."
+            f"{path} was saved with other trainable parameters: {first_difference(manifest, saved)} (in the "
+            "file). Its values would end up in the wrong parameters. Resume with the model, the adapter and the "
+            "frozen parameters that it was saved with; to train others, start a new run from the saved model."
         )
 
 

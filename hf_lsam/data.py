@@ -136,9 +136,10 @@ def share_unevenly(loader: DataLoader[Any], sizes: Sequence[int]) -> None:
     shard = loader.batch_sampler
     if not (isinstance(shard, BatchSamplerShard) and isinstance(shard.batch_sampler, BatchSampler)):
         raise ValueError(
-            f"The workers' batches have {list(sizes)} rows, and a stream, or a batch sampler of one's own, is shared "
-            "in batches of one size: rows would be seen twice, or never. Use the same batch size in every worker, a "
-            "data set with a length, or data_distribution='independent'."
+            f"The workers' batches have {list(sizes)} rows. Workers share a stream, or the batches of a custom "
+            "batch sampler, only if all use the same batch size; otherwise rows would be seen twice or never. "
+            "Use the same batch size in every worker, a data set with a length, or "
+            "data_distribution='independent'."
         )
     shard.batch_sampler = BatchesInTurn(shard.batch_sampler.sampler, sizes, shard.batch_sampler.drop_last)
     shard.batch_size, shard.even_batches = None, False  # every round of n batches is complete already

@@ -92,8 +92,8 @@ class Identity:
             worker, workers = number(WORKER, -1), number(NUM_WORKERS, 0)
             if not 0 <= worker < workers:
                 raise ValueError(
-                    f"{WORKER}={os.environ.get(WORKER)} and {NUM_WORKERS}={os.environ.get(NUM_WORKERS)} say nothing of "
-                    f"which worker this is. Set both, {WORKER} from 0 to {NUM_WORKERS} - 1, or neither."
+                    f"{WORKER}={os.environ.get(WORKER)} and {NUM_WORKERS}={os.environ.get(NUM_WORKERS)} do not "
+                    f"say which worker this is. Set both, {WORKER} from 0 to {NUM_WORKERS} - 1, or neither."
                 )
             return cls(worker, num_workers=workers, comes_and_goes=True)
         workers = number("WORLD_SIZE", 1)
@@ -102,15 +102,16 @@ class Identity:
         identity = cls(number("RANK", 0), number("LOCAL_RANK", 0), workers, machine, machines, here)
         if here < workers and machines == 1:
             raise ValueError(
-                f"{workers} workers were started, {here} of them on this machine, and the launcher does not say which "
-                "machine this is (GROUP_RANK, GROUP_WORLD_SIZE): no server could be found. Start them with torchrun or "
-                "`accelerate launch --num_machines`."
+                f"{workers} workers were started, {here} of them on this machine, and the launcher does not say "
+                "which machine this is (GROUP_RANK, GROUP_WORLD_SIZE), so no server can be found. Start them "
+                "with torchrun or `accelerate launch --num_machines`."
             )
         if machines > 1 and number("TORCHELASTIC_MAX_RESTARTS", 0):
             raise ValueError(
-                "--max_restarts is set, and with several machines the launcher starts the workers of one machine anew "
-                "without the others: they would wait for a run that nobody else joins. Leave it out. When a machine "
-                "fails, the others go on; start all again with resume_from_checkpoint to have it back."
+                "--max_restarts is set. With several machines, the launcher would restart the workers of one "
+                "machine without the others, and they would wait for a run that nobody else joins. Remove it. "
+                "When a machine fails, the others go on; to get it back, start all machines again with "
+                "resume_from_checkpoint."
             )
         asked = _processes_asked_of_launcher()
         if asked is not None and asked > identity.num_workers:

@@ -193,7 +193,7 @@ class Launch(Transport):
         while not address_file(path).exists():
             if not self._server_may_come():
                 raise ServerGone(
-                    f"The server of the launch ended at its start; see {self._server_log}. Does MASTER_ADDR "
+                    f"The server ended right after its start; see {self._server_log}. Does MASTER_ADDR "
                     "(--main_process_ip) name an address of machine 0, and is server_port free there?"
                 )
             time.sleep(0.02)
@@ -209,7 +209,7 @@ class Launch(Transport):
         if self._server.poll() in (None, 0, SIGTERM_CODE):
             return
         self._restarts_left -= 1
-        logger.warning("the server process ended with code %d: it is started again", self._server.returncode)
+        logger.warning("the server process ended with code %d and is started again", self._server.returncode)
         self._server = start_server(self._made[0], self._server_log, True, self._server_options)
 
 
@@ -253,8 +253,8 @@ class ServedFolder(Transport):
             there = folder.run["settings"][name]
             if here != there:
                 raise RefusedError(
-                    f"{name} is {here!r} here and {there!r} in the run in {path}: one server cannot follow both. Give "
-                    "every worker of a run the same settings."
+                    f"{name} is {here!r} here and {there!r} in the run in {path}. Give every worker of a run the "
+                    "same settings."
                 )
         return SharedMemoryLink(
             folder, ANY_NUMBER, request.layout, request.device, timeout=seconds, server_timeout=seconds
@@ -282,7 +282,7 @@ def transport_of(address: str, timeouts: Timeouts) -> Transport:
         scheme, rest = "file", address
     if scheme not in TRANSPORTS:
         raise ValueError(
-            f"`server_address` is {address!r}, and no transport joins a run by {scheme}://. Use the folder of a "
+            f"`server_address` is {address!r}, and there is no transport for {scheme}://. Use the folder of a "
             f"running server, or one of {', '.join(f'{known}://' for known in TRANSPORTS)}."
         )
     return TRANSPORTS[scheme](rest, timeouts)

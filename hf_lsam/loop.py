@@ -120,7 +120,7 @@ class LSAM:
         known = {field.name for field in fields(LSAMArguments)}.difference(NOT_IN_A_LOOP)
         unknown = sorted(lsam.keys() - known)
         if unknown:
-            raise TypeError(f"LSAM takes no field {unknown[0]!r}. It takes {', '.join(sorted(known))}.")
+            raise TypeError(f"LSAM has no argument {unknown[0]!r}. It has {', '.join(sorted(known))}.")
         if gradient_accumulation_steps < 1:
             raise ValueError(
                 f"`gradient_accumulation_steps` must be >= 1, got {gradient_accumulation_steps}. Use 1 to step after "
@@ -129,15 +129,16 @@ class LSAM:
         self.arguments = LoopArguments(**lsam)
         if self.arguments.share_steps != (max_steps is not None and max_steps > 0):
             raise ValueError(
-                f"`max_steps` must be positive with share_steps=True and left out without, got {max_steps}: it is what "
-                "the workers of the run share. Without share_steps your loop says how many steps it makes."
+                "`max_steps` must be positive with share_steps=True and must be left out without it, got "
+                f"{max_steps}. It is the number of steps that all workers make together; without share_steps, "
+                "your loop decides how many it makes."
             )
         self._max_steps = max_steps
         self._resume_from = None if resume_from is None else Path(resume_from)
         if self._resume_from is not None and not (self._resume_from / SERVER_STATE).exists():
             raise FileNotFoundError(
-                f"resume_from={resume_from} holds no {SERVER_STATE}: there is no anchor to go on from. Name a folder "
-                "that `LSAM.save` has written, or leave it out to begin anew."
+                f"resume_from={resume_from} holds no {SERVER_STATE}, so there is no anchor to resume from. Name a "
+                "folder written by `LSAM.save`, or leave it out to start a new run."
             )
         if accelerator is not None and accelerator.gradient_accumulation_steps > 1:
             if gradient_accumulation_steps not in (1, accelerator.gradient_accumulation_steps):
@@ -149,8 +150,8 @@ class LSAM:
         scales = accelerator is not None and accelerator.scaler is not None
         if scales and not isinstance(optimizer, AcceleratedOptimizer):
             raise ValueError(
-                "The Accelerator scales the loss (fp16), and the optimizer is not one that it has prepared: steps "
-                "whose gradients overflow would not be skipped. Pass accelerator.prepare(optimizer), or use bf16."
+                "The Accelerator scales the loss (fp16) but has not prepared this optimizer, so steps whose "
+                "gradients overflow would not be skipped. Pass accelerator.prepare(optimizer), or use bf16."
             )
         self.optimizer = optimizer
         self._model = model
@@ -201,7 +202,7 @@ class LSAM:
                 self._restore_random_states(state)
             else:
                 if folder is not None:
-                    logger.warning("%s holds nothing of worker %d: it starts at the anchor", folder, rank)
+                    logger.warning("%s has no state of worker %d, which starts at the anchor", folder, rank)
                 if rank:
                     torch.manual_seed(torch.initial_seed() + rank)  # so that dropout masks and noise differ
             configuration = {
@@ -244,7 +245,10 @@ class LSAM:
         own = folder / str(self.arguments.identity.rank)
         own.mkdir(parents=True, exist_ok=True)
         if not self.session.save_anchor(folder):
-            raise OSError(f"There is no server at the moment: the anchor's state was not saved to {folder}. Try again.")
+            raise OSError(
+                f"The server cannot be reached at the moment, so the anchor's state was not saved to {folder}. Try "
+                "again."
+            )
         self.session.save_worker(own, self._random_states())
 
     def _random_states(self) -> dict[str, Tensor]:
@@ -329,7 +333,7 @@ class LSAM:
                 empty = False
                 yield batch
             if empty:
-                raise ValueError("There is no batch in `loader`, and steps of the run are left: it would never end.")
+                raise ValueError("`loader` is empty, but the run has steps left, so it would never end.")
 
     def schedule(self, scheduler: LRScheduler) -> RunSchedule:
         """Wraps `scheduler`, of `max_steps` steps, so that it follows the run: call its `step` after each of your own
@@ -478,6 +482,6 @@ def _loss_in(output: Any) -> Tensor:
     else:
         found = "a loss that is cut off from the parameters (detached, or computed under torch.no_grad)"
     raise ValueError(
-        f"The closure given to `LSAM.step` returned {found}: there is no gradient to take. Return the batch's mean "
-        'loss as a 0-d tensor: `loss_fn(model(x), y)` or `model(**batch)["loss"]`, not its .item() or its .detach().'
+        f"The closure given to `LSAM.step` returned {found}, which has no gradient. Return the batch's mean loss "
+        'as a 0-d tensor: `loss_fn(model(x), y)` or `model(**batch)["loss"]`, not its .item() or its .detach().'
     )

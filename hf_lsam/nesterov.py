@@ -51,8 +51,9 @@ class NesterovAdamW(torch.optim.AdamW):
         """
         if any(group["betas"][0] for group in self.param_groups):
             raise ValueError(
-                "NesterovAdamW keeps its momentum in each group's 'momentum', and something has set betas[0] as well: "
-                "the gradient would be averaged twice. Schedule 'momentum' instead (OneCycleLR: cycle_momentum=False)."
+                "NesterovAdamW keeps its momentum in each group's 'momentum', but betas[0] has been set as well, "
+                "so the gradient would be averaged twice. Schedule 'momentum' instead (OneCycleLR: "
+                "cycle_momentum=False)."
             )
         loss = None
         if closure is not None:

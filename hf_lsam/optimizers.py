@@ -56,9 +56,10 @@ class StepHooks:
         for group in self._optimizer.param_groups if shared else ():
             if _momentum_in(group) != shared:
                 raise ValueError(
-                    f"The optimizer's momentum was {shared:g} when the run began, and is {_momentum_in(group):g} "
-                    "now: the anchor took it over then and keeps it, so workers would step with the wrong learning "
-                    "rate. Leave it as it is (a OneCycleLR needs cycle_momentum=False), or set momentum_at='worker'."
+                    f"The optimizer's momentum was {shared:g} when the run began and is {_momentum_in(group):g} "
+                    "now. The anchor took it over when the run began, so workers would step with the wrong "
+                    "learning rate. Keep it constant (a OneCycleLR needs cycle_momentum=False), or set "
+                    "momentum_at='worker'."
                 )
         if self.factor != 1.0 or shared:
             self._kept = []

@@ -43,9 +43,9 @@ def cast_to_float32(
         return []
     if optimizer is not None and optimizer.state:
         raise ValueError(
-            "The optimizer holds a state of parameters in half precision: its moments have been rounded already, and "
-            "would not fit the float32 parameters that LSAM trains. Hand over an optimizer that has made no step; load "
-            "its state afterwards."
+            "The optimizer already has a state for half-precision parameters, which does not fit the float32 "
+            "parameters that LSAM trains. Pass an optimizer that has not stepped yet, and load its state "
+            "afterwards."
         )
     has_adapters = getattr(model, "peft_config", None) is not None
     tensors = trainable if has_adapters else [*model.parameters(), *model.buffers()]
@@ -103,8 +103,9 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for name, parameter in named:
         if type(parameter.data).__name__ == "DTensor":
             raise ValueError(
-                f"The parameter `{name}` is sharded (DTensor: tensor parallelism or FSDP). A worker holds whole "
-                "parameters, so its norm and its differences would be wrong. Load the model without a device mesh."
+                f"The parameter `{name}` is sharded (DTensor: tensor parallelism or FSDP). Every worker needs "
+                "whole parameters; of a part, the norm and the differences would be wrong. Load the model "
+                "without a device mesh."
             )
         if parameter.is_complex():
             raise ValueError(
@@ -137,9 +138,9 @@ def refuse_changes(model: nn.Module, since_the_start: Sequence[Tensor]) -> None:
         else:
             continue
         raise ValueError(
-            f"The parameter `{name}` {what} since the run began: what is perturbed and exchanged was settled then, so "
-            "its gradients would be wrong and the anchor's value of it not the workers'. Choose what trains before "
-            "training begins; to unfreeze a layer later, end this run there and train again from its anchor."
+            f"The parameter `{name}` {what} since the run began. Which parameters train is fixed at the start of "
+            "a run, so its gradients or its value in the anchor would be wrong. Freeze and unfreeze before "
+            "training; to change it later, end this run and start another from its anchor."
         )
 
 
@@ -174,10 +175,10 @@ class ParameterLayout:
         for (name, shape, _), size, tensor in zip(self.manifest, self._sizes, tensors, strict=True):
             if tensor.numel() != size:
                 raise ValueError(
-                    f"The parameter `{name}` was {shape} when the run began and is {list(tensor.shape)} now: the "
-                    "anchor, the other workers and the optimizer's state have no place for what was added. Resize "
-                    "(`resize_token_embeddings`) before training begins, alike in every worker; to resize later, end "
-                    "this run there and train again from its anchor."
+                    f"The parameter `{name}` was {shape} when the run began and is {list(tensor.shape)} now. The "
+                    "anchor, the other workers and the optimizer's state have no room for the new entries. "
+                    "Resize (`resize_token_embeddings`) before training, to the same size in every worker; to "
+                    "resize later, end this run and start another from its anchor."
                 )
 
     @torch.no_grad()

@@ -133,8 +133,8 @@ class RecordWriter:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "The record of the run in %s cannot be written (%s): `hf-lsam monitor` will not see all of it. "
-                "Training goes on. Make room there, or let this user write there.",
+                "The record of the run in %s cannot be written (%s), so `hf-lsam monitor` will miss part of it. "
+                "Training goes on. Free some space there, or make it writable for this user.",
                 self._folder,
                 error,
             )
@@ -311,9 +311,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
         run = json.loads(path.read_bytes())
         known = run["format"] == FORMAT and run["num_workers"] > 0 and run["run_id"] is not None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}): nothing can be said about this run. Resume it, which writes the file anew."
-        ) from error
+        raise ValueError(f"{path} is damaged ({error!r}). Resume the run, which writes the file again.") from error
     if not known:
         raise ValueError(
             f"{path} has format {run['format']}, and this hf_lsam reads format {FORMAT}. Use the version that wrote it "

@@ -171,9 +171,9 @@ class Session:
         """
         if len(set(rows_per_step)) > 1 and not self.arguments.server_half.adds_up:
             raise ValueError(
-                f"The workers train on {rows_per_step} rows a step, and algorithm={self.arguments.algorithm!r} counts "
-                "each worker alike: it has no mean to weigh them in. Use as many rows in every worker (smaller batches "
-                "and more gradient accumulation where memory is short), or algorithm='lsam'."
+                f"The workers train on {rows_per_step} rows a step, but algorithm={self.arguments.algorithm!r} "
+                "gives every worker the same weight. Use the same number of rows in every worker (smaller "
+                "batches and more gradient accumulation where memory is short), or algorithm='lsam'."
             )
         own = rows_per_step[self.arguments.identity.rank if len(rows_per_step) > 1 else 0]
         self._weight = own * len(rows_per_step) / sum(rows_per_step)
@@ -193,7 +193,7 @@ class Session:
             RuntimeError: if no run was joined yet.
         """
         if self.worker is None:
-            raise RuntimeError("Not before the worker takes part in a run: train first, or enter `with lsam`.")
+            raise RuntimeError("The worker has not joined a run yet: train first, or enter `with lsam`.")
         return self.worker
 
     def join(
@@ -337,9 +337,9 @@ class Session:
         check_field(LSAMArguments, "sam_rho", radius)
         if radius and not arguments.sam_rho and arguments.sam_direction != "gradient":
             raise ValueError(
-                f"The run has begun with sam_rho=0, and sam_direction={arguments.sam_direction!r} needs what is kept "
-                "from the beginning: there would be no direction to perturb along. Configure a positive sam_rho, and "
-                "set it to 0 before the first step."
+                "The run began with sam_rho=0, so nothing was kept that "
+                f"sam_direction={arguments.sam_direction!r} could perturb along. Configure a positive sam_rho, "
+                "and set it to 0 before the first step."
             )
         self._sam_rho = radius
 

@@ -232,7 +232,7 @@ class Worker:
             self._steps_at_anchor = self.local_steps
             missed = self.version - version
             if missed > MISSED_ANCHORS * max(1.0, periods):
-                logger.info("worker %d stood still for %d anchors and begins at the newest", self.link.worker, missed)
+                logger.info("worker %d missed %d anchors and starts again at the newest", self.link.worker, missed)
                 self._begin_again()
             else:
                 counted_at = self.link.status.counted_at

@@ -37,8 +37,8 @@ def card(
     try:
         if output.exists() and MARK not in output.read_text() and not overwrite:
             raise ValueError(
-                f"{output} was written by hand, or by something else: the card would replace it. Name another file "
-                "with --output, or say --overwrite."
+                f"{output} was not written by hf-lsam, and the card would replace it. Choose another file with "
+                "--output, or pass --overwrite."
             )
         facts = facts_of_run(run_dir)
         if against:

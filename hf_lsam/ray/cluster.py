@@ -81,9 +81,10 @@ def connect(address: str) -> bool:
         ray.init(address=address, **quiet)
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(
-            f"No Ray cluster takes this process in at address={address}: {str(error).strip()}\nStart one (ray start "
-            "--head), name its head (--address HOST:6379), or --address local for this machine alone. If it asks for a "
-            "token, this process needs the same: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+            f"Could not connect to a Ray cluster at address={address}: {str(error).strip()}\nStart one (ray start "
+            "--head), give the address of its head (--address HOST:6379), or use --address local for this "
+            "machine alone. If the cluster asks for a token, this process needs it too: RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH."
         ) from error
     return True
 

@@ -111,8 +111,8 @@ class WorkerHost(Host):
             return self._process.pid
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}, in which the script is to start, is not on node {self.where()[1]}. Start from a folder "
-                "that all nodes share, or send it along: ray job submit --working-dir."
+                f"The script is to start in {folder}, which node {self.where()[1]} does not have. Start from a "
+                "folder that all nodes share, or upload it with ray job submit --working-dir."
             )
         return self._start(
             words,

@@ -55,20 +55,20 @@ class Plan:
             )
         if self.needs.cpus <= 0 or not 0 <= self.needs.gpus <= 1:
             raise ValueError(
-                f"A worker takes some CPU and at most one GPU, on which it trains, got {self.needs}. Use "
-                "gpus_per_worker=0 to train on CPU, a fraction to share a GPU, and more workers for more GPUs."
+                f"A worker needs some CPU and at most one GPU, got {self.needs}. Use gpus_per_worker=0 to train "
+                "on CPU, a fraction to share a GPU, and more workers for more GPUs."
             )
         if not self.words:
             raise ValueError("There is no script to run: name it after `--`, with its arguments.")
         if not self.words[0].startswith("-") and not Path(self.words[0]).exists():
             raise ValueError(
-                f"There is no script {self.words[0]} here, in {Path.cwd()}, which is where the workers start. Start "
-                "from its folder, or send it along: ray job submit --working-dir."
+                f"There is no script {self.words[0]} in {Path.cwd()}, where the workers start. Start from its "
+                "folder, or upload it with ray job submit --working-dir."
             )
         if not self.resume and (self.run_dir / FOLDER / "root" / SNAPSHOT).exists():
             raise ValueError(
-                f"{self.run_dir} keeps the anchor of a run, and a new run would write over it. Go on with it "
-                "(--resume), or choose another folder."
+                f"{self.run_dir} holds the anchor of another run, which a new run would overwrite. Continue that "
+                "run (--resume), or choose another folder."
             )
 
     @contextmanager
@@ -85,8 +85,8 @@ class Plan:
             lock = FileLock(folder / "driver.lock").acquire(timeout=0)
         except Timeout:
             raise RuntimeError(
-                f"Another driver keeps the run of {self.run_dir}: two would place its workers twice. Wait for its end, "
-                "or choose another folder."
+                f"Another driver is running {self.run_dir}, and a second one would start its workers twice. Wait "
+                "until it has ended, or choose another folder."
             ) from None
         with lock:
             yield

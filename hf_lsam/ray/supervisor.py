@@ -277,17 +277,21 @@ class Supervisor:
         worker.restarts += 1
         if worker.restarts <= self._plan.max_restarts:
             worker.phase = Phase.WAITING
-            logger.warning("worker %d %s. Another one takes its place", worker.number, why)
+            logger.warning("worker %d %s. It is replaced", worker.number, why)
             return
         worker.phase = Phase.LEFT
         logger.error(
-            "worker %d %s. It was started again %d times: it stays away", worker.number, why, worker.restarts - 1
+            "worker %d %s. It has been started again %d times, and is not any more",
+            worker.number,
+            why,
+            worker.restarts - 1,
         )
         left = sum(each.phase is not Phase.LEFT for each in self._workers)
         if left < self._plan.min_workers:
             raise RuntimeError(
-                f"{left} workers are left that may be started again, and min_workers={self._plan.min_workers}: the run "
-                f"ends, those that train save. Worker {worker.number} {why}. Then go on with --resume."
+                f"{left} workers are left that may be started again, fewer than "
+                f"min_workers={self._plan.min_workers}. The run ends, and the workers that still train save. "
+                f"Worker {worker.number} {why}. Continue with --resume."
             )
 
     # --- servers ---
@@ -408,7 +412,7 @@ def _one_more(lost: int, what: str, error: HostDied) -> int:
     Raises:
         RuntimeError: if there were too many.
     """
-    logger.warning("the host of the %s is gone, and is made anew: %s", what, error)
+    logger.warning("the host of the %s is gone and is created again: %s", what, error)
     if lost + 1 == MOST_ERRORS:
         raise RuntimeError(
             f"The host of the {what} died {MOST_ERRORS} times while its node lived; the last time: {error}"

@@ -83,8 +83,8 @@ def _open(run_dir: Path, holds_a_run: bool, resume: bool, idle_timeout: float) -
         folder = RunFolder(run_dir) if (run_dir / "version").exists() else None
         if folder is None or not folder.run["num_workers"]:
             raise RuntimeError(
-                f"{run_dir} holds a run already, and a new one would begin with its anchor. Go on with it (--resume), "
-                "or choose another folder."
+                f"{run_dir} holds the anchor of another run, which a new run would overwrite. Continue that run "
+                "(--resume), or choose another folder."
             )
         return folder
     logger.info("%s waits for its first worker", run_dir)

@@ -47,8 +47,8 @@ def machine_settings(folder: RunFolder) -> MachineSettings:
     algorithm = folder.run["settings"]["algorithm"]
     if not ALGORITHMS[algorithm].server_half.adds_up:
         raise RuntimeError(
-            f"algorithm={algorithm!r} works on one machine only: relays add differences up, and that is no exchange of "
-            "this algorithm. Use algorithm='lsam', or start all workers on one machine."
+            f"algorithm={algorithm!r} works on one machine only, because relays add up differences, which this "
+            "algorithm does not exchange. Use algorithm='lsam', or start all workers on one machine."
         )
     return MachineSettings(**folder.run.get("machines", {}))
 

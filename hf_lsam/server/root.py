@@ -122,7 +122,7 @@ class Root(Role):
                 folder.set_steps_begun_elsewhere(self.core.steps_begun)
         anchor.version = folder.next_version(anchor.version)
         folder.publish(anchor.vector, anchor.version)
-        logger.info("took the run up at version %d; the last published was %d", anchor.version, version)
+        logger.info("resumed the run at version %d; the last published was %d", anchor.version, version)
         return snapshot
 
     @property

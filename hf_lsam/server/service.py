@@ -423,7 +423,7 @@ class Service(ServiceInterface):
 
     def fail(self, worker: int) -> None:
         if worker < self.expected and self.failed is None and not self.ended:
-            logger.error("worker %d ended with an error: the launch ends", worker)
+            logger.error("worker %d ended with an error, which ends the launch", worker)
             self.failed = worker
             self.terminating = True
 

@@ -80,7 +80,7 @@ class Checkpoints(TrainerPart):
         except OSError as error:  # no room where vectors are exchanged, and training itself needs no more room there
             missing = str(error)
         if missing:
-            logger.warning("%s %s holds the last anchor as its model alone.", missing, output_dir)
+            logger.warning("%s %s holds the last anchor as a model, but not the server's state.", missing, output_dir)
         self.session.save_worker(Path(output_dir))
 
     def _own_checkpoint(self, common: Path) -> Path:
@@ -104,9 +104,9 @@ class Checkpoints(TrainerPart):
         now = self.args.identity.num_workers
         if self.args.identity.rank == 0 and before != now:
             logger.warning(
-                f"{common} was written by {before} workers, and {now} go on: the anchor moves once {now} x sync_steps "
-                "steps are in; a worker without a state of its own starts at the anchor, and the state of one that is "
-                "not there any more is left alone."
+                f"{common} was written by {before} workers, and {now} resume it. The anchor now moves after {now} "
+                "x sync_steps steps. A worker without a saved state starts at the anchor; the saved states of "
+                "workers that no longer exist are left alone."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -118,9 +118,9 @@ class SharedEvaluation(TrainerPart):
             results[number] = evaluated(inputs)
         if len(results) < batches.count:
             raise RuntimeError(
-                f"{len(missing)} batches of this evaluation were lost with the worker that had taken them, and the "
-                "data set does not give them a second time: there are no metrics. Evaluate again, with a data set that "
-                "can be gone through more than once."
+                f"{len(missing)} batches of this evaluation were lost with the worker that was evaluating them, "
+                "and the data set cannot be iterated a second time, so there are no metrics. Evaluate again with "
+                "a data set that can be iterated more than once."
             )
         self._exchanges = [each for each in self._exchanges if not each.take_back()] + [exchange]
         return results

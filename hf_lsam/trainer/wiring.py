@@ -119,10 +119,10 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         pairing = stacks_rows(type(self))
         if pairing and args.sam_ascent_fraction < 1:
             raise ValueError(
-                f"sam_ascent_fraction={args.sam_ascent_fraction} lets pass 1 see the first rows of each batch, and "
-                f"{pairing} makes its batches of rows that belong together (chosen rows stacked over rejected ones): "
-                "cut, they would be scored against the wrong ones. Use sam_ascent_fraction=1.0; sam_interval saves "
-                "time there too."
+                f"sam_ascent_fraction={args.sam_ascent_fraction} lets pass 1 see only the first rows of each "
+                f"batch, but in the batches of {pairing} rows belong together (chosen rows stacked over rejected "
+                "ones) and would be scored against the wrong ones. Use sam_ascent_fraction=1.0; sam_interval "
+                "saves time there too."
             )
         if not is_pinned(args.identity):
             # Another TrainingArguments or Accelerator was created since, and turned the workers into a distributed job.
@@ -142,9 +142,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         if self.is_model_parallel:
             raise ValueError(
                 f"The model lies on {_devices_of(self.model)} (device_map), and this worker's device is "
-                f"{args.device}: a worker holds its model on one device of its own; with LSAM each would spread over "
-                "all, or all crowd on one. Make the LSAMConfig first, and load the model without device_map, or with "
-                'device_map={"": args.device}.'
+                f"{args.device}. Each worker needs its whole model on its own device. Create the LSAMConfig "
+                "first, and load the model without device_map, or with device_map={{"
+                ": args.device}}."
             )
         self.add_callback(self._callback)
 
@@ -201,7 +201,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
             RuntimeError: before `train()` has ended.
         """
         if self._own is None:
-            raise RuntimeError("There are no worker parameters beside the model's before `train()` has ended.")
+            raise RuntimeError("A worker's own parameters can be had once `train()` has ended, not before.")
         worker = self.session.joined_worker
         shown = worker.own_parameters
         self._showing_local = True
@@ -403,13 +403,13 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         self.session.prepare(self.model, self.optimizer)
         if not self.args.worker_half.pushes_a_part and max_steps < self.session.sync_steps:
             raise ValueError(
-                f"A worker makes {max_steps} steps and would exchange after {self.session.sync_steps} (`sync_steps`): "
-                f"the anchor of algorithm={self.args.algorithm!r} would be the model that training began with, "
-                f"whatever was learnt. Set sync_steps to {max(1, max_steps // 4)}, or train for longer."
+                f"A worker makes {max_steps} steps and would exchange after {self.session.sync_steps} "
+                f"(`sync_steps`), so the anchor of algorithm={self.args.algorithm!r} would stay the model that "
+                f"training began with. Set sync_steps to {max(1, max_steps // 4)}, or train for longer."
             )
         server_state = None if self._common_checkpoint is None else self._common_checkpoint / SERVER_STATE
         if server_state is not None and not server_state.exists():
-            logger.warning("%s holds no anchor: its model becomes the first one.", self._common_checkpoint)
+            logger.warning("%s has no anchor; its model becomes the first one.", self._common_checkpoint)
             server_state = None
         self._join(server_state, None if resume_from_checkpoint is None else Path(resume_from_checkpoint), max_steps)
         configuration = {name: getattr(self.args, name) for name in _RECORDED} | {"max_steps": max_steps}

@@ -181,7 +181,7 @@ class RunFolder:
         run = json.loads((path / "run.json").read_text())
         if not (path / "version").exists():
             if not (path / "snapshot.safetensors").exists():
-                raise RuntimeError(f"{path} holds neither an anchor nor a snapshot to go on from. Use a new folder.")
+                raise RuntimeError(f"{path} holds neither an anchor nor a snapshot to resume from. Use a new folder.")
             for name in _SHARED_FILES:
                 (path / name).unlink(missing_ok=True)
             _allocate_shared(path, int(run["numel"]), int(run["num_workers"]))

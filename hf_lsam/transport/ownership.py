@@ -88,7 +88,7 @@ def make_launch_folder(parent: Path, name: str | None = None) -> tuple[Path, Tex
     path = None if name is None else parent / (LAUNCH_PREFIX + name)
     for stale in dead_launches(parent):
         if stale != path:
-            logger.warning("%s is left of a launch of which nothing lives: it is removed", stale)
+            logger.warning("%s was left behind by a launch that has ended, and is removed", stale)
             shutil.rmtree(stale, ignore_errors=True)
     if path is None:
         path = Path(tempfile.mkdtemp(prefix=LAUNCH_PREFIX, dir=parent))

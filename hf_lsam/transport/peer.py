@@ -211,7 +211,9 @@ class Peer:
                     unsent = unsent[sent:]
                     records += 1
                     if records == _MOST_RECORDS:  # Python's ssl cannot renew a key
-                        raise ConnectionAbortedError("its key has sent as much as one may, and a new link gets another")
+                        raise ConnectionAbortedError(
+                            "this key has encrypted as much as it may, and a new link gets a new one"
+                        )
                 if received is not None or sent is not None:
                     continue
                 # Checked after reading: a process that was itself stopped first finds what arrived in the meantime.

@@ -46,8 +46,8 @@ def read_secret(path: Path) -> bytes:
         content = file.read(4096)
     if status.st_uid != os.geteuid():
         raise ValueError(
-            f"{path} belongs to user {status.st_uid}, not to the user of this process ({os.geteuid()}), who could have "
-            "put any secret there. Make a copy of your own, with mode 0600."
+            f"{path} belongs to user {status.st_uid}, not to the user of this process ({os.geteuid()}), and that "
+            "user knows the secret. Make a copy of your own, with mode 0600."
         )
     if mode := stat.S_IMODE(status.st_mode) & 0o177:
         raise ValueError(

@@ -132,7 +132,7 @@ class Listener:
             self._forget_ended()
             if len(self._joining) >= self._max_pending:
                 logger.info(
-                    "closed a connection from %s: %d others have yet to prove themselves", address[0], self._max_pending
+                    "closed a connection from %s: %d others have not authenticated yet", address[0], self._max_pending
                 )
                 connection.close()
                 continue

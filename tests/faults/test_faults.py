@@ -210,7 +210,7 @@ def test_a_server_by_hand_keeps_its_snapshot_and_goes_on_from_it(tmp_path):
         before = RunFolder(first.folder).version
         assert first.end() == 143
         assert {path.name for path in first.folder.iterdir()} == chaos.KEPT
-        with pytest.raises(RuntimeError, match=r"holds a run already.*--resume"):
+        with pytest.raises(RuntimeError, match=r"holds the anchor of another run.*--resume"):
             run_server(first.folder)
         state = load_tensors(first.folder / "snapshot.safetensors")
         unfinished = first.folder / ".snapshot.safetensors.1"  # of a server that was killed while it saved
@@ -465,7 +465,7 @@ def test_a_file_cut_at_any_length_or_with_any_byte_changed_does_not_load(tmp_pat
     header = 8 + int.from_bytes(data[:8], "little")
     for position in range(header, len(data)):
         cut.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-        with pytest.raises(ValueError, match="checksum is wrong"):
+        with pytest.raises(ValueError, match="checksum does not match"):
             load_tensors(cut)
 
 
@@ -844,7 +844,7 @@ def test_a_launch_whose_server_is_killed_starts_it_again_and_goes_on(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert [report["steps"] for report in reports] == [4000, 4000]
     assert reports[0]["weights"] == reports[1]["weights"]
-    assert "took the run up at version" in (tmp_path / "run" / "server.log").read_text()
+    assert "resumed the run at version" in (tmp_path / "run" / "server.log").read_text()
 
 
 def test_a_worker_that_evaluates_for_longer_than_the_timeout_is_not_dropped(tmp_path):

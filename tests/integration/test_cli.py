@@ -426,7 +426,7 @@ def test_card_of_what_is_no_run(tmp_path):
     (tmp_path / "card.json").write_text("[]")
     result = hf_lsam("card", tmp_path)
     assert result.exit_code == 1
-    assert "is not what a card can be made of" in result.output
+    assert "is not a results file that a card can be made from" in result.output
 
 
 def test_the_trainer_writes_the_same_card_and_its_code_loads_the_model(tmp_path, monkeypatch):

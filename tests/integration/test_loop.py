@@ -540,7 +540,7 @@ def test_an_optimizer_with_a_state_in_half_precision_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=r"state of parameters in half precision.*load its state afterwards"):
+    with pytest.raises(ValueError, match=r"state for half-precision parameters.*load its state afterwards"):
         LSAM(model, optimizer, **LSAM_FIELDS)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -601,7 +601,7 @@ def test_a_checkpoint_of_other_trainable_parameters_is_refused(tmp_path):
 
 def test_what_cannot_be_gone_on_from_is_an_error(tmp_path):
     model = network()
-    with pytest.raises(FileNotFoundError, match=r"holds no lsam_server\.safetensors.*that `LSAM\.save` has written"):
+    with pytest.raises(FileNotFoundError, match=r"holds no lsam_server\.safetensors.*written by `LSAM\.save`"):
         LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), resume_from=tmp_path, **LSAM_FIELDS)
 
 

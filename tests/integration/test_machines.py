@@ -686,7 +686,7 @@ def test_the_servers_of_both_machines_are_killed_and_the_run_goes_on(tmp_path):
             assert secret == 0o600
             before = json.loads((folder / "server.json").read_text())["pid"]
             os.kill(before, signal.SIGKILL)
-            again = "took the run up" if machine == 0 else "takes part as a machine"
+            again = "resumed the run" if machine == 0 else "takes part as a machine"
             run.until(lambda machine=machine, again=again: run.log(machine).count(again) == 2 - (machine == 0))
         reports = run.reports(range(2))
         for process in run.processes:

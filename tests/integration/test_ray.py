@@ -181,14 +181,14 @@ class Driver:
         machines: dict[str, int] = {}
         for machine, joined, live in re.findall(
             r"machine (\d+) (?:joined from \S+ with (\d+)|has (\d+) live|is gone|finished)",
-            self.root_log.split("took the run")[-1],
+            self.root_log.split("resumed the run")[-1],
         ):
             machines[machine] = int(joined or live or 0)
         return sum(machines.values())
 
     def roots(self) -> list[tuple[int, int]]:
         """Of each root that began: its first version, and the last one published before."""
-        found = re.findall(r"took the run up at version (\d+); the last published was (\d+)", self.root_log)
+        found = re.findall(r"resumed the run at version (\d+); the last published was (\d+)", self.root_log)
         return [(int(first), int(before)) for first, before in found]
 
     def root(self) -> psutil.Process:
@@ -222,7 +222,7 @@ def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path
     saved = torch.cat([weight.flatten(), bias])
     assert torch.allclose(saved, snapshot["anchor"], atol=0.05)  # but for the last push of the other
     assert torch.allclose(saved, torch.tensor([1.0, 1, 1, 1, 0]), atol=0.1)
-    with pytest.raises(ValueError, match=r"keeps the anchor of a run.*--resume"):
+    with pytest.raises(ValueError, match=r"holds the anchor of another run.*--resume"):
         launch(["-m", "any"], 2, driver.out, gpus_per_worker=0)
 
 
@@ -236,7 +236,7 @@ def test_the_doctor_says_what_the_cluster_has_room_for_and_what_it_asks_to_trust
     assert "not encrypted (RAY_USE_TLS=0)" in said
     code, said = doctor(*options, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="")
     assert code == 1
-    assert re.search(r"No Ray cluster takes this process in at .*token", said)
+    assert re.search(r"Could not connect to a Ray cluster at .*token", said)
 
 
 def test_an_address_where_nobody_listens_is_told_at_once():
@@ -247,7 +247,7 @@ def test_an_address_where_nobody_listens_is_told_at_once():
             code, said = doctor("--address", address, **variables)
             assert code == 1
             assert "Connection refused" in said
-            assert "name its head" in said
+            assert "give the address of its head" in said
 
 
 def test_the_doctor_says_what_there_is_no_room_for():
@@ -263,7 +263,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
         ([], {}, "no script to run"),
         (["nowhere.py"], {}, "no script nowhere.py here"),
         (["-m", "x"], {"min_workers": 3}, "min_workers must be from 1 to num_workers"),
-        (["-m", "x"], {"gpus_per_worker": 2}, "at most one GPU, on which it trains"),
+        (["-m", "x"], {"gpus_per_worker": 2}, "at most one GPU, got"),
         (["-m", "x"], {"cpus_per_worker": 0}, "some CPU"),
     ]:
         with pytest.raises(ValueError, match=reason):
@@ -272,7 +272,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
 
 def test_a_second_driver_of_a_run_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "ray").mkdir()
-    with FileLock(tmp_path / "ray/driver.lock"), pytest.raises(RuntimeError, match=r"Another driver keeps the run"):
+    with FileLock(tmp_path / "ray/driver.lock"), pytest.raises(RuntimeError, match=r"Another driver is running"):
         launch(["-m", "x"], 2, tmp_path)
 
 

@@ -693,7 +693,7 @@ def test_a_key_that_has_sent_as_much_as_one_may_ends_with_its_link(listener, mon
         monkeypatch.setattr(peer_module, "_MOST_RECORDS", 100)
         for number in range(100):
             machine.post(Live(number))
-        with pytest.raises(ConnectionError, match="as much as one may"):
+        with pytest.raises(ConnectionError, match="as much as it may"):
             next_message(machine)
         machine.close()
 

@@ -78,7 +78,7 @@ def test_a_radius_out_of_range_is_refused_and_the_old_one_stays(radius):
 
 def test_a_direction_that_is_kept_from_the_beginning_is_not_switched_on_later():
     lsam = in_a_loop(network(), sam_direction="anchor", sam_rho=0.0)
-    with pytest.raises(ValueError, match=r"begun with sam_rho=0.*Configure a positive sam_rho"):
+    with pytest.raises(ValueError, match=r"began with sam_rho=0.*Configure a positive sam_rho"):
         lsam.sam_rho = 0.1
     lsam.sam_rho = 0.0
     configured = in_a_loop(network(), sam_direction="anchor", sam_rho=0.1)
@@ -109,7 +109,7 @@ def test_the_learning_rates_are_those_of_a_state_that_is_loaded_within_a_run():
 def test_the_totals_of_a_run_are_there_while_it_goes_on_and_after():
     model = network()
     lsam = in_a_loop(model)
-    with pytest.raises(RuntimeError, match="before the worker takes part"):
+    with pytest.raises(RuntimeError, match="has not joined a run yet"):
         lsam.worker_summary()
     with lsam:
         for x, labels in batches(6):
