@@ -13,6 +13,7 @@ recipe's README.md. For data of your own, name an `--output_dir`, which need not
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ VARIANTS = (
     ("ddp", {}),
     ("ddp", {"nesterov": True}),
 )
-TRIAL_SEED = 100
+TRIAL_SEED = 100  # and those after it
 
 
 def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
@@ -45,10 +46,12 @@ def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
 
 
 def best_rate(results: list[dict[str, Any]]) -> float:
-    """The learning rate of a method's best trial: that with the lowest loss, or with the highest other metric."""
+    """The learning rate with which a method's trials had the lowest mean loss, or the highest mean of another metric."""
     metric = results[0]["metric"]
-    best = (min if metric == "loss" else max)(results, key=lambda result: result[f"eval_{metric}"])
-    return best["configuration"]["learning_rate"]
+    reached: dict[float, list[float]] = {}
+    for result in results:
+        reached.setdefault(result["configuration"]["learning_rate"], []).append(result[f"eval_{metric}"])
+    return (min if metric == "loss" else max)(reached, key=lambda rate: statistics.fmean(reached[rate]))
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -62,6 +65,7 @@ def main() -> None:
     add_quiet(parser)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="tried with each method before")
+    parser.add_argument("--trial_seeds", type=int, default=1, help="runs of each method with each of these rates")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/measure_recipe")
     parser.add_argument("--output_dir", type=Path, help="default: the folder of the recipe")
     add_runs(parser)
@@ -95,11 +99,12 @@ def main() -> None:
     methods = configurations(recipe, words)
     if rates:
         held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}
-        trial = {**held_out, "seed": TRIAL_SEED}
-        trials = results([{**method, **trial, "learning_rate": rate} for method in methods for rate in rates])
-        publish(trials, "trials")
+        seeds = range(TRIAL_SEED, TRIAL_SEED + arguments.trial_seeds)
+        trials = [{**held_out, "learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
+        made = results([{**method, **trial} for method in methods for trial in trials])
+        publish(made, "trials")
         for index, method in enumerate(methods):
-            method["learning_rate"] = best_rate(trials[index * len(rates) : (index + 1) * len(rates)])
+            method["learning_rate"] = best_rate(made[index * len(trials) : (index + 1) * len(trials)])
     publish(results([{**method, "seed": seed} for method in methods for seed in range(arguments.seeds)]), "methods")
 
 

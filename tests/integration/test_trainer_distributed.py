@@ -718,7 +718,9 @@ def test_an_error_in_one_worker_ends_all_with_an_error_and_leaves_nothing_behind
     expected = (f"ServerGone: Worker {failing} on this machine ended with an error", "SystemExit: 143")
     assert reports[1 - failing]["error"].startswith(expected)
     assert newest_sealed(tmp_path / "run" / ("" if failing else "workers/1")) is not None
-    assert f"worker {failing} ended with an error, which ends the launch" in (tmp_path / "run" / "server.log").read_text()
+    assert (
+        f"worker {failing} ended with an error, which ends the launch" in (tmp_path / "run" / "server.log").read_text()
+    )
     assert left_behind(tmp_path) == []
 
 
