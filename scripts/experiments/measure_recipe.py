@@ -46,7 +46,7 @@ def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
 
 
 def best_rate(results: list[dict[str, Any]]) -> float:
-    """The learning rate with which a method's trials had the lowest mean loss, or the highest mean of another metric."""
+    """The learning rate whose trials had the lowest mean loss, or the highest mean of another metric."""
     metric = results[0]["metric"]
     reached: dict[float, list[float]] = {}
     for result in results:

@@ -338,7 +338,7 @@ def test_several_machines_are_told_apart_by_the_launcher_or_refused(tmp_path, mo
     with pytest.raises(ValueError, match="algorithm='lsgd' works on one machine only"):
         LoopArguments(algorithm="lsgd")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    with pytest.raises(ValueError, match=r"--max_restarts is set. With several machines.*Leave it out"):
+    with pytest.raises(ValueError, match=r"--max_restarts is set. With several machines.*Remove it"):
         config(tmp_path)
 
 

@@ -149,7 +149,7 @@ def test_a_momentum_that_is_the_anchors_and_changes_is_an_error():
     hooks.after_step()
     scheduler.step()
     with pytest.raises(
-        ValueError, match=r"momentum was 0.95 when the run began, and is 0\.\d+ now.*cycle_momentum=False"
+        ValueError, match=r"momentum was 0.95 when the run began and is 0\.\d+ now.*cycle_momentum=False"
     ):
         hooks.before_step()
     assert optimizer.param_groups[0]["momentum"] < 0.95  # as it was left
