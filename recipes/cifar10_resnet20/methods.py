@@ -39,6 +39,7 @@ class Asynchronous:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lsam: dict[str, Any], out: Path):
         self._lsam = LSAM(model, optimizer, output_dir=out, **lsam)
+        self.forward = model
 
     def __enter__(self) -> Asynchronous:
         self._lsam.__enter__()
@@ -93,7 +94,7 @@ class DataParallel:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, lsam, ascent_sync: bool):
         self._optimizer, self._ascent_sync, self._lsam = optimizer, ascent_sync, lsam
         self._workers, self._steps = identity.num_workers, 0
-        self.wrapped: nn.Module = model
+        self.forward: nn.Module = model
         device = next(model.parameters()).device
         if self._workers > 1:
             one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= identity.num_workers
@@ -102,7 +103,7 @@ class DataParallel:
             store = dist.PrefixStore(f"group {next(_groups)}", store)
             dist.init_process_group("nccl" if one_gpu_each else "gloo", store=store, rank=rank, world_size=size)
             ids = [device.index] if device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(model, device_ids=ids)
+            self.forward = DistributedDataParallel(model, device_ids=ids)
         named = trainable_parameters(model)
         self._parameters = [parameter for _, parameter in named]
         if lsam["batchnorm_statistics"] != "reestimate":
@@ -125,7 +126,7 @@ class DataParallel:
             return loss.detach()
 
         def own_pass() -> Tensor:
-            with nullcontext() if self._ascent_sync or self._workers == 1 else self.wrapped.no_sync():
+            with nullcontext() if self._ascent_sync or self._workers == 1 else self.forward.no_sync():
                 return one_pass()
 
         if rho:

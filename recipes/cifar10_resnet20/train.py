@@ -25,8 +25,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,17 @@ KEYS = (RunArguments, ImageDataArguments, LSAMArguments)
 PIPELINE_TAG = "image-classification"
 
 
-class Warnings(logging.Handler):
-    """Collects hf_lsam's warnings."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """The warnings that hf_lsam logs inside."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("hf_lsam").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("hf_lsam").removeHandler(handler)
 
 
 def check(values: dict[str, Any], identity: Identity) -> None:
@@ -191,6 +193,178 @@ def images_of(arguments: tuple[tuple[str, Any], ...]) -> ImageSet:
     return load_images(ImageDataArguments(**dict(arguments)))
 
 
+class ImageRun:
+    """This worker's part in a run: what it trains, on which images, and by which method.
+
+    Args:
+        values: the value of every key, already checked.
+        identity: this process among the workers.
+    """
+
+    def __init__(self, values: dict[str, Any], identity: Identity):
+        self.values, self.identity = values, identity
+        self.device = pick_device(identity, values["use_cpu"])
+        if self.device.type == "cpu" and identity.num_workers > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.num_workers))
+        self.output_dir = Path(values["output_dir"])
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.images = images_of(tuple((each.name, values[each.name]) for each in fields(ImageDataArguments)))
+        together = values["batch_size"] * identity.num_workers
+        self.steps = max(1, int(values["epochs"] * len(self.images.train_labels) / together))
+        torch.manual_seed(values["seed"])
+        options = {} if values["model_width"] is None else {"width": values["model_width"]}
+        self.memory_format = torch.channels_last if values["channels_last"] else torch.contiguous_format
+        model = vision.create(values["model"], len(self.images.labels), **options)
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        optimizer = torch.optim.SGD(
+            model.parameters(), values["learning_rate"], values["momentum"], weight_decay=values["weight_decay"]
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.share_of_learning_rate)
+        self.batches = train_batches(values, self.images, identity, self.device)
+        lsam = {each.name: values[each.name] for each in fields(LSAMArguments) if each.name not in NOT_IN_A_LOOP}
+        self.asynchronous = METHODS[values["method"]]["algorithm"] is not None
+        self.method: Asynchronous | DataParallel = (
+            Asynchronous(model, optimizer, lsam, self.output_dir)
+            if self.asynchronous
+            else DataParallel(model, optimizer, identity, lsam, values["ascent_sync"])
+        )
+
+    def share_of_learning_rate(self, step: int) -> float:
+        """The learning rate of a step, as a share of the highest."""
+        constant = self.values["lr_schedule"] == "constant"
+        decay = 1.0 if constant else (1 + math.cos(math.pi * step / self.steps)) / 2
+        warmup = max(1, int(self.values["warmup_fraction"] * self.steps))
+        return min(1.0, (step + 1) / warmup) * decay
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.values["bf16"] else nullcontext()
+
+    def train(self) -> tuple[list[Point], dict[str, Any]]:
+        """Trains; returns the points that worker 0 is to evaluate, and this worker's figures."""
+        values, rank = self.values, self.identity.rank
+        points: list[Point] = []
+        curve: list[tuple[int, float, float | None]] = []
+        due = {round(self.steps * (index + 1) / values["eval_points"]) for index in range(values["eval_points"])}
+        buffers = [buffer for _, buffer in running_statistics(self.model)]
+        stream = itertools.chain.from_iterable(self.batches.epoch(number) for number in itertools.count())
+        bar = tqdm(total=self.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
+        self.model.train()
+        with self.method, bar:
+            start, slept = time.perf_counter(), 0.0
+            for step, (images, labels) in enumerate(itertools.islice(stream, self.steps)):
+                begun = time.perf_counter()
+                images = images.contiguous(memory_format=self.memory_format)
+
+                def compute_loss(images=images, labels=labels) -> Tensor:
+                    with self.autocast():
+                        return cross_entropy(self.method.forward(images), labels)
+
+                decays = values["rho_schedule"] == "learning_rate"
+                rho = values["sam_rho"] * (self.share_of_learning_rate(step) if decays else 1.0)
+                loss = self.method.step(compute_loss, rho)
+                self.scheduler.step()
+                bar.update()
+                if rank == values["slow_worker"] and step < (values["slow_steps"] or self.steps):
+                    pause = values["slow_factor"] * (time.perf_counter() - begun)
+                    time.sleep(pause)
+                    slept += pause
+                if (step + 1) % values["log_steps"] == 0:
+                    measured = loss.item()
+                    curve.append((step + 1, measured, self.method.drift(measured)))
+                if rank == 0 and step + 1 in due:
+                    sent = self.method.bytes(self.identity.num_workers)
+                    vector, kept = self.method.vector(), [buffer.cpu().clone() for buffer in buffers]
+                    points.append(Point(step + 1, time.perf_counter() - start, sent, vector, kept))
+                    if bar.disable:
+                        tqdm.write(f"step {step + 1} of {self.steps}, loss {loss.item():.4f}", file=sys.stderr)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - start
+            own = {**self.method.metrics(), "seconds": seconds, "slept": slept, "curve": curve}
+        if points and self.asynchronous:
+            # Evaluated last is the final anchor, to which all workers have contributed everything.
+            layout, tensors = self.method.layout, [tensor.cpu() for tensor in self.method.tensors]
+            points[-1] = replace(points[-1], vector=layout.read(tensors, torch.empty(layout.numel)))
+        return points, own
+
+    def evaluate(self, points: list[Point]) -> Iterator[dict[str, float]]:
+        """Yields accuracy and loss at every point; the model is left at the last one."""
+        values, train = self.values, self.images.train_images
+        held_out = Batches(
+            self.images.eval_images,
+            self.images.eval_labels,
+            4 * values["batch_size"],
+            *channel_statistics(train),
+            device=self.device,
+            train=False,
+        )
+        layers = tracking_layers(self.model)
+        buffers = [buffer for _, buffer in running_statistics(self.model)]
+
+        def forward(batch):
+            with self.autocast():
+                self.model(batch[0])
+
+        for point in points:
+            for buffer, value in zip(buffers, point.statistics, strict=True):
+                buffer.copy_(value)
+            self.method.layout.write(point.vector.to(self.device), self.method.tensors)
+            keep_variances_positive(layers)
+            if values["batchnorm_statistics"] == "reestimate" and layers:
+                reestimate(self.model, itertools.islice(self.batches.epoch(0), values["batchnorm_batches"]), forward)
+            accuracy, loss = evaluate(self.model, held_out, self.autocast)
+            yield {
+                "step": point.step,
+                "epoch": point.step * self.batches.batch_size * self.identity.num_workers / len(train),
+                "seconds": point.seconds,
+                "bytes": point.bytes,
+                "accuracy": accuracy,
+                "loss": loss,
+            }
+
+    def publish(self, points: list[Point], workers: list[dict[str, Any]]) -> dict[str, Any]:
+        """Evaluates and saves what the workers have trained; returns the results.
+
+        Args:
+            points: of `train`, at worker 0.
+            workers: the figures of all workers.
+        """
+        if self.device.type == "cpu":
+            torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
+        seconds = max(worker["seconds"] for worker in workers)
+        if points:
+            of_workers = (worker["bytes_pushed"] + worker["bytes_pulled"] for worker in workers)
+            sent = int(sum(of_workers)) if self.asynchronous else points[-1].bytes
+            points[-1] = replace(points[-1], step=self.steps, seconds=seconds, bytes=sent)
+        curves = list(self.evaluate(points))
+        if self.asynchronous:
+            self.method.log_points(curves)
+        if self.values["save_model"]:
+            save_model(self.model, str(self.output_dir / "model.safetensors"))
+        rates = (worker["steps"] * self.values["batch_size"] / worker["seconds"] for worker in workers)
+        results = {
+            "method": self.values["method"],
+            "num_workers": self.identity.num_workers,
+            "device": self.device.type,
+            "steps_per_worker": self.steps,
+            "train_images": len(self.images.train_labels),
+            "eval_images": len(self.images.eval_labels),
+            "evaluated_on": "validation split" if self.values["validation_fraction"] else "test split",
+            "accuracy": curves[-1]["accuracy"],
+            "eval_loss": curves[-1]["loss"],
+            "seconds": seconds,
+            "images_per_second": sum(rates),
+            "bytes": curves[-1]["bytes"],
+            "points": curves,
+            "workers": workers,
+            "configuration": self.values,
+            **provenance(),
+        }
+        write_json(self.output_dir / "results.json", results)
+        write_card(self.output_dir, results)
+        return results
+
+
 def run(values: dict[str, Any]) -> dict[str, Any] | None:
     """Trains and evaluates; returns the results at worker 0, None at the others.
 
@@ -199,167 +373,14 @@ def run(values: dict[str, Any]) -> dict[str, Any] | None:
     """
     identity = Identity.from_environment()
     check(values, identity)
-    method = METHODS[values["method"]]
-    values = {**values, **{key: value for key, value in method.items() if value is not None}}
-    lsam = {each.name: values[each.name] for each in fields(LSAMArguments) if each.name not in NOT_IN_A_LOOP}
-    device = pick_device(identity, values["use_cpu"])
-    if device.type == "cpu" and identity.num_workers > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.num_workers))
-    output_dir = Path(values["output_dir"])
-    output_dir.mkdir(parents=True, exist_ok=True)
-    images = images_of(tuple((each.name, values[each.name]) for each in fields(ImageDataArguments)))
-
-    torch.manual_seed(values["seed"])
-    options = {} if values["model_width"] is None else {"width": values["model_width"]}
-    layout = torch.channels_last if values["channels_last"] else torch.contiguous_format
-    model = vision.create(values["model"], len(images.labels), **options).to(device, memory_format=layout)
-    optimizer = torch.optim.SGD(
-        model.parameters(), values["learning_rate"], values["momentum"], weight_decay=values["weight_decay"]
-    )
-    steps = max(1, int(values["epochs"] * len(images.train_labels) / (values["batch_size"] * identity.num_workers)))
-    warmup = max(1, int(values["warmup_fraction"] * steps))
-
-    def share_of_lr(step: int) -> float:
-        decay = 1.0 if values["lr_schedule"] == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
-        return min(1.0, (step + 1) / warmup) * decay
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
-    batches = train_batches(values, images, identity, device)
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16) if values["bf16"] else nullcontext()
-
-    if method["algorithm"] is None:
-        method_run = DataParallel(model, optimizer, identity, lsam, values["ascent_sync"])
-        forward = method_run.wrapped
-    else:
-        method_run = Asynchronous(model, optimizer, lsam, output_dir)
-        forward = model
-    warnings = Warnings()
-    logging.getLogger("hf_lsam").addHandler(warnings)
-    points: list[Point] = []
-    curve: list[tuple[int, float, float | None]] = []
-    due = {round(steps * (index + 1) / values["eval_points"]) for index in range(values["eval_points"])}
-    buffers = [buffer for _, buffer in running_statistics(model)]
-    stream = itertools.chain.from_iterable(batches.epoch(number) for number in itertools.count())
-    bar = tqdm(total=steps, disable=identity.rank != 0 or not sys.stderr.isatty(), unit="step")
-    model.train()
-    with method_run, bar:
-        start, slept = time.perf_counter(), 0.0
-        for step, (x, labels) in enumerate(itertools.islice(stream, steps)):
-            begun = time.perf_counter()
-            x = x.contiguous(memory_format=layout)
-
-            def compute_loss(x=x, labels=labels) -> Tensor:
-                with autocast():
-                    return cross_entropy(forward(x), labels)
-
-            rho = values["sam_rho"] * (share_of_lr(step) if values["rho_schedule"] == "learning_rate" else 1.0)
-            loss = method_run.step(compute_loss, rho)
-            scheduler.step()
-            bar.update()
-            if identity.rank == values["slow_worker"] and step < (values["slow_steps"] or steps):
-                pause = values["slow_factor"] * (time.perf_counter() - begun)
-                time.sleep(pause)
-                slept += pause
-            if (step + 1) % values["log_steps"] == 0:
-                measured = loss.item()
-                curve.append((step + 1, measured, method_run.drift(measured)))
-            if identity.rank == 0 and step + 1 in due:
-                sent = method_run.bytes(identity.num_workers)
-                vector, kept = method_run.vector(), [buffer.cpu().clone() for buffer in buffers]
-                points.append(Point(step + 1, time.perf_counter() - start, sent, vector, kept))
-                if bar.disable:
-                    tqdm.write(f"step {step + 1} of {steps}, loss {loss.item():.4f}", file=sys.stderr)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        local = {**method_run.metrics(), "seconds": seconds, "slept": slept, "curve": curve}
-    logging.getLogger("hf_lsam").removeHandler(warnings)
-    workers = [{**local, "warnings": warnings.messages}]
+    of_method = {key: value for key, value in METHODS[values["method"]].items() if value is not None}
+    this = ImageRun({**values, **of_method}, identity)
+    with collected_warnings() as warnings:
+        points, own = this.train()
+    workers = [{**own, "warnings": warnings}]
     if identity.num_workers > 1:
-        workers = LaunchStore(identity).gather(f"results/{output_dir}", workers[0])
-    if identity.rank != 0:
-        return None
-
-    if points:  # the last point is the final anchor, to which all workers have contributed everything
-        total = (
-            method_run.layout.read([t.cpu() for t in method_run.tensors], torch.empty(method_run.layout.numel))
-            if method["algorithm"]
-            else points[-1].vector
-        )
-        sent = sum(w["bytes_pushed"] + w["bytes_pulled"] for w in workers) if method["algorithm"] else points[-1].bytes
-        finished = max(worker["seconds"] for worker in workers)
-        points[-1] = Point(steps, finished, int(sent), total, points[-1].statistics)
-    if device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
-    curves = list(evaluate_points(points, model, method_run, values, images, batches, autocast, identity.num_workers))
-    if method["algorithm"]:
-        method_run.log_points(curves)
-    if values["save_model"]:
-        save_model(model, str(output_dir / "model.safetensors"))
-    results = {
-        "method": values["method"],
-        "num_workers": identity.num_workers,
-        "device": device.type,
-        "steps_per_worker": steps,
-        "train_images": len(images.train_labels),
-        "eval_images": len(images.eval_labels),
-        "evaluated_on": "validation split" if values["validation_fraction"] else "test split",
-        "accuracy": curves[-1]["accuracy"],
-        "eval_loss": curves[-1]["loss"],
-        "seconds": max(worker["seconds"] for worker in workers),
-        "images_per_second": sum(worker["steps"] * values["batch_size"] / worker["seconds"] for worker in workers),
-        "bytes": curves[-1]["bytes"],
-        "points": curves,
-        "workers": workers,
-        "configuration": values,
-        **provenance(),
-    }
-    write_json(output_dir / "results.json", results)
-    write_card(output_dir, results)
-    return results
-
-
-def evaluate_points(
-    points: list[Point],
-    model: nn.Module,
-    method_run: Asynchronous | DataParallel,
-    values: dict[str, Any],
-    images: ImageSet,
-    batches: Batches,
-    autocast: Callable,
-    workers: int,
-) -> Iterator[dict[str, float]]:
-    """Yields accuracy and loss at every point; the model is left at the last one."""
-    device = next(model.parameters()).device
-    mean, std = channel_statistics(images.train_images)
-    held_out = Batches(
-        images.eval_images, images.eval_labels, 4 * values["batch_size"], mean, std, device=device, train=False
-    )
-    layers = tracking_layers(model)
-    buffers = [buffer for _, buffer in running_statistics(model)]
-
-    def forward(batch):
-        with autocast():
-            model(batch[0])
-
-    for point in points:
-        for buffer, value in zip(buffers, point.statistics, strict=True):
-            buffer.copy_(value)
-        method_run.layout.write(point.vector.to(device), method_run.tensors)
-        keep_variances_positive(layers)
-        if values["batchnorm_statistics"] == "reestimate" and layers:
-            reestimate(model, itertools.islice(batches.epoch(0), values["batchnorm_batches"]), forward)
-        accuracy, loss = evaluate(model, held_out, autocast)
-        yield {
-            "step": point.step,
-            "epoch": point.step * batches.batch_size * workers / len(images.train_labels),
-            "seconds": point.seconds,
-            "bytes": point.bytes,
-            "accuracy": accuracy,
-            "loss": loss,
-        }
+        workers = LaunchStore(identity).gather(f"results/{this.output_dir}", workers[0])
+    return this.publish(points, workers) if identity.rank == 0 else None
 
 
 def main() -> None:

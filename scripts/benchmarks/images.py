@@ -102,15 +102,13 @@ def work(kind: str, batch: int, steps: int, folder: Path) -> float:
     fields = {**LSAM_FIELDS, "sam_eps": 1e-12, "sam_adaptive": False, "batchnorm_statistics": "reestimate"}
     if kind == "sam":
         method = DataParallel(model, optimizer, Identity.from_environment(), fields, ascent_sync=False)
-        forward = method.wrapped
     else:
         method = Asynchronous(model, optimizer, LSAM_FIELDS, folder)
-        forward = model
     with method:
         for step in range(SYNC_STEPS + steps):
             if step == SYNC_STEPS:
                 begin = time.perf_counter()
-            method.step(lambda: cross_entropy(forward(images), labels), RHO)
+            method.step(lambda: cross_entropy(method.forward(images), labels), RHO)
         return steps * batch / (time.perf_counter() - begin)
 
 

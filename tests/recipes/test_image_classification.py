@@ -86,7 +86,7 @@ SAM_OF_TWO = """
     x = torch.randn(6, 5).chunk(2)[identity.rank]
     with DataParallel(model, optimizer, identity, fields, ascent_sync={ascent_sync}) as method:
         for _ in range(3):
-            method.step(lambda: method.wrapped(x).square().mean(), 0.2)
+            method.step(lambda: method.forward(x).square().mean(), 0.2)
     if identity.rank == 0:
         torch.save([p.detach() for p in model.parameters()], {out!r})
 """
