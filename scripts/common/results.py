@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# What results call the methods and parameters that were measured before these names.
-FORMER = {"sam": "ddp_sam", "sgd": "ddp", "patience": "timeout"}
-
 
 def load_results(path: Path) -> Any:
-    """A file of results, with its methods and parameters under their current names."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
+    """What a file of results holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def machines_and_packages(origins: Sequence[dict[str, Any]]) -> str:
@@ -43,8 +40,3 @@ def of_runs(runs: Sequence[dict[str, Any]]) -> str:
     commits = sorted({run["commit"][:12] for run in runs})
     dates = max(run["date"][:10] for run in runs)
     return f"On {machines_and_packages(runs)}; commit {', '.join(commits)}; {dates}."
-
-
-def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
-    named = {" - ".join(FORMER.get(word, word) for word in key.split(" - ")): value for key, value in fields.items()}
-    return {**named, "method": FORMER.get(named["method"], named["method"])} if "method" in named else named
