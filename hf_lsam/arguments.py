@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
+SYNC_STEPS = (4, 2)  # for up to two workers, and for more, if `sync_steps` is not set
+
 if TYPE_CHECKING:
 
     class _MixedIn:
@@ -119,9 +121,10 @@ class LSAMArguments(_MixedIn):
         algorithm (`str`, defaults to "lsam"): what a worker pushes and what the server does with it (see
             `hf_lsam.algorithms`). "easgd", with coupling_strength as its alpha, and "lsgd" are baselines, for which the
             papers use sam_rho=0.
-        sync_steps (`int`, defaults to 2): local steps between two pushes. Denoted tau in the paper, which uses 16. The
-            fewer, the less a worker strays from the mean of all. A push that the server cannot take yet is sent with
-            the next one, so a slow link lengthens the interval automatically.
+        sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, which uses 16. If not
+            set, 4 for one or two workers and 2 for more: the more workers there are, the more noise their mean averages
+            out, and the less each of them may stray from it. A push that the server cannot take yet is sent with the
+            next one, so a slow link lengthens the interval automatically.
         coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": all at once when a new
             anchor arrives, with the distance measured from what the worker has pushed; this does not slow the worker
             down. "decoupled": at every step, after the optimizer's, like the weight decay of AdamW. "score": at every
@@ -220,7 +223,7 @@ class LSAMArguments(_MixedIn):
     langevin_temperature: Annotated[float, number("[0, inf)", "Use 0 for no noise.")] = 0.0
 
     algorithm: Annotated[str, one_of(tuple(ALGORITHMS), "The default is 'lsam'.")] = "lsam"
-    sync_steps: Annotated[int, whole(1, "Use 1 to exchange after every step.")] = 2
+    sync_steps: Annotated[int | None, whole(1, "Use 1 to exchange after every step, or leave it out.")] = None
     coupling: Annotated[
         str, one_of(("merge", "decoupled", "score"), "'merge' brakes nobody; the paper couples in the 'score'.")
     ] = "merge"
@@ -316,6 +319,14 @@ class LSAMArguments(_MixedIn):
 
     # --- what the layers below need, without a config object ---
 
+    def steps_between_pushes(self, num_workers: int) -> int:
+        """tau: `sync_steps`, or the default for this many workers."""
+        if self.sync_steps is not None:
+            return self.sync_steps
+        few, many = SYNC_STEPS
+        # With `server_address`, workers come and go, and all must agree on one tau.
+        return few if num_workers <= 2 and self.server_address is None else many
+
     def shared_momentum(self, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
         """The momentum, per step, that the workers' optimizer leaves to the anchor; 0 if it keeps its own.
 
@@ -327,22 +338,27 @@ class LSAMArguments(_MixedIn):
         kept = self.momentum_at == "worker" or any(conflicts.of_momentum_at_the_anchor(self))
         return 0.0 if alone or kept else momentum_of(optimizer)
 
-    def server_settings(self, shared_momentum: float = 0.0) -> ServerSettings:
+    def server_settings(self, sync_steps: int, shared_momentum: float = 0.0) -> ServerSettings:
         """What the server needs to know of these fields.
 
         Args:
+            sync_steps: tau of the run.
             shared_momentum: see the method of that name.
         """
         moving_rate = self.coupling_strength if self.server_half.moves_elastically else 0.0
-        settings = by_name(ServerSettings, self, moving_rate=moving_rate)
+        settings = by_name(ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate)
         if shared_momentum:
-            settings = replace(settings, anchor_optimizer="nesterov", anchor_momentum=shared_momentum**self.sync_steps)
+            settings = replace(settings, anchor_optimizer="nesterov", anchor_momentum=shared_momentum**sync_steps)
         return settings
 
-    def worker_settings(self) -> WorkerSettings:
-        """What a worker needs to know of these fields."""
+    def worker_settings(self, sync_steps: int) -> WorkerSettings:
+        """What a worker needs to know of these fields.
+
+        Args:
+            sync_steps: tau of the run.
+        """
         keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
-        return by_name(WorkerSettings, self, keeps_anchor_move=keeps_anchor_move)
+        return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
 
     @property
     def worker_half(self) -> type[WorkerHalf]:
@@ -354,7 +370,7 @@ class LSAMArguments(_MixedIn):
         """The server's half of the configured algorithm."""
         return ALGORITHMS[self.algorithm].server_half
 
-    def learning_rate_factor(self, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
+    def learning_rate_factor(self, sync_steps: int, optimizer: torch.optim.Optimizer, workers: int = 1) -> float:
         """The factor by which the optimizer's learning rate is multiplied, because of `compensate_coupling`,
         `scale_learning_rate` and `momentum_at`.
 
@@ -362,6 +378,7 @@ class LSAMArguments(_MixedIn):
         at the anchor, by the worker's step times 1 / (1 - m^tau).
 
         Args:
+            sync_steps: tau of the run.
             optimizer: the optimizer whose learning rate it is.
             workers: n, the number of workers of the launch.
         """
@@ -371,20 +388,20 @@ class LSAMArguments(_MixedIn):
         factor = math.sqrt(workers) if scaled else 1.0
         if self.worker_half.brakes and self.compensate_coupling:
             in_score, own = self.coupling == "score", momentum_of(optimizer)
-            factor *= drift_slowdown(self.coupling_strength, self.sync_steps, self.anchor_lr, in_score, own)
+            factor *= drift_slowdown(self.coupling_strength, sync_steps, self.anchor_lr, in_score, own)
         momentum = self.shared_momentum(optimizer, workers)
-        factor *= (1 - momentum**self.sync_steps) / (1 if normalises_steps(optimizer) else 1 - momentum)
+        factor *= (1 - momentum**sync_steps) / (1 if normalises_steps(optimizer) else 1 - momentum)
         return factor
 
     def timeouts(self) -> Timeouts:
         """How long the run waits for processes that do not answer, in seconds."""
         return by_name(Timeouts, self, service=by_name(ServiceSettings, self))
 
-    def kernel_precision(self) -> float:
+    def kernel_precision(self, sync_steps: int) -> float:
         """lambda = lambda0 / (eta tau), with the configured learning rate; 0 if there is no kernel."""
         if not self.server_half.adds_up or not self.learning_rate:
             return 0.0
-        return self.coupling_strength / (self.learning_rate * self.sync_steps)
+        return self.coupling_strength / (self.learning_rate * sync_steps)
 
     def lsam_fields(self) -> dict[str, Any]:
         """LSAM's own fields by name, without those of the TrainingArguments they are mixed into."""
@@ -398,4 +415,4 @@ class LSAMArguments(_MixedIn):
         if self.server_address is None:
             self.server_address = os.environ.get(SERVER_ADDRESS_VARIABLE)
         check_fields(LSAMArguments, self)
-        conflicts.refuse_first(conflicts.of_fields(self))
+        conflicts.refuse_first(conflicts.of_fields(self, self.sync_steps or min(SYNC_STEPS)))

@@ -35,8 +35,12 @@ def refuse_first(conflicts: Iterator[str]) -> None:
         raise ValueError(conflict)
 
 
-def of_fields(args: Any) -> Iterator[str]:
-    """Conflicts among LSAM's own fields, with this launcher and on this machine."""
+def of_fields(args: Any, sync_steps: int) -> Iterator[str]:
+    """Conflicts among LSAM's own fields, with this launcher and on this machine.
+
+    Args:
+        sync_steps: the smallest tau that a run with these fields may use, for which the bounds are the lowest.
+    """
     launched = args.identity.meets_others and args.server_address is None
     if args.identity.comes_and_goes and args.server_address is None:
         yield (
@@ -68,9 +72,9 @@ def of_fields(args: Any) -> Iterator[str]:
             f"(coupling='merge', algorithm='easgd'), got {args.coupling_strength!r}. Beyond, it would move past "
             "the anchor. EASGD's paper uses 0.9 / n."
         )
-    if not at_once and args.coupling_strength > args.sync_steps / 2:
+    if not at_once and args.coupling_strength > sync_steps / 2:
         yield (
-            f"`coupling_strength` must be at most half of sync_steps ({args.sync_steps}), got "
+            f"`coupling_strength` must be at most half of sync_steps ({sync_steps}), got "
             f"{args.coupling_strength!r}. Beyond, a step takes more than half of a worker's distance to the anchor "
             "away, and nothing that it learns lasts. Use a smaller one, or raise sync_steps."
         )
@@ -78,11 +82,11 @@ def of_fields(args: Any) -> Iterator[str]:
     # does not scale with the distance. In neither case can distances feed on themselves.
     if args.worker_half.brakes and args.anchor_optimizer != "adam":
         momentum = args.anchor_momentum if args.anchor_optimizer == "nesterov" else 0.0
-        bound = anchor_lr_bound(args.coupling_strength, args.sync_steps, args.anchor_momentum_correction, momentum)
+        bound = anchor_lr_bound(args.coupling_strength, sync_steps, args.anchor_momentum_correction, momentum)
         if args.anchor_lr >= bound:
             yield (
                 f"anchor_lr={args.anchor_lr} with coupling_strength={args.coupling_strength}, "
-                f"sync_steps={args.sync_steps}, anchor_momentum_correction={args.anchor_momentum_correction} and "
+                f"sync_steps={sync_steps}, anchor_momentum_correction={args.anchor_momentum_correction} and "
                 f"anchor_optimizer={args.anchor_optimizer!r} is outside the stability region (anchor_lr < "
                 f"{bound:.4g}): the distance between workers and anchor would grow from period to period until it "
                 f"is NaN. Use anchor_lr={math.floor(0.8 * bound * 1000) / 1000:g}, or a smaller "

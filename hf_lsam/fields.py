@@ -1,6 +1,6 @@
 """Dataclass fields that declare which values they may hold.
 
-    sync_steps: Annotated[int, whole(1, "Use 1 to exchange after every step.")] = 2
+    sync_steps: Annotated[int | None, whole(1, "Use 1 to exchange after every step.")] = None
 
 The rule is part of the annotation (PEP 593) and not of the field's metadata, because transformers' HfArgumentParser
 passes all metadata on to argparse.

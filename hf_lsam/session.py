@@ -57,6 +57,7 @@ class Session:
 
     Attributes:
         arguments: as given.
+        sync_steps: tau, once prepared.
         worker: None until the first run is joined; kept after it is left.
         hooks, metrics: those of this worker (see `StepHooks`, `WorkerMetrics`).
         budget: the steps of the run, if workers share them (see `StepBudget`).
@@ -124,8 +125,10 @@ class Session:
         self._buffers = movable_buffers(model)
         self._buffers_before: list[Tensor] | None = values_of(self._buffers)
         workers = arguments.identity.num_workers
-        self._factor = arguments.learning_rate_factor(optimizer, workers)
+        self.sync_steps = arguments.steps_between_pushes(workers)
+        self._factor = arguments.learning_rate_factor(self.sync_steps, optimizer, workers)
         self._shared_momentum = momentum = arguments.shared_momentum(optimizer, workers)
+        logger.info("sync_steps=%d", self.sync_steps)
         if self._factor != 1 and arguments.identity.rank == 0:
             logger.warning(
                 "The optimizer of each of %d workers steps with %.3g times its learning rate, so that the anchor moves "
@@ -138,7 +141,7 @@ class Session:
                 "The optimizer's momentum of %g a step is the anchor's: workers step without, the anchor with %.3g an "
                 "exchange.",
                 momentum,
-                momentum**arguments.sync_steps,
+                momentum**self.sync_steps,
             )
 
     def agree_on_batch_sizes(self, rows: int, rows_per_step: int) -> tuple[list[int], list[int]]:
@@ -217,8 +220,8 @@ class Session:
         self.finished = False
         self.worker = worker = self.run.join(
             self._named,
-            arguments.worker_settings(),
-            arguments.server_settings(self._shared_momentum),
+            arguments.worker_settings(self.sync_steps),
+            arguments.server_settings(self.sync_steps, self._shared_momentum),
             server_state,
         )
         worker.weigh(self._weight)
@@ -259,7 +262,7 @@ class Session:
                 "adapter": base is not self._model,
                 "trainable_parameters": self.joined_worker.layout.numel,
             }
-            settings = {**self.arguments.lsam_fields(), **configuration}
+            settings = {**self.arguments.lsam_fields(), "sync_steps": self.sync_steps, **configuration}
             run = describe(self.arguments.identity.num_workers, settings, about)
         self.record.begin(resumed, step, run)
 

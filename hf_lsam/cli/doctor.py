@@ -322,8 +322,8 @@ def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
     from ..memory import shared_bytes, worker_bytes
     from ..transport.ownership import dead_launches  # imports torch, for which --help need not wait
 
-    alone = ServerSettings(sync_steps=2) if workers == 1 else None
-    kept = [worker_bytes(WorkerSettings(sync_steps=2), alone, accelerator) for accelerator in (False, True)]
+    alone = ServerSettings(sync_steps=4) if workers == 1 else None
+    kept = [worker_bytes(WorkerSettings(sync_steps=4), alone, accelerator) for accelerator in (False, True)]
     each = f"{kept[0]} bytes" if kept[0] == kept[1] else f"{kept[0]} bytes (on a GPU {kept[1]})"
     total = (
         ""

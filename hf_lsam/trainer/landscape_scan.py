@@ -51,7 +51,7 @@ class LandscapeScan(TrainerPart):
                 "run_id": read_record(self._output_folder).run["run_id"],
                 "batches": args.landscape_batches,
                 "batchnorm": bool(self.session.batchnorm),
-                **self._scanned(workers, args.kernel_precision()),
+                **self._scanned(workers, args.kernel_precision(self.session.sync_steps)),
             }
             write_atomically(folder / "landscape.json", json.dumps(measured))
         except (OSError, ValueError) as error:

@@ -401,9 +401,9 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._own = None
         self.session.prepare(self.model, self.optimizer)
-        if not self.args.worker_half.pushes_a_part and max_steps < self.args.sync_steps:
+        if not self.args.worker_half.pushes_a_part and max_steps < self.session.sync_steps:
             raise ValueError(
-                f"A worker makes {max_steps} steps and would exchange after {self.args.sync_steps} "
+                f"A worker makes {max_steps} steps and would exchange after {self.session.sync_steps} "
                 f"(`sync_steps`), so the anchor of algorithm={self.args.algorithm!r} would stay the model that "
                 f"training began with. Set sync_steps to {max(1, max_steps // 4)}, or train for longer."
             )

@@ -42,7 +42,7 @@ def make_run(
     """
     if arguments is None:
         return DataParallel(model, make_optimizer, loss, machines, gradient, make_scheduler, seed), None
-    workers = len(machines)
+    sync_steps, workers = arguments.steps_between_pushes(len(machines)), len(machines)
     optimizer = make_optimizer([nn.Parameter(torch.zeros(1))])
     momentum = arguments.shared_momentum(optimizer, workers)
     cluster = Cluster(
@@ -50,18 +50,18 @@ def make_run(
         make_optimizer,
         loss,
         machines,
-        arguments.worker_settings(),
-        arguments.server_settings(momentum),
+        arguments.worker_settings(sync_steps),
+        arguments.server_settings(sync_steps, momentum),
         gradient,
         make_scheduler,
-        arguments.learning_rate_factor(optimizer, workers),
+        arguments.learning_rate_factor(sync_steps, optimizer, workers),
         momentum,
         barrier,
         share_steps=not barrier,
         push_seconds=push_seconds,
         seed=seed,
     )
-    return cluster, arguments.sync_steps
+    return cluster, sync_steps
 
 
 class SimulatedRuns:

@@ -145,7 +145,7 @@ def simulate(run: Run, data: str) -> dict[str, Any]:
         Gradient(),
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share),
         seed=run.seed,
-        push_seconds=run.load * arguments.sync_steps / run.workers if arguments else 0.0,
+        push_seconds=run.load * arguments.steps_between_pushes(run.workers) / run.workers if arguments else 0.0,
     )
     middle, end = made.run(run.steps, moments=2)
     made.layout.write(end.anchor, list(model.parameters()))

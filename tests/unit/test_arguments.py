@@ -76,7 +76,7 @@ def test_every_field_out_of_range_is_an_error_that_names_field_value_and_remedy(
         {"sam_rho": 0.0, "coupling_strength": 0.0, "machine_timeout": 2.0, "anchor_momentum_correction": 0.0},
         {"sam_interval": 1, "sync_steps": 1, "num_workers": 1, "max_bad_pushes": 1, "batchnorm_batches": 1},
         {"sam_ascent_fraction": 1, "landscape_points": 5, "landscape_batches": 1, "coupling_strength": 1.0},
-        {"num_workers": None, "server_address": None, "shared_memory_dir": Path("/dev/shm")},
+        {"sync_steps": None, "num_workers": None, "server_address": None, "shared_memory_dir": Path("/dev/shm")},
     ],
 )
 def test_the_ends_of_a_range_that_belong_to_it_are_taken(tmp_path, fields):
@@ -99,17 +99,16 @@ def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
         "server_timeout": 13.0,
         "machine_timeout": 14.0,
         "exchange_bits": 4,
-        "sync_steps": 9,
     }
     args = config(tmp_path, **values)
-    given = {"algorithm": "lsam", "moving_rate": 0.0, "keeps_anchor_move": False, **values}
+    given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}
     timeouts = args.timeouts()
-    for settings in (args.worker_settings(), args.server_settings(), timeouts, timeouts.service):
+    for settings in (args.worker_settings(9), args.server_settings(9), timeouts, timeouts.service):
         told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         told.pop("service", None)
         assert told == {name: given[name] for name in told}
-    assert config(tmp_path, sam_direction="anchor").worker_settings().keeps_anchor_move
-    assert config(tmp_path, algorithm="easgd", coupling_strength=0.5).server_settings().moving_rate == 0.5
+    assert config(tmp_path, sam_direction="anchor").worker_settings(9).keeps_anchor_move
+    assert config(tmp_path, algorithm="easgd", coupling_strength=0.5).server_settings(9).moving_rate == 0.5
 
 
 def test_the_help_of_every_field_is_its_paragraph_of_the_docstring(monkeypatch):
@@ -142,6 +141,14 @@ def test_the_defaults_are_those_of_the_documentation():
             assert repr(field.default).replace("'", '"') in line, field.name
 
 
+@pytest.mark.parametrize(("workers", "sync_steps"), [(1, 4), (2, 4), (3, 2), (64, 2)])
+def test_more_workers_exchange_more_often_unless_told_otherwise(tmp_path, workers, sync_steps):
+    assert config(tmp_path).steps_between_pushes(workers) == sync_steps
+    (tmp_path / "run.json").touch()
+    assert config(tmp_path, server_address=str(tmp_path)).steps_between_pushes(workers) == 2
+    assert config(tmp_path, sync_steps=3).steps_between_pushes(workers) == 3
+
+
 def test_the_environment_says_which_server_a_worker_joins_and_which_of_how_many_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_LSAM_SERVER_ADDRESS", str(tmp_path))
     assert config(tmp_path).server_address == str(tmp_path)
@@ -166,27 +173,27 @@ def test_the_environment_says_which_server_a_worker_joins_and_which_of_how_many_
 def test_the_learning_rate_is_raised_by_what_a_coupling_at_every_step_brakes(tmp_path):
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     sgd, plain = torch.optim.SGD(parameters, 0.1, momentum=0.9), torch.optim.SGD(parameters, 0.1)
-    assert config(tmp_path).learning_rate_factor(sgd) == 1.0
+    assert config(tmp_path).learning_rate_factor(16, sgd) == 1.0
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5, "sync_steps": 16}
-    assert config(tmp_path, **stepwise).learning_rate_factor(sgd) == pytest.approx(1 + 2 / 1.5 / (1 - 2 / 16))
-    assert config(tmp_path, compensate_coupling=False, **stepwise).learning_rate_factor(plain) == 1.0
-    both = config(tmp_path, scale_learning_rate=True, **stepwise).learning_rate_factor(sgd, workers=9)
+    assert config(tmp_path, **stepwise).learning_rate_factor(16, sgd) == pytest.approx(1 + 2 / 1.5 / (1 - 2 / 16))
+    assert config(tmp_path, compensate_coupling=False, **stepwise).learning_rate_factor(16, plain) == 1.0
+    both = config(tmp_path, scale_learning_rate=True, **stepwise).learning_rate_factor(16, sgd, workers=9)
     assert both == pytest.approx(3 * (1 + 2 / 1.5 / (1 - 2 / 16)))
-    score = config(tmp_path, coupling="score", coupling_strength=0.1, sync_steps=16)
-    assert score.learning_rate_factor(sgd) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
+    score = config(tmp_path, coupling="score", coupling_strength=0.1)
+    assert score.learning_rate_factor(16, sgd) == pytest.approx(1 + (1 - 1 / 16))  # lambda0 / (1 - momentum) = 1
 
 
 def test_momentum_at_the_anchor_is_that_of_as_many_steps_and_a_learning_rate_means_what_it_did(tmp_path):
-    parameters, args = [torch.nn.Parameter(torch.zeros(1))], config(tmp_path, sync_steps=3)
+    parameters, args = [torch.nn.Parameter(torch.zeros(1))], config(tmp_path)
     sgd, adam = torch.optim.SGD(parameters, 0.1, momentum=0.9), torch.optim.AdamW(parameters, 0.1, betas=(0.8, 0.99))
     assert (args.shared_momentum(sgd, 4), args.shared_momentum(adam, 4)) == (0.9, 0.8)
     assert args.shared_momentum(sgd) == 0.0  # a lone worker keeps its own
-    server = args.server_settings(0.9)
+    server = args.server_settings(3, 0.9)
     assert (server.anchor_optimizer, server.anchor_momentum) == ("nesterov", pytest.approx(0.729))
-    assert args.server_settings() == config(tmp_path, momentum_at="worker", sync_steps=3).server_settings()
-    assert args.learning_rate_factor(sgd, workers=4) == pytest.approx(1 + 0.9 + 0.81)
-    assert args.learning_rate_factor(adam, workers=4) == pytest.approx(2 * (1 - 0.8**3))
-    assert args.learning_rate_factor(sgd) == 1.0
+    assert args.server_settings(3) == config(tmp_path, momentum_at="worker").server_settings(3)
+    assert args.learning_rate_factor(3, sgd, workers=4) == pytest.approx(1 + 0.9 + 0.81)
+    assert args.learning_rate_factor(3, adam, workers=4) == pytest.approx(2 * (1 - 0.8**3))
+    assert args.learning_rate_factor(3, sgd) == 1.0
 
 
 ELSEWHERE = [
@@ -244,7 +251,7 @@ def test_the_learning_rate_of_adam_and_its_kind_grows_with_the_root_of_n_unless_
     optimizer = kind([torch.nn.Parameter(torch.zeros(1))], 0.1)
 
     def factor(workers, **fields):
-        return config(tmp_path, momentum_at="worker", **fields).learning_rate_factor(optimizer, workers)
+        return config(tmp_path, momentum_at="worker", **fields).learning_rate_factor(16, optimizer, workers)
 
     assert factor(4) == (2.0 if kind in OF_ADAMS_KIND else 1.0)
     assert factor(1) == factor(4, scale_learning_rate=False) == factor(4, algorithm="lsgd", sam_rho=0.0) == 1.0

@@ -94,7 +94,7 @@ def test_the_defaults_are_those_of_the_documentation():
     assert (worker_bytes(worker), worker_bytes(worker, accelerator=True), server_bytes(server)) == (12, 16, 8)
     arguments, parameter = LoopArguments(), nn.Parameter(torch.zeros(1))
     of = {
-        optimizer: server_bytes(arguments.server_settings(arguments.shared_momentum(optimizer([parameter]), 2)))
+        optimizer: server_bytes(arguments.server_settings(4, arguments.shared_momentum(optimizer([parameter]), 2)))
         for optimizer in (torch.optim.AdamW, NesterovAdamW)
     }
     assert of == {torch.optim.AdamW: 12, NesterovAdamW: 8}

@@ -283,7 +283,7 @@ def test_the_makefile_has_every_command_that_a_text_names():
 
 
 def test_the_defaults_in_how_it_works_are_those_of_the_arguments():
-    from hf_lsam.arguments import LSAMArguments
+    from hf_lsam.arguments import SYNC_STEPS, LSAMArguments
 
     defaults = {field.name: field.default for field in dataclasses.fields(LSAMArguments)}
     table = (ROOT / "docs/how_it_works.md").read_text().split("| symbol in the paper |")[1].split("\n\n")[0]
@@ -291,10 +291,14 @@ def test_the_defaults_in_how_it_works_are_those_of_the_arguments():
     checked = set()
     for _, names, values in rows:
         names = re.findall(r"`(\w+)`", names)
-        numbers = [value.strip() for value in values.split(",")][: len(names)]
-        assert [float(number) for number in numbers] == [defaults[name] for name in names]
-        for name, value in re.findall(r'`(\w+)="(\w+)"`', values):
-            assert defaults[name] == value
+        if names == ["sync_steps"]:
+            assert values == f"{SYNC_STEPS[0]} for up to two workers, {SYNC_STEPS[1]} for more"
+            assert defaults["sync_steps"] is None
+        else:
+            numbers = [value.strip() for value in values.split(",")][: len(names)]
+            assert [float(number) for number in numbers] == [defaults[name] for name in names]
+            for name, value in re.findall(r'`(\w+)="(\w+)"`', values):
+                assert defaults[name] == value
         checked.update(names)
     assert len(checked) == 7
 

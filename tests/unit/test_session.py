@@ -99,7 +99,7 @@ def test_the_learning_rates_are_those_of_a_state_that_is_loaded_within_a_run():
         lsam.step(lambda: sum((0.0 * parameter).sum() for parameter in model.parameters()))
         # lambda = lambda0 / (eta tau): with another eta than the optimizer's, the coupling would be another share.
         distance = lsam.worker.own_parameters - lsam.worker.anchor
-        factor = lsam.arguments.learning_rate_factor(other)
+        factor = lsam.arguments.learning_rate_factor(4, other)
         share = LSAM_FIELDS["coupling_strength"] / LSAM_FIELDS["sync_steps"]
         assert factor > 1
         torch.testing.assert_close(distance, torch.full_like(distance, 1.0 - share))
