@@ -401,7 +401,7 @@ def test_a_worker_of_a_launch_that_ends_with_an_error_does_not_harm_an_external_
         while not second.status.save_requested:
             second.poll(0, torch.empty(NUMEL))
         finish(second)
-    assert "worker 0 ended with an error: the launch ends" in run.log.read_text()
+    assert "worker 0 ended with an error, which ends the launch" in run.log.read_text()
 
 
 # --- a full disk, a damaged file ---
@@ -794,7 +794,7 @@ class Trainer(LSAMTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
-SERVER_LOG, LAST_WORDS = OUT / "run" / "server.log", "worker 1 ended with an error: the launch ends"
+SERVER_LOG, LAST_WORDS = OUT / "run" / "server.log", "worker 1 ended with an error, which ends the launch"
 (OUT / "shared").mkdir(exist_ok=True)
 steps = {"worker": 40, "server": 4000}.get(FAULT, 1_000_000 if FAULT.startswith(("launcher", "all")) else 40)
 TIMEOUT = 5.0 if "frozen" in FAULT or "evaluation" in FAULT else 600.0

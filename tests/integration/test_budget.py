@@ -144,7 +144,7 @@ def test_a_loop_shares_steps_and_its_schedule_follows(tmp_path):
         assert lsam.log()["lsam/steps_of_all"] == 10
     assert rates == pytest.approx([0.05 * (1 - step / 10) for step in range(10)])
     assert optimizer.param_groups[0]["lr"] == 0.0
-    with LSAM(model, optimizer, share_steps=True, max_steps=2) as lsam, pytest.raises(ValueError, match="no batch"):
+    with LSAM(model, optimizer, share_steps=True, max_steps=2) as lsam, pytest.raises(ValueError, match="is empty"):
         list(lsam.batches([]))
     for wrong in ({"share_steps": True}, {"max_steps": 5}, {"share_steps": True, "max_steps": 0}):
         with pytest.raises(ValueError, match="`max_steps` must be positive with share_steps=True"):
@@ -243,8 +243,8 @@ def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_t
         assert small["mean"] == large["mean"]  # of BatchNorm at the anchor, from the same batches
         for each in (small, large):
             of_easgd, of_a_stream = each["refused"]
-            assert "[4, 12] rows a step, and algorithm='easgd' counts each worker alike" in of_easgd
-            assert "batches have [4, 12] rows, and a stream" in of_a_stream
+            assert "[4, 12] rows a step, but algorithm='easgd' gives every worker the same weight" in of_easgd
+            assert "batches have [4, 12] rows. Workers share a stream" in of_a_stream
 
 
 def test_a_trainer_with_batches_of_another_size_is_refused_where_nothing_weighs_them(tmp_path):
@@ -252,7 +252,7 @@ def test_a_trainer_with_batches_of_another_size_is_refused_where_nothing_weighs_
     trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs())
     trainer.session.weigh([8, 8])
     with pytest.raises(
-        ValueError, match=r"train on \[8, 16\] rows a step, and algorithm='lsgd'.*gradient accumulation"
+        ValueError, match=r"train on \[8, 16\] rows a step, but algorithm='lsgd'.*gradient accumulation"
     ):
         trainer.session.weigh([8, 16])
 

@@ -387,7 +387,7 @@ def test_card_does_not_replace_what_was_written_by_hand(finished, tmp_path):
     by_hand.write_text("# Mine")
     result = hf_lsam("card", finished, "--output", by_hand)
     assert result.exit_code == 1
-    assert "written by hand" in result.output
+    assert "was not written by hf-lsam" in result.output
     assert by_hand.read_text() == "# Mine"
     assert hf_lsam("card", finished, "--output", by_hand, "--overwrite").exit_code == 0
     assert hf_lsam("card", finished, "--output", by_hand).exit_code == 0  # its own it may replace

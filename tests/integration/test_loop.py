@@ -222,7 +222,7 @@ def test_a_schedule_free_optimizer_switches_its_mode_at_x_and_not_at_the_anchor(
 def test_metrics_are_logged_and_misuse_is_named(tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.raises(TypeError, match="no field 'sam_roh'"):
+    with pytest.raises(TypeError, match="no argument 'sam_roh'"):
         LSAM(model, optimizer, sam_roh=0.1)
     with pytest.raises(TypeError, match="no field 'data_distribution'"):
         LSAM(model, optimizer, data_distribution="sharded")

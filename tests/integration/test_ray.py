@@ -261,7 +261,7 @@ def test_the_doctor_says_what_there_is_no_room_for():
 def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
     for words, options, reason in [
         ([], {}, "no script to run"),
-        (["nowhere.py"], {}, "no script nowhere.py here"),
+        (["nowhere.py"], {}, "no script nowhere.py in"),
         (["-m", "x"], {"min_workers": 3}, "min_workers must be from 1 to num_workers"),
         (["-m", "x"], {"gpus_per_worker": 2}, "at most one GPU, got"),
         (["-m", "x"], {"cpus_per_worker": 0}, "some CPU"),

@@ -165,7 +165,7 @@ def test_anchor_puts_y_in_and_x_back_bit_for_bit(tmp_path):
     args = arguments(LSAMConfig, tmp_path, max_steps=9, **LSAM)
     trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[swap])
     swap.trainer = trainer
-    with pytest.raises(RuntimeError, match="before `train"), trainer.local():
+    with pytest.raises(RuntimeError, match="once `train"), trainer.local():
         pass
     trainer.train()
     assert swap.checked == 9

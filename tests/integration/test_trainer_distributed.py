@@ -625,7 +625,7 @@ def test_resume_with_a_worker_more_starts_it_at_the_anchor_and_says_so(resumed):
     new = reports[2]["resumed"]
     assert (new["begin"]["step"], new["steps"]) == (4, 10)
     assert new["begin"]["x"] == new["begin"]["y"]
-    assert "was written by 2 workers, and 3 go on" in run.stderr
+    assert "was written by 2 workers, and 3 resume it" in run.stderr
     assert "Worker 2 has no state of its own" in run.stderr
     assert "it starts at the anchor" in run.stderr
     assert "Worker 1 has no state" not in run.stderr

@@ -122,7 +122,7 @@ def test_a_server_that_has_ended_is_an_error_of_the_contract(tmp_path, pipes):
 
 
 def test_an_address_that_no_transport_knows_is_refused_with_those_that_do(tmp_path):
-    with pytest.raises(ValueError, match=r"no transport joins a run by pigeon://.*file://"):
+    with pytest.raises(ValueError, match=r"there is no transport for pigeon://.*file://"):
         Run(Identity(), tmp_path, tmp_path / "log", "pigeon://roof")
 
 
