@@ -224,7 +224,7 @@ def test_metrics_are_logged_and_misuse_is_named(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(TypeError, match="no argument 'sam_roh'"):
         LSAM(model, optimizer, sam_roh=0.1)
-    with pytest.raises(TypeError, match="no field 'data_distribution'"):
+    with pytest.raises(TypeError, match="no argument 'data_distribution'"):
         LSAM(model, optimizer, data_distribution="sharded")
     with pytest.raises(ValueError, match="outside the stability region"):
         LSAM(model, optimizer, coupling="decoupled", coupling_strength=0.1, anchor_lr=3.0)
