@@ -43,7 +43,7 @@ def _register(name: str) -> None:
         if pretrained and not (source.has_weights or source.state_dict):
             raise ValueError(
                 f"There are no pretrained weights for {entry.__name__}, and random ones must not be taken for "
-                "them. Leave out pretrained=True, or name a file: pretrained_cfg_overlay={{'file': PATH}}."
+                "them. Leave out pretrained=True, or name a file: pretrained_cfg_overlay={'file': PATH}."
             )
         return build_model_with_cfg(NETWORKS[name], entry.__name__, pretrained, source, **options)
 

@@ -143,8 +143,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
             raise ValueError(
                 f"The model lies on {_devices_of(self.model)} (device_map), and this worker's device is "
                 f"{args.device}. Each worker needs its whole model on its own device. Create the LSAMConfig "
-                "first, and load the model without device_map, or with device_map={{"
-                ": args.device}}."
+                'first, and load the model without device_map, or with device_map={"": args.device}.'
             )
         self.add_callback(self._callback)
 

@@ -113,7 +113,7 @@ def test_timm_builds_the_same_networks(name):
 
 
 def test_weights_that_there_are_not_are_not_made_up(tmp_path):
-    with pytest.raises(ValueError, match=r"no pretrained weights for hf_lsam_resnet20.*Leave out pretrained=True"):
+    with pytest.raises(ValueError, match=r"no pretrained weights for hf_lsam_resnet20.*overlay=\{'file': PATH\}"):
         timm.create_model("hf_lsam_resnet20", pretrained=True)
     trained = vision.resnet20(width=4)
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
