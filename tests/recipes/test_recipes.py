@@ -656,11 +656,11 @@ def test_numbers_in_words(number, words):
 
 
 def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
-    """By the YAML files of the recipe itself, made short; each with the learning rate of the better of two trials."""
+    """By the YAML files of the recipe itself, made short; each with the learning rate whose trials were better."""
     (tmp_path / "causal_lm").mkdir()
     readme = tmp_path / "causal_lm/README.md"
     readme.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("trials", "methods")))
-    words = ["causal_lm", "--seeds", "2", "--learning_rates", "0.001", "0.1"]
+    words = ["causal_lm", "--seeds", "2", "--learning_rates", "0.001", "0.1", "--trial_seeds", "2"]
     words += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(readme.parent)]
     words += ["--max_steps", "4", "--train_file", str(text), "--model_config", json.dumps(LLAMA)]
     words += ["--block_size", "32", "--warmup_steps", "1", "--sync_steps", "2"]
@@ -674,6 +674,7 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     for summary, tried in zip(summaries, zip(trials[::2], trials[1::2], strict=True), strict=True):
         best = min(tried, key=lambda trial: trial["eval_loss"]["mean"])
         assert all(trial["configuration"]["tuning"] for trial in tried)
+        assert all([run["seed"] for run in trial["runs"]] == [100, 101] for trial in tried)
         assert all(trial["eval_examples"] < summary["eval_examples"] for trial in tried)  # a tenth of the rest
         assert summary["configuration"]["learning_rate"] == best["configuration"]["learning_rate"]
         assert [run["seed"] for run in summary["runs"]] == [0, 1]
