@@ -1,7 +1,7 @@
 """What LSAM keeps in memory in addition to the model, its gradients and its optimizer, in bytes per trained parameter.
 
-All vectors are float32. A further 4 bytes are needed while a step is perturbed, for what SAM restores, and 4 while the
-anchor is evaluated or saved, for the worker's own parameters.
+All vectors are float32. A further 4 bytes are needed while a step is perturbed, for x + eps (on CPU they are kept from
+step to step), and 4 while the anchor is evaluated or saved, for the worker's own parameters.
 """
 
 from __future__ import annotations

@@ -15,14 +15,16 @@ the reverse of the anchor's last move, as in FedLESAM (Fan et al., arXiv 2405.18
 x + rho (y_old - y) / ||y_old - y||).
 
 x + eps has storage of its own; the parameter points there until `restore` points it back. Restoring is therefore exact,
-whereas x + eps - eps would not be. The gradients of pass 1 are freed before pass 2 begins. Writing x + eps into their
-storage would save a pass over memory, but gradients that outlive a pass lie scattered among its activations, and
-glibc's malloc then takes more time than that pass (1.03 x a step of ResNet-20 on CPU, against 1.01 x).
+whereas x + eps - eps would not be. On CPU this storage is worth keeping from step to step (`storage_for`): writing to
+fresh memory takes twice the time. The gradients of pass 1 are freed before pass 2 begins. Writing x + eps into their
+storage would save memory, but gradients that outlive a pass lie scattered among its activations, and glibc's malloc
+then takes more time than that saves (1.03 x a step of ResNet-20 on CPU, against 1.01 x).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ def gradient(
     adaptive: bool = False,
     batchnorm: Sequence[_BatchNorm] = (),
     scaler: torch.amp.GradScaler | None = None,
+    storage: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient at x + eps to the parameters' `.grad`, just as a backward pass adds the gradient at x.
 
@@ -56,6 +59,7 @@ def gradient(
         rho, eps, adaptive: see `perturb`.
         batchnorm: layers whose running statistics pass 2 must leave alone.
         scaler: the scaler of both passes' losses (fp16).
+        storage: from `storage_for`, or None.
 
     Returns:
         the losses of pass 1 and pass 2, 0-d tensors on the device.
@@ -67,7 +71,7 @@ def gradient(
     with forked(device):
         first_loss = first_pass()
     loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
-    moved = perturb(parameters, rho, eps, adaptive, loss_scale)
+    moved = perturb(parameters, rho, eps, adaptive, loss_scale, storage)
     for parameter, kept in zip(parameters, accumulated, strict=True):
         parameter.grad = kept
     if torch.is_autocast_enabled(device.type):
@@ -87,6 +91,7 @@ def gradient_along(
     rho: float,
     eps: float = 1e-12,
     adaptive: bool = False,
+    storage: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Adds the gradient at x + rho u / (||u|| + eps) to the parameters' `.grad`, with a single pass.
 
@@ -95,23 +100,25 @@ def gradient_along(
         directions: u, one tensor per parameter; not changed.
         single_pass: forward and backward on the batch; returns the detached loss.
         rho, eps, adaptive: see `perturb`.
+        storage: from `storage_for`, or None.
 
     Returns:
         the loss at x + eps, 0-d, on the device.
     """
-    moved = _move_along(
-        parameters,
-        list(directions) if not adaptive else [direction.clone() for direction in directions],
-        rho,
-        eps,
-        adaptive,
-    )
+    directions = [direction.clone() for direction in directions] if adaptive else list(directions)
+    moved = _move_along(parameters, directions, rho, eps, adaptive, storage)
     if torch.is_autocast_enabled(parameters[0].device.type):
         torch.clear_autocast_cache()
     try:
         return single_pass()
     finally:
         restore(moved)
+
+
+def storage_for(parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    """Memory for x + eps, one tensor per parameter, to be used again at every step; None on an accelerator, whose
+    allocator keeps memory by itself."""
+    return [torch.empty_like(parameter) for parameter in parameters] if parameters[0].device.type == "cpu" else None
 
 
 @torch.no_grad()
@@ -121,6 +128,7 @@ def perturb(
     eps: float = 1e-12,
     adaptive: bool = False,
     loss_scale: Tensor | float = 1.0,
+    storage: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Moves every parameter that has a gradient to x + eps and removes the gradient.
 
@@ -135,6 +143,7 @@ def perturb(
         adaptive: scale the radius by the magnitude of each weight (ASAM).
         loss_scale: the factor by which the loss of pass 1 was multiplied (fp16), as a number or 0-d tensor. It cancels
             in g / ||g||, so only `eps` is scaled by it.
+        storage: from `storage_for(parameters)`; None allocates.
 
     Returns:
         (parameter, its unperturbed data) pairs, to pass to `restore`.
@@ -142,7 +151,9 @@ def perturb(
     Raises:
         ValueError: if a gradient is sparse.
     """
-    moved = [parameter for parameter in parameters if parameter.grad is not None]
+    parameters = list(parameters)
+    has_gradient = [parameter.grad is not None for parameter in parameters]
+    moved = list(compress(parameters, has_gradient))
     if not moved:
         return []
     gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
@@ -151,7 +162,8 @@ def perturb(
             "A gradient is sparse (nn.Embedding(sparse=True)?). The perturbation is dense: it moves every weight, so "
             "sparse updates would be lost. Build the embedding with sparse=False."
         )
-    pairs = _move_along(moved, gradients, rho, eps * loss_scale, adaptive)
+    storage = None if storage is None else list(compress(storage, has_gradient))
+    pairs = _move_along(moved, gradients, rho, eps * loss_scale, adaptive, storage)
     for parameter in moved:
         parameter.grad = None
     return pairs
@@ -159,7 +171,12 @@ def perturb(
 
 @torch.no_grad()
 def _move_along(
-    parameters: Sequence[Tensor], directions: list[Tensor], rho: float, eps: Tensor | float, adaptive: bool
+    parameters: Sequence[Tensor],
+    directions: list[Tensor],
+    rho: float,
+    eps: Tensor | float,
+    adaptive: bool,
+    storage: Sequence[Tensor] | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Points the parameters at x + eps; overwrites `directions` if `adaptive`."""
     originals = [parameter.data for parameter in parameters]
@@ -170,8 +187,13 @@ def _move_along(
     scale = rho / (nn.utils.get_total_norm(directions) + eps)
     if adaptive:
         torch._foreach_mul_(directions, units)  # T^2 g
-    perturbed = torch._foreach_mul(directions, scale)
-    torch._foreach_add_(perturbed, originals)
+    if originals[0].device.type == "cpu":
+        perturbed = [torch.empty_like(x) for x in originals] if storage is None else list(storage)
+        for x, u, out in zip(originals, directions, perturbed, strict=True):
+            torch.addcmul(x, u, scale, out=out)
+    else:  # two passes over memory, but for all tensors together
+        perturbed = list(torch._foreach_mul(directions, scale))
+        torch._foreach_add_(perturbed, originals)
     for parameter, data in zip(parameters, perturbed, strict=True):
         parameter.data = data
     return list(zip(parameters, originals, strict=True))

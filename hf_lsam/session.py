@@ -91,6 +91,7 @@ class Session:
         self._final_drift = 0.0
         self._record_at = 0.0  # when the next entry is due, by time.monotonic()
         self._at_step_begin = False  # no micro-batch of the next step has been seen
+        self._storage: list[Tensor] | None = None  # of perturbed parameters, from step to step
 
     # --- a run: prepare, join, finish, leave ---
 
@@ -116,7 +117,7 @@ class Session:
         """
         arguments = self.arguments
         refuse_first(with_optimizer(arguments, optimizer))
-        self._model, self.optimizer = model, optimizer
+        self._model, self.optimizer, self._storage = model, optimizer, None
         self._sam_rho = arguments.sam_rho
         self._named: list[tuple[str, Tensor]] = list(trainable_parameters(model))
         if arguments.batchnorm_statistics == "average":
@@ -389,6 +390,8 @@ class Session:
         arguments, worker = self.arguments, self.joined_worker
         parameters = worker.parameters
         rho, eps, adaptive = self._sam_rho, arguments.sam_eps, arguments.sam_adaptive
+        if rho and self._storage is None:
+            self._storage = sam.storage_for(parameters)
         if not rho or step % arguments.sam_interval:
             loss = one_pass()
         elif arguments.sam_direction != "gradient":
@@ -396,7 +399,7 @@ class Session:
             if directions is None:
                 loss = one_pass()
             else:
-                loss = sam.gradient_along(parameters, directions, one_pass, sign * rho, eps, adaptive)
+                loss = sam.gradient_along(parameters, directions, one_pass, sign * rho, eps, adaptive, self._storage)
         else:
             passes = [one_pass, other_pass or one_pass]
             if ascent_on_part:
@@ -407,7 +410,9 @@ class Session:
                 with kept_buffers(self._buffers):
                     return second()
 
-            losses = sam.gradient(parameters, first, second_pass, rho, eps, adaptive, self.batchnorm, scaler)
+            losses = sam.gradient(
+                parameters, first, second_pass, rho, eps, adaptive, self.batchnorm, scaler, self._storage
+            )
             self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
             loss = losses[ascent_on_part]
         worker.note_loss(loss, share)

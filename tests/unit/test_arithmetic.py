@@ -22,7 +22,7 @@ from hf_lsam.parameters import (
     in_stored_types,
     trainable_parameters,
 )
-from hf_lsam.sam import ASAM_OFFSET, perturb, restore
+from hf_lsam.sam import ASAM_OFFSET, perturb, restore, storage_for
 
 
 def parameters_with_gradients(*shapes, dtype=torch.float32):
@@ -49,6 +49,20 @@ def test_perturb_moves_by_rho_along_the_global_gradient_and_restore_is_exact():
     restore(saved)
     assert all(torch.equal(p, x) for p, x in zip(parameters, before, strict=True))
     assert [p.data_ptr() for p in parameters] == addresses
+
+
+def test_storage_for_perturbed_parameters_is_used_again_and_changes_no_bit():
+    fresh, kept = (parameters_with_gradients((3, 4), (5,), (2,)) for _ in range(2))
+    storage = storage_for(kept)
+    for step in range(2):
+        for parameters in (fresh, kept):
+            parameters[0].grad = torch.full((3, 4), 1.0 + step)
+            parameters[1].grad = None  # the storage of the others must not move up
+            parameters[2].grad = torch.ones(2)
+        moved, moved_in_storage = perturb(fresh, rho=0.3), perturb(kept, rho=0.3, storage=storage)
+        assert [p.data_ptr() for p, _ in moved_in_storage] == [storage[0].data_ptr(), storage[2].data_ptr()]
+        assert all(torch.equal(a, b) for a, b in zip(fresh, kept, strict=True))
+        restore([*moved, *moved_in_storage])
 
 
 def test_adaptive_perturbation_is_asam():
