@@ -190,7 +190,7 @@ def _move_along(
     if originals[0].device.type == "cpu":
         perturbed = [torch.empty_like(x) for x in originals] if storage is None else list(storage)
         for x, u, out in zip(originals, directions, perturbed, strict=True):
-            torch.addcmul(x, u, scale, out=out)
+            torch.addcmul(x, u, scale, out=out.resize_as_(x))  # as it was, unless the model resized its embeddings
     else:  # two passes over memory, but for all tensors together
         perturbed = list(torch._foreach_mul(directions, scale))
         torch._foreach_add_(perturbed, originals)
