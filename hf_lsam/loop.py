@@ -203,8 +203,8 @@ class LSAM:
             else:
                 if folder is not None:
                     logger.warning("%s has no state of worker %d, which starts at the anchor", folder, rank)
-                if rank:
-                    torch.manual_seed(torch.initial_seed() + rank)  # so that dropout masks and noise differ
+                if number := self.session.number:
+                    torch.manual_seed(torch.initial_seed() + number)  # so that dropout masks and noise differ
             configuration = {
                 "learning_rate": self._learning_rate,
                 "optim": type(self.optimizer).__name__,
@@ -244,12 +244,12 @@ class LSAM:
         folder = Path(folder)
         own = folder / str(self.arguments.identity.rank)
         own.mkdir(parents=True, exist_ok=True)
+        self.session.save_worker(own, self._random_states())
         if not self.session.save_anchor(folder):
             raise OSError(
-                f"The server cannot be reached at the moment, so the anchor's state was not saved to {folder}. Try "
-                "again."
+                f"The server cannot be reached at the moment, so the anchor's state was not saved to {folder}; this "
+                "worker's own was. Try again."
             )
-        self.session.save_worker(own, self._random_states())
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"generator": torch.get_rng_state()}
@@ -323,8 +323,9 @@ class LSAM:
         ```
 
         Raises:
-            ValueError: if `loader` has no batches.
+            ValueError: if `loader` has no batches, or without `share_steps`.
         """
+        self._refuse_own_steps("batches", "would never end. Go over your loader")
         while self.session.steps_are_left:
             empty = True
             for batch in loader:
@@ -337,10 +338,22 @@ class LSAM:
 
     def schedule(self, scheduler: LRScheduler) -> RunSchedule:
         """Wraps `scheduler`, of `max_steps` steps, so that it follows the run: call its `step` after each of your own
-        steps."""
+        steps.
+
+        Raises:
+            ValueError: without `share_steps`.
+        """
+        self._refuse_own_steps("schedule", "would stand still. Step the scheduler")
         schedule = RunSchedule(scheduler, self.session.position)
         schedule.catch_up()
         return schedule
+
+    def _refuse_own_steps(self, method: str, consequence: str) -> None:
+        if not self.arguments.share_steps:
+            raise ValueError(
+                f"`LSAM.{method}` follows the steps that the workers of a run share. Without share_steps=True each "
+                f"makes steps of its own, and it {consequence} yourself, or pass share_steps=True and max_steps."
+            )
 
     # --- data, evaluation, logging ---
 

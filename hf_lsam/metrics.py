@@ -28,17 +28,18 @@ class WorkerMetrics:
         self._loss_from = worker.local_steps
         self._before_resuming = [0] * len(_EXCHANGED)
 
-    def add_losses(self, first: Tensor, second: Tensor, skip_overflow: bool = False) -> None:
+    def add_losses(self, first: Tensor, second: Tensor, share: float, skip_overflow: bool = False) -> None:
         """Takes the losses of pass 1 and pass 2 of one (micro-)batch; those of the same local step are summed.
 
         Args:
             first, second: 0-d, as returned by `sam.gradient`.
+            share: the share of the step's loss that they make up.
             skip_overflow: count a difference that is not finite as 0 (the fp16 scaler will skip that step).
         """
         difference = second - first
         if skip_overflow:
             difference = torch.nan_to_num(difference, nan=0.0, posinf=0.0, neginf=0.0)
-        self._sharpness += difference
+        self._sharpness.add_(difference, alpha=share)
         self._perturbed_steps.add(self._worker.local_steps)
 
     def since_last_log(self) -> dict[str, float]:

@@ -298,6 +298,12 @@ class Session:
         self.signals.restore()
         self.run.leave(failed=error is not None)
 
+    @property
+    def number(self) -> int:
+        """The worker's number in the run: its rank or, if it is alone in its launch, the one the server gave it."""
+        identity = self.arguments.identity
+        return identity.rank if identity.num_workers > 1 else self.joined_worker.link.worker
+
     def save_anchor(self, folder: Path) -> bool:
         """At worker 0, saves the server's state; does nothing at the others.
 
@@ -413,7 +419,7 @@ class Session:
             losses = sam.gradient(
                 parameters, first, second_pass, rho, eps, adaptive, self.batchnorm, scaler, self._storage
             )
-            self.metrics.add_losses(*losses, skip_overflow=scaler is not None)
+            self.metrics.add_losses(*losses, share, skip_overflow=scaler is not None)
             loss = losses[ascent_on_part]
         worker.note_loss(loss, share)
         self.metrics.add_loss(loss, share)
@@ -439,9 +445,10 @@ class Session:
         """
         if not self.batchnorm:
             return
-        if self.arguments.batchnorm_statistics == "average":
+        statistics = self.arguments.batchnorm_statistics
+        if statistics == "average":
             keep_variances_positive(self.batchnorm)
-        elif batches is None:
+        elif statistics == "worker" or batches is None:
             self._warn(self.signatures.batchnorm_not_reestimated())
         else:
             with forked(self.device), Generators(seed).in_place():

@@ -130,8 +130,7 @@ class Checkpoints(TrainerPart):
                 rank,
                 self._common_checkpoint,
             )
-        identity = self.args.identity  # a worker that is alone in its launch uses the number that the server gave it
-        if number := identity.rank if identity.num_workers > 1 else self.session.joined_worker.link.worker:
+        if number := self.session.number:
             # Same seed everywhere until here, for the same initial model and the same shards; from here on each
             # worker draws its own dropout masks and noise.
             set_seed(self.args.seed + number)

@@ -320,8 +320,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         def forward(batch: dict[str, Any]) -> Any:
             return self.compute_loss(self.model, self._prepare_inputs(batch))
 
-        statistics = self.args.batchnorm_statistics
-        self.session.settle_batchnorm(None if statistics == "worker" else batches, forward, self._data_seed)
+        self.session.settle_batchnorm(batches, forward, self._data_seed)
 
     # --- logging ---
 

@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,19 @@ def make_run(
     """A run with these arguments of LSAM, or a data-parallel one if they are None, and its sync_steps.
 
     Args:
+        arguments: what they say about SAM gives way to `gradient`.
         barrier: whether workers wait for their anchor; otherwise they share the steps of the run.
         model, make_optimizer, loss, machines, gradient, make_scheduler, push_seconds, seed: see `Cluster`.
     """
     if arguments is None:
         return DataParallel(model, make_optimizer, loss, machines, gradient, make_scheduler, seed), None
+    # Where the momentum lies, and what a worker keeps of the anchor, depend on the perturbation.
+    arguments = replace(
+        arguments,
+        sam_rho=gradient.sam_rho,
+        sam_adaptive=gradient.sam_adaptive,
+        sam_direction=gradient.sam_direction,
+    )
     sync_steps, workers = arguments.steps_between_pushes(len(machines)), len(machines)
     optimizer = make_optimizer([nn.Parameter(torch.zeros(1))])
     momentum = arguments.shared_momentum(optimizer, workers)

@@ -183,6 +183,18 @@ def test_the_anchor_is_shown_with_statistics_of_its_own():
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own, strict=True))
 
 
+def test_the_worker_keeps_its_statistics_at_the_anchor_if_told_to(caplog):
+    model = network(normalised=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with LSAM(model, optimizer, batchnorm_statistics="worker", **LSAM_FIELDS) as lsam:
+        for x, labels in batches(10):
+            lsam.step(lambda x=x, labels=labels: nn.functional.cross_entropy(model(x), labels))
+        own = model.layers[1].running_mean.clone()
+        with lsam.anchor([x for x, _ in batches(6)]):
+            assert torch.equal(model.layers[1].running_mean, own)
+    assert "statistics of a worker's own weights" in caplog.text
+
+
 @pytest.mark.parametrize("habit", ["none", "inside", "around"])
 def test_a_schedule_free_optimizer_switches_its_mode_at_x_and_not_at_the_anchor(habit):
     """Whether the loop leaves it alone, or evaluates as its manual says: inside the anchor, or around it."""
@@ -241,6 +253,30 @@ def test_metrics_are_logged_and_misuse_is_named(tmp_path):
     assert metrics["lsam/anchor_version"] == 2
     assert metrics["lsam/sharpness"] > 0
     assert 0 < metrics["lsam/drift"] < 1
+
+
+def test_sharpness_is_that_of_a_step_whatever_its_micro_batches():
+    (x, labels), *_ = batches(1)
+
+    def sharpness(accumulation: int) -> float:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with LSAM(model, optimizer, gradient_accumulation_steps=accumulation, **LSAM_FIELDS) as lsam:
+            for _ in range(3 * accumulation):
+                lsam.step(lambda: nn.functional.cross_entropy(model(x), labels))
+            return lsam.log()["lsam/sharpness"]
+
+    assert sharpness(4) == pytest.approx(sharpness(1), rel=0.1)  # but for the noise that each draws
+
+
+def test_steps_of_the_run_are_refused_where_each_worker_makes_its_own():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with LSAM(model, optimizer, **LSAM_FIELDS) as lsam:
+        with pytest.raises(ValueError, match=r"`LSAM\.batches` .* would never end.*share_steps=True and max_steps"):
+            next(lsam.batches([1, 2]))
+        with pytest.raises(ValueError, match=r"`LSAM\.schedule` .* would stand still.*share_steps=True and max_steps"):
+            lsam.schedule(torch.optim.lr_scheduler.ConstantLR(optimizer))
 
 
 def test_the_closure_returns_a_loss_or_an_output_that_holds_one():
