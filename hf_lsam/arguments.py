@@ -61,8 +61,8 @@ else:
     _MixedIn = object
 
 SERVER_ADDRESS = Rule(
-    "the folder of a running server",
-    "Start one first: python -m hf_lsam.server --run_dir DIR",
+    "the folder of a server",
+    "Start one (python -m hf_lsam.server --run_dir DIR), or create the folder first, and workers wait for it.",
     lambda address: "://" in str(address) or os.path.isdir(str(address)),  # "://": the caller's own transport
 )
 PORT = Rule("an integer in [0, 65535]", "0 lets the system choose.", lambda n: type(n) is int and 0 <= n < 2**16)
@@ -122,9 +122,9 @@ class LSAMArguments(_MixedIn):
             `hf_lsam.algorithms`). "easgd", with coupling_strength as its alpha, and "lsgd" are baselines, for which the
             papers use sam_rho=0.
         sync_steps (`int`, *optional*): local steps between two pushes. Denoted tau in the paper, which uses 16. If not
-            set, 4 for one or two workers and 2 for more: the more workers there are, the more noise their mean averages
-            out, and the less each of them may stray from it. A push that the server cannot take yet is sent with the
-            next one, so a slow link lengthens the interval automatically.
+            set, 4 for one or two workers, and 2 for more or with server_address: the more workers there are, the more
+            noise their mean averages out, and the less each of them may stray from it. A push that the server cannot
+            take yet is sent with the next one, so a slow link lengthens the interval automatically.
         coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": all at once when a new
             anchor arrives, with the distance measured from what the worker has pushed; this does not slow the worker
             down. "decoupled": at every step, after the optimizer's, like the weight decay of AdamW. "score": at every
@@ -148,7 +148,7 @@ class LSAMArguments(_MixedIn):
         num_workers (`int`, *optional*): how many workers the run is meant to have. If set, it is an error to launch any
             other number.
         shared_memory_dir (`str`, defaults to "/dev/shm"): where the workers and the server of a machine exchange
-            vectors. Needs room for num_workers + 2 vectors.
+            vectors. Needs room for num_workers + 2 vectors, and for 6 more with snapshots.
         server_address (`str`, *optional*): the folder of a running server (`python -m hf_lsam.server --run_dir DIR`)
             to join as an external worker; the worker leaves when this launch has taken its steps. n counts the workers
             that are present. Each launch evaluates and saves on its own, so give each its own output_dir, seed and
@@ -161,7 +161,7 @@ class LSAMArguments(_MixedIn):
             machine's firewall must let the others reach it. 0 lets the system choose.
         server_timeout (`float`, defaults to 120.0): seconds for which a worker whose server has died continues alone,
             around the last anchor. If no server has come back by then, it saves a checkpoint and ends with an error. An
-            external worker also waits this long for a server that has not started yet.
+            external worker also waits this long for a server that has not started yet, if its folder is there.
         worker_timeout (`float`, defaults to 600.0): seconds after which a worker whose process is frozen is dropped;
             one that evaluates, saves or compiles is not. When it wakes up, it starts again at the anchor; the end of
             the run waits this long again for it.

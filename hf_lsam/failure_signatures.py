@@ -51,7 +51,8 @@ class FailureSignatures:
                 self._once(
                     "drift",
                     f"the distance to the anchor keeps growing (lsam/drift {drift:.3g}): the workers are falling "
-                    "apart. Raise coupling_strength, or lower sync_steps or the learning rate.",
+                    "apart. Lower the learning rate (or set scale_learning_rate=False) or sync_steps; raise "
+                    "coupling_strength if it is below 1.",
                 )
             )
         if staleness > self.STALENESS_FACTOR * self._num_workers:

@@ -130,8 +130,8 @@ class LSAM:
         if self.arguments.share_steps != (max_steps is not None and max_steps > 0):
             raise ValueError(
                 "`max_steps` must be positive with share_steps=True and must be left out without it, got "
-                f"{max_steps}. It is the number of steps that all workers make together; without share_steps, "
-                "your loop decides how many it makes."
+                f"{max_steps}. It counts once for each worker of the launch: n of them make n times as many together. "
+                "Without share_steps, your loop decides how many it makes."
             )
         self._max_steps = max_steps
         self._resume_from = None if resume_from is None else Path(resume_from)

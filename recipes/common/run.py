@@ -55,7 +55,10 @@ def measured_run(
         args.eval_on_start = True
     elif args.process_index == 0:
         evaluated = [{"step": 0, **trainer.evaluate()}]
-    training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume: str | bool | None = args.resume_from_checkpoint  # a field of text, which "true" is as well
+    if str(resume).lower() == "true":
+        resume = any(Path(args.output_dir).glob("checkpoint-*"))
+    training = trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate()  # called by all workers, which share the work with every method
     trainer.save_model()
     gather = gather_lsam if asynchronous else gather_data_parallel

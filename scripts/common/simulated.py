@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -82,7 +82,9 @@ class SimulatedRuns:
         simulate: takes a run (a dataclass with `method` and `seed`) and `data` as JSON, and returns the result, a
             mapping that has the run under "run". It must be a module-level function, because other processes call it.
         figure: takes a result and returns the text shown for it on the screen.
-        data: what all runs share; a kept run is identified by these fields and its own.
+        methods: what the methods are, by name, if that is not all in the run's own fields.
+        data: what all runs share. A kept run is identified by these fields, its own, those of its method and LSAM's
+            defaults.
         runs_dir: the folder in which results are kept.
         processes: how many runs to make at a time, one per core; 1 makes them in this process.
         quiet: do not show progress.
@@ -92,12 +94,14 @@ class SimulatedRuns:
         self,
         simulate: Callable[[Any, str], dict[str, Any]],
         figure: Callable[[dict[str, Any]], str],
+        methods: Mapping[str, Any],
         data: dict[str, Any],
         runs_dir: Path,
         processes: int,
         quiet: bool,
     ):
-        self._simulate, self._figure, self.data = simulate, figure, json.dumps(data)
+        self._simulate, self._figure, self._methods, self.data = simulate, figure, methods, json.dumps(data)
+        self._defaults = LoopArguments().lsam_fields()
         self._runs_dir, self._processes, self._quiet = runs_dir, processes, quiet
 
     def results(self, runs: Sequence[Any]) -> list[dict[str, Any]]:
@@ -119,4 +123,5 @@ class SimulatedRuns:
         return [json.loads(path.read_text()) for path in paths]
 
     def _name(self, run: Any) -> str:
-        return hashlib.sha256((json.dumps(asdict(run), sort_keys=True) + self.data).encode()).hexdigest()[:16]
+        what = [asdict(run), self._methods.get(run.method), self._defaults, self.data]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

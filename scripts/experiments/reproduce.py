@@ -270,7 +270,12 @@ def open_choices(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
         "merged, lambda0 = 1": {},
         "lambda0 = 0.5": {"coupling_strength": 0.5},
         "coupled at every step, lambda0 = 2, eta' = 1.5": stepwise,
-        "the paper's: lambda0 = 0.1 in the score": {"coupling": "score", "coupling_strength": 0.1},
+        "the paper's: lambda0 = 0.1 in the score": {
+            "coupling": "score",
+            "coupling_strength": 0.1,
+            "compensate_coupling": False,
+            "anchor_momentum_correction": 0.3,
+        },
         "Nesterov anchor": {"anchor_optimizer": "nesterov", "anchor_momentum": 0.5},
         "T = 1e-6": {"langevin_temperature": 1e-6},
         "rho decays with eta": {"rho_schedule": "learning_rate"},

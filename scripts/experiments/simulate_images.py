@@ -67,8 +67,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "lsam": {
             "coupling": "score",
             "coupling_strength": 0.1,
-            "anchor_lr": 0.5,
-            "anchor_momentum_correction": 0.9,
+            "compensate_coupling": False,
+            "anchor_momentum_correction": 0.3,
             "sync_steps": 16,
             "exchange_bits": 32,
         },
@@ -554,7 +554,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_images/tables")
     arguments, words = parser.parse_known_args()
     data = parse_configuration((ImageDataArguments,), [*SMALL_IMAGES, *words])
-    runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
+    runs = SimulatedRuns(simulate, error_of, METHODS, data, arguments.runs_dir, arguments.processes, arguments.quiet)
     found, table = EXPERIMENTS[arguments.experiment](runs, arguments.seeds)
     report = {"experiment": arguments.experiment, "runs": found}
     write_json(arguments.output_dir / f"{arguments.experiment}.json", report)

@@ -359,7 +359,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_scale/tables")
     arguments, words = parser.parse_known_args()
     data = parse_configuration((ImageDataArguments,), ["--image_size=8", *words])
-    runs = SimulatedRuns(simulate, error_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
+    runs = SimulatedRuns(simulate, error_of, {}, data, arguments.runs_dir, arguments.processes, arguments.quiet)
     made = make(runs, arguments.seeds, arguments.most_workers)
     write_json(arguments.output_dir / "scale.json", {"experiment": "scale", "runs": made})
     write_atomically(arguments.output_dir / "scale.md", tables(made) + "\n")

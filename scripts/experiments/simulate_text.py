@@ -288,7 +288,7 @@ def main() -> None:
         parser.error(f"--methods must name {PLAIN!r}: the others' accuracies are told against its")
     if arguments.other_file:  # which the trials do not read
         load_examples(pick(DataArguments, data | {"validation_file": arguments.other_file}))
-    runs = SimulatedRuns(simulate, accuracy_of, data, arguments.runs_dir, arguments.processes, arguments.quiet)
+    runs = SimulatedRuns(simulate, accuracy_of, METHODS, data, arguments.runs_dir, arguments.processes, arguments.quiet)
     found, table = experiment(runs, arguments)
     write_json(arguments.output_dir / f"{arguments.name}.json", {"experiment": arguments.name, "runs": found})
     write_atomically(arguments.output_dir / f"{arguments.name}.md", table + "\n")

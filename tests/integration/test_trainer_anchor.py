@@ -283,7 +283,7 @@ def test_growing_drift_is_reported_once():
     signatures = FailureSignatures(num_workers=2)
     warnings = [signatures.observe(0.01 * 1.3**k, 0.0, k, 0.1) for k in range(12)]
     assert [len(w) for w in warnings] == [0] * 6 + [1] + [0] * 5  # six log points after the first anchor has moved
-    assert "Raise coupling_strength" in warnings[6][0]
+    assert "raise coupling_strength if it is below 1" in warnings[6][0]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_every_number_of_workers_and_every_knob_has_the_same_trials(tmp_path, da
     few |= {"ADAM_WORKERS": (4,), "ADAM_RATES": (0.001, 0.01)}
     for name, value in few.items():
         monkeypatch.setattr(simulate_scale, name, value)
-    runs = SimulatedRuns(simulate_scale.simulate, simulate_scale.error_of, data, tmp_path, processes=1, quiet=True)
+    runs = SimulatedRuns(simulate_scale.simulate, simulate_scale.error_of, {}, data, tmp_path, processes=1, quiet=True)
     made = simulate_scale.make(runs, seeds=2, most_workers=4)
     trials, others = ([each for each in made if each["run"]["validation"] is kind] for kind in (True, False))
     plans = simulate_scale.compared(4)
