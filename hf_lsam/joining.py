@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class Launch(Transport):
         self._timeouts = timeouts
         self._server_port = server_port
         self._restarts_left = SERVER_RESTARTS
+        self._reviving = threading.Lock()
         self.folder: RunFolder | None = None
         self._made: tuple[Path, TextIO] | None = None  # the folder, if this worker has made it, and its lock
         self._server: subprocess.Popen[bytes] | None = None
@@ -204,13 +206,14 @@ class Launch(Transport):
 
     def _revive_server(self) -> None:
         """The worker that started the server restarts it if it has died, but not if it was told to end."""
-        if self._made is None or self._server is None or not self._restarts_left:
-            return
-        if self._server.poll() in (None, 0, SIGTERM_CODE):
-            return
-        self._restarts_left -= 1
-        logger.warning("the server process ended with code %d and is started again", self._server.returncode)
-        self._server = start_server(self._made[0], self._server_log, True, self._server_options)
+        with self._reviving:
+            if self._made is None or self._server is None or not self._restarts_left:
+                return
+            if self._server.poll() in (None, 0, SIGTERM_CODE):
+                return
+            self._restarts_left -= 1
+            logger.warning("the server process ended with code %d and is started again", self._server.returncode)
+            self._server = start_server(self._made[0], self._server_log, True, self._server_options)
 
 
 class ServedFolder(Transport):
@@ -290,8 +293,10 @@ def transport_of(address: str, timeouts: Timeouts) -> Transport:
 
 def _contents(request: JoinRequest, timeouts: Timeouts) -> dict[str, Any]:
     """The contents of run.json for a run that this worker creates."""
+    machines = MachineSettings(silence=timeouts.machine_timeout, server_timeout=timeouts.server_timeout)
     return {
         "fingerprint": request.layout.fingerprint.hex(),
         "settings": request.settings.as_dict(),
         "service": timeouts.service.as_dict(),
+        "machines": machines.as_dict(),
     }

@@ -253,6 +253,13 @@ class Session:
         self._record_at = 0.0
         if self.budget is not None:
             self.budget.begin_step()
+            if self.budget.is_spent and resumed:
+                logger.warning(
+                    "All %d steps of the run (max_steps for each of %d workers) were begun before it was resumed, so "
+                    "this worker makes none. Raise max_steps to train on.",
+                    self.budget.total,
+                    self.arguments.identity.num_workers,
+                )
         run = None
         if self.arguments.identity.rank == 0:
             unwrapped = getattr(self._model, "get_base_model", None)  # of peft

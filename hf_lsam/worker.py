@@ -199,7 +199,8 @@ class Worker:
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_tensors` returned for a worker with the same parameters; x is written to the model."""
         self.layout.write(state["parameters"].to(self.anchor.device), self.parameters)
-        self.anchor.copy_(state["anchor"])
+        if self.link.anchor_in_place is None:  # else it is the server's own, which is newer
+            self.anchor.copy_(state["anchor"])
         self._total.copy_(state["total"])
         self._loss_sum.copy_(state["loss_sum"])
         self._algorithm.begin(self.parameters)

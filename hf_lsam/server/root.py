@@ -303,8 +303,7 @@ class Root(Role):
         # After the anchor is published and before the answer: once a machine has read that its steps are counted, every
         # total that it reads includes them.
         folder = self._service.folder
-        elsewhere = folder.steps_begun - folder.steps_begun_here
-        folder.set_steps_begun_elsewhere(elsewhere + message.begun)
+        folder.set_steps_begun_elsewhere(folder.steps_begun_elsewhere + message.begun)
         machine.peer.post(SumAnswer(message.number, accepted))
         if not accepted:
             logger.warning("refused a sum of machine %d: NaN or infinity, or too late", machine.number)

@@ -56,7 +56,8 @@ from .role import Role, ServiceInterface
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 10.0  # that a connection may be pending
-GRACE_SECONDS = 5.0  # for workers to save and leave, once the server has been told to end
+GRACE_SECONDS = 5.0  # for workers to leave, once the server has been told to end; those of the launch may save longer
+SNAPSHOT_SHARE = 0.1  # of the server's time, at most
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,9 @@ class Service(ServiceInterface):
                 connection.tell(Evicted())
                 self._hang_up(connection, f"silent for {silent:.1f} s, evicted")
         if self.started and now >= self._snapshot_at:
-            self._snapshot_at = now + self._settings.snapshot_seconds
             self.save()
+            took = time.monotonic() - now
+            self._snapshot_at = now + max(self._settings.snapshot_seconds, took / SNAPSHOT_SHARE)
         if self._absent and now > self._absent_until:
             logger.warning("workers %s did not come back", sorted(self._absent))
             for worker in self._absent:
@@ -206,7 +208,10 @@ class Service(ServiceInterface):
         if self._given_up:
             return True
         if self.terminating:
-            return now > self._leave_by or not (self._workers or self._role.is_needed)
+            if not (self._workers or self._role.is_needed):
+                return True
+            silent = (now - each.last_heard for each in self._workers.values() if each.worker < self.expected)
+            return now > self._leave_by and all(seconds > GRACE_SECONDS for seconds in silent)
         if not self.started and now > self.join_by:
             logger.error("only %d of %d workers joined in time", len(self._workers), self.expected)
             for connection in self._workers.values():

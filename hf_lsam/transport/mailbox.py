@@ -121,6 +121,7 @@ class RunFolder:
         self.path = Path(path)
         self.run = json.loads((self.path / "run.json").read_text())
         self.numel = int(self.run["numel"])
+        self._inode = (self.path / "version").stat().st_ino
         self._version = _map(self.path / "version", 4, torch.int64)  # complete, begun, final, best step
         self._between_machines = _map(self.path / "between_machines", 1, torch.int64)
         self._slots = [_map(self.path / f"anchor_{i}", self.numel) for i in (0, 1)]
@@ -205,6 +206,11 @@ class RunFolder:
         return cls(path)
 
     @property
+    def was_made_anew(self) -> bool:
+        """Whether a server has ended cleanly since this folder was opened, and another has made new shared files."""
+        return (self.path / "version").stat().st_ino != self._inode
+
+    @property
     def manifest(self) -> list[Any]:
         """`ParameterLayout.manifest` of the worker that created the run."""
         manifest: list[Any] = json.loads((self.path / "parameters.json").read_text())
@@ -255,8 +261,13 @@ class RunFolder:
         """Worker only: counts one more of its own steps."""
         self._steps[1 + worker] += 1
 
+    @property
+    def steps_begun_elsewhere(self) -> int:
+        """Steps begun by workers of other machines, and before this folder was made."""
+        return int(self._steps[0])
+
     def set_steps_begun_elsewhere(self, steps: int) -> None:
-        """Server only: sets the steps begun by workers of other machines, and before this folder was made."""
+        """Server only: sets `steps_begun_elsewhere`."""
         self._steps[0] = steps
 
     # --- what crosses links to other machines ---

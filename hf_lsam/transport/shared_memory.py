@@ -77,7 +77,8 @@ class SharedMemoryLink(Link):
         server_alive: whether the server process runs, as far as this worker can know.
         timeout: seconds to wait for the server and for the other workers to join.
         server_timeout: seconds for which the worker continues without a server.
-        revive: called before each attempt to find the server again; the worker that owns the server restarts it there.
+        revive: called before each attempt to find the server again, and with each heartbeat; the worker that owns the
+            server restarts it there. Called by both threads.
 
     Raises:
         RefusedError: if the server refuses this worker.
@@ -164,14 +165,17 @@ class SharedMemoryLink(Link):
     def poll(self, held: int, incoming: Tensor) -> int | None:
         self._progress(0.0)
         self._raise_if_gone()
-        if self._pulling is None and self._folder.version != held:
+        # The answer to a push says which anchors count it. Until it is here, a new one might.
+        unanswered = self._push_sent and self._push_frame is not None and self._status.connected
+        if self._pulling is None and self._folder.version != held and not unanswered:
             self._start_pull(incoming)
         version = None
         while self._pulling is not None and self.incoming.finished():
             if self._folder.is_whole(self._pulling):
-                version, self._pulling = self._pulling, None
-                break
-            self._start_pull(incoming)  # the server has begun to overwrite that slot; a newer version is complete
+                version = self._pulling
+            self._pulling = None
+            if version is None and not unanswered:  # the server has begun to overwrite that slot: a newer is complete
+                self._start_pull(incoming)
         if self._evicted_at is not None and (held if version is None else version) >= self._evicted_at:
             self._evicted_at = None
             self._status = replace(self._status, evictions=self._status.evictions + 1)
@@ -274,6 +278,7 @@ class SharedMemoryLink(Link):
             if self._status.connected and channel is not None:
                 with suppress(OSError):
                     channel.send(Heartbeat())
+            self._revive()  # the training thread, which would, may evaluate or save for minutes
 
     def _receive(self, timeout: float) -> Message | None:
         if self._channel is None:
@@ -412,6 +417,10 @@ class SharedMemoryLink(Link):
         if self.mailbox is not None:
             logger.warning("worker %d has found a server again", message.worker)
         try:
+            if self._folder.was_made_anew:
+                self.incoming.close()
+                self._folder, self._pulling = RunFolder(self._folder.path), None
+                self.incoming = Copier(self._device, [self._folder.slot(0), self._folder.slot(1)])
             mailbox = self._folder.mailbox(message.mailbox)
         except FileNotFoundError:  # this process has slept so long that it was evicted again
             self._hang_up()

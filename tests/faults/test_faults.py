@@ -32,6 +32,7 @@ from hf_lsam.identity import Identity
 from hf_lsam.joining import Timeouts
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
+from hf_lsam.server import service
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import run_server
 from hf_lsam.transport.base import RefusedError, ServerGone
@@ -319,6 +320,44 @@ def test_a_push_that_a_killed_server_had_counted_and_not_answered_is_not_handed_
         link.settle()
         assert link.status.accepted == 1
         assert finish(link).tolist() == [1.0] * NUMEL
+
+
+def test_a_server_that_dies_while_its_worker_evaluates_is_started_again(tmp_path):
+    with Served(tmp_path) as run:
+        died = run.server
+
+        def revive() -> None:
+            if not died.is_alive() and run.server is died:
+                run.start(True)
+
+        link = run.join(revive=revive)
+        link.push(torch.ones(NUMEL) * 4, 4, 0)
+        link.settle()
+        assert link.snapshot(tmp_path / "state.safetensors")
+        os.kill(died.pid, signal.SIGKILL)
+        wait_until(lambda: run.server is not died)  # nobody polls the link
+        link.push(torch.ones(NUMEL) * 12, 4, 1)
+        link.settle()
+        assert finish(link).tolist() == [4.0] * NUMEL
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_server_that_is_told_to_end_stays_for_a_worker_of_the_launch_that_still_saves(tmp_path, monkeypatch, silent):
+    monkeypatch.setattr(service, "GRACE_SECONDS", 1.5)  # heartbeats come every second
+    with Served(tmp_path) as run:
+        link = run.join()
+        os.kill(run.server.pid, signal.SIGTERM)
+        while not link.status.save_requested:
+            link.poll(0, torch.empty(NUMEL))
+        if silent:  # and then it does not stay for ever
+            link._left.set()
+            run.server.join(TIMEOUT)
+            assert run.server.exitcode is not None
+            link.close()
+        else:
+            time.sleep(3)
+            assert link.snapshot(tmp_path / "state.safetensors")
+            finish(link)
 
 
 def snapshot_holds(run: Served, link: SharedMemoryLink) -> bool:

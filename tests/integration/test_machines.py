@@ -34,7 +34,7 @@ from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import RelayCore, ServerCore
 from hf_lsam.server.lifetime import SIGTERM_CODE, start_server
-from hf_lsam.server.machines import MachineSettings
+from hf_lsam.server.machines import MachineSettings, machine_settings
 from hf_lsam.server.relay import Relay
 from hf_lsam.server.root import Root, listen
 from hf_lsam.server.service import Service
@@ -869,10 +869,11 @@ def test_a_machine_that_was_added_by_hand_starts_again_and_joins_by_the_same_com
         server = ["-m", "hf_lsam.server", "--secret_file", str(secret), "--run_dir"]
         processes = [start(first, "root.log", *server, str(tmp_path / "a"), "--listen", where, "--allow_remote")]
         # This process is the first machine's worker: a folder is found from any network.
-        run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / "a"), Timeouts(server_timeout=120.0))
+        run = Run(Identity(), tmp_path, tmp_path / "log", str(tmp_path / "a"), Timeouts(server_timeout=130.0))
         try:
             wait_until(lambda: is_served(tmp_path / "a"), story)
             worker = run.join([("x", torch.nn.Parameter(torch.zeros(NUMEL)))], WorkerSettings(TAU), SETTINGS)
+            assert machine_settings(RunFolder(tmp_path / "a")).server_timeout == 130.0
 
             def push_and_pull(expected: float) -> None:
                 worker.link.settle()

@@ -30,12 +30,13 @@ from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.core import ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.root import Root, refuse_taken_port
-from hf_lsam.server.service import Service
+from hf_lsam.server.service import Service, ServiceSettings
 from hf_lsam.transport.base import RefusedError, ServerGone
 from hf_lsam.transport.channel import Channel
 from hf_lsam.transport.copier import Copier
+from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Push
+from hf_lsam.transport.messages import ANY_NUMBER, WORKER_MESSAGES, Answer, Message, Push
 from hf_lsam.transport.ownership import is_served
 from hf_lsam.transport.shared_memory import SharedMemoryLink
 from hf_lsam.worker import Worker
@@ -534,13 +535,9 @@ def test_a_worker_whose_server_never_comes_is_told(tmp_path):
 def test_what_an_evicted_worker_had_half_handed_in_is_dropped_though_it_holds_the_newest_anchor(tmp_path):
     folder, layout = make_folder(tmp_path, workers=0)
     service = Service(folder, Root(folder))
-    links, incoming = [], torch.empty(5)
+    incoming = torch.empty(5)
     with service.listening():
-        joining = threading.Thread(target=lambda: links.append(SharedMemoryLink(folder, ANY_NUMBER, layout, CPU)))
-        joining.start()
-        while joining.is_alive():
-            service.turn(0.01)
-        (link,) = links
+        link = join_turning(service, folder, layout)
         link.push(torch.ones(5) * 4, 4, 0)  # its frame goes out with the next poll, which comes too late
         (connection,) = service._workers.values()
         connection.last_heard, service._sweep_at = -math.inf, 0.0
@@ -558,6 +555,98 @@ def test_what_an_evicted_worker_had_half_handed_in_is_dropped_though_it_holds_th
         assert torch.equal(folder.slot(1), torch.arange(5.0) + 2)
         link.close()
         service.turn(0.0)
+
+
+def join_turning(service: Service, folder: RunFolder, layout: ParameterLayout) -> SharedMemoryLink:
+    """An external worker of a service that this thread turns."""
+    links: list[SharedMemoryLink] = []
+    joining = threading.Thread(target=lambda: links.append(SharedMemoryLink(folder, ANY_NUMBER, layout, CPU)))
+    joining.start()
+    while joining.is_alive():
+        service.turn(0.01)
+    return links[0]
+
+
+def test_an_anchor_is_not_taken_before_the_answer_that_says_whether_it_counts_the_last_push(tmp_path):
+    folder, layout = make_folder(tmp_path, workers=0)
+    service = Service(folder, Root(folder))
+    incoming = torch.empty(5)
+    with service.listening():
+        link = join_turning(service, folder, layout)
+        (connection,) = service._workers.values()
+        tell, seen = connection.tell, []
+
+        def look_before_telling(message: Message) -> None:
+            if isinstance(message, Answer):
+                seen.extend([folder.version, link.poll(0, incoming)])
+            tell(message)
+
+        connection.tell = look_before_telling
+        link.push(torch.ones(5) * 4, 4, 0)
+        link.poll(0, incoming)
+        while not seen:
+            service.turn(0.01)
+        assert seen == [1, None]  # published, and not taken
+        while (version := link.poll(0, incoming)) is None:
+            service.turn(0.01)
+        assert (version, link.status.counted_at) == (1, 0)
+        assert torch.equal(incoming, torch.arange(5.0) + 1)
+        link.close()
+        service.turn(0.0)
+
+
+def test_a_worker_follows_a_server_that_has_ended_cleanly_and_was_started_again(tmp_path):
+    folder, layout = make_folder(tmp_path, workers=0)
+    incoming = torch.empty(5)
+
+    def push_until_counted(service: Service) -> None:
+        accepted = link.status.accepted
+        while not link.can_push:
+            link.poll(link_version, incoming)
+            service.turn(0.01)
+        link.push(torch.ones(5) * 4, 4, link_version)
+        while link.status.accepted == accepted:
+            link.poll(link_version, incoming)
+            service.turn(0.01)
+
+    link_version = 0
+    service = Service(folder, Root(folder))
+    with service.listening():
+        link = join_turning(service, folder, layout)
+        push_until_counted(service)
+        service.save()
+    folder.clear()
+    again = RunFolder.reopen(folder.path)
+    service = Service(again, Root(again), resume=True)
+    with service.listening():
+        push_until_counted(service)
+        link_version = link.poll(0, incoming)
+        assert link_version == again.version > folder.version == 1
+        assert torch.equal(incoming, torch.arange(5.0) + 2)
+        link.close()
+        service.turn(0.0)
+
+
+def test_snapshots_that_take_long_are_taken_rarely(tmp_path, monkeypatch):
+    folder, _ = make_folder(tmp_path, workers=0)
+    service = Service(folder, Root(folder))
+    service._settings = ServiceSettings(snapshot_seconds=0.01)
+    monkeypatch.setattr(service, "save", lambda: time.sleep(0.05))
+    begin = service._snapshot_at
+    with service.listening():
+        service.turn(0.0)
+    assert service._snapshot_at > begin + 10 * 0.05
+
+
+def test_a_lone_worker_that_goes_on_from_its_own_older_state_leaves_the_servers_anchor():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    worker = Worker(
+        [("w", parameter)], InProcessLink(ServerCore(torch.zeros(2), SETTINGS), alone=True), WorkerSettings(4)
+    )
+    older = {name: tensor.clone() for name, tensor in worker.state_tensors().items()}
+    worker.anchor += 5.0
+    worker.load_state_tensors(older)
+    assert worker.anchor.tolist() == [5.0, 5.0]
 
 
 # --- files.py and checkpoint.py ---
