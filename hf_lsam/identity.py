@@ -157,7 +157,7 @@ def _number_of_processes(words: list[str]) -> int | None:
     return None
 
 
-def pin(identity: Identity, use_cpu: bool) -> torch.device:
+def pin(identity: Identity, use_cpu: bool, device: torch.device | None = None) -> torch.device:
     """Sets Accelerate's state in this process to that of one worker among many.
 
     A default process group that the user's script has opened (`Accelerator()` before the training arguments) is
@@ -166,6 +166,7 @@ def pin(identity: Identity, use_cpu: bool) -> torch.device:
     Args:
         identity: this process.
         use_cpu: train on CPU even where there is a GPU.
+        device: where the model already is; None chooses a device of this machine.
 
     Returns:
         the device this worker trains on.
@@ -181,10 +182,11 @@ def pin(identity: Identity, use_cpu: bool) -> torch.device:
     assert state.distributed_type == DistributedType.NO
     state.process_index = identity.rank
     state.local_process_index = identity.local_rank
+    state.device = device or state.device
     if state.device.type not in ("cpu", "mps"):
-        # If there are more workers than GPUs, they are assigned round-robin.
         module = torch.get_device_module(state.device)
-        state.device = torch.device(state.device.type, identity.local_rank % module.device_count())
+        if device is None:  # if there are more workers than GPUs, they are assigned round-robin
+            state.device = torch.device(state.device.type, identity.local_rank % module.device_count())
         module.set_device(state.device)
     return state.device
 
@@ -200,9 +202,10 @@ def is_pinned(identity: Identity) -> bool:
 
 
 def detach(identity: Identity, device: torch.device) -> None:
-    """Like `pin`, for when an Accelerator may exist already, which keeps its device, precision and scaler."""
+    """Like `pin` with the model's `device`, for when an Accelerator may exist already, which keeps its device,
+    precision and scaler."""
     if not PartialState._shared_state:
-        pin(identity, use_cpu=device.type == "cpu")
+        pin(identity, device.type == "cpu", device)
         return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -467,7 +467,7 @@ class LSAM:
         self.session.hooks.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.session.after_optimizer_step(getattr(self.optimizer, "step_was_skipped", False))
+        self.session.after_optimizer_step()
 
     @property
     def _learning_rate(self) -> float:

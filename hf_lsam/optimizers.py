@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +25,8 @@ class StepHooks:
     In between, the learning rates are multiplied by `factor`, and the optimizer has no momentum if that belongs to the
     anchor. Schedulers, logs and checkpoints keep the values that the user has set.
 
+    If a gradient scaler (fp16) skips a step, x does not move, and the step is not counted.
+
     Args:
         optimizer: any torch optimizer, or one that Accelerate has prepared.
         worker: the worker whose parameters it steps; a parameter in no parameter group has learning rate 0.
@@ -35,11 +38,14 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, worker: Worker, factor: float = 1.0, shared_momentum: float = 0.0):
         self.factor, self._shared_momentum = factor, shared_momentum
         self._optimizer, self._worker = optimizer, worker
+        scaler = getattr(optimizer, "scaler", None)  # of an optimizer that Accelerate has prepared
+        self._scaler = scaler if isinstance(scaler, torch.amp.GradScaler) else None
         groups = enumerate(optimizer.param_groups)
         group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
         # Indices, because loading a state replaces the group objects.
         self._group_numbers = [group_of.get(id(parameter)) for parameter in worker.parameters]
         self._kept: list[dict[str, Any]] = []  # per group, the original values of what is changed during a step
+        self._scale_before: Tensor | None = None
 
     def learning_rates(self) -> list[float]:
         """The current learning rate of each of the worker's parameters, in their order."""
@@ -68,19 +74,17 @@ class StepHooks:
                 self._kept.append({key: group[key] for key in change})
                 group.update(change)
         self._worker.before_optimizer_step(self.learning_rates())
+        self._scale_before = self._loss_scale()
 
-    def after_step(self, skipped: bool = False) -> None:
-        """Call when the optimizer has stepped.
-
-        Args:
-            skipped: whether a gradient scaler has skipped the step; x has then not moved, and no step is counted.
+    def after_step(self) -> None:
+        """Call when the optimizer has stepped. With a gradient scaler, waits for the device.
 
         Raises:
             ServerGone: if the server has been gone for longer than `server_timeout`; the optimizer's own values are
                 restored first.
         """
         try:
-            if not skipped:
+            if not self._was_skipped():
                 self._worker.after_optimizer_step(self.learning_rates())
         finally:
             for group, kept in zip(self._optimizer.param_groups, self._kept, strict=False):
@@ -89,6 +93,20 @@ class StepHooks:
             if self._worker.fell_back:
                 self._optimizer.state.clear()  # it stems from gradients that led nowhere
                 self._worker.fell_back = False
+
+    def _loss_scale(self) -> Tensor | None:
+        """The gradient scaler's current factor, 0-d, on the device; None without a scaler."""
+        if self._scaler is None:
+            return None
+        return self._scaler.scale(torch.ones((), device=self._worker.parameters[0].device))
+
+    def _was_skipped(self) -> bool:
+        """Whether the gradients overflowed, so that the last step has changed nothing."""
+        if getattr(self._optimizer, "step_was_skipped", False):  # Accelerate has noticed
+            return True
+        # It does not notice if a fused optimizer skips: that is called all the same, and its kernel does nothing.
+        scale = self._loss_scale()
+        return scale is not None and self._scale_before is not None and bool(scale < self._scale_before)
 
 
 _ADAM = re.compile(r"(Paged)?AdamW?(\d+bit|Fp8)?")  # those of torch, bitsandbytes and torchao

@@ -367,12 +367,12 @@ class Session:
         """The position of the schedule in a run whose steps are shared (see `RunSchedule`)."""
         return 0 if self.budget is None else self.budget.position
 
-    def after_optimizer_step(self, skipped: bool = False) -> None:
+    def after_optimizer_step(self) -> None:
         """Call when the optimizer has stepped; see `StepHooks.after_step`, also for what it raises."""
         if self.budget is not None:
             self.budget.begin_step()
         self._at_step_begin = True
-        self.hooks.after_step(skipped)
+        self.hooks.after_step()
 
     def add_gradient(
         self,

@@ -141,8 +141,7 @@ class ServerHalf:
 
     Attributes:
         adds_up: whether pushes are summed and their mean moves the anchor. They can then be weighted, and a relay can
-            sum those of its machine; and because the sum is checked, the server may trust a sender's claim that a push
-            is finite.
+            sum those of its machine.
         moves_elastically: whether a push moves the anchor as far as the worker, `moving_rate` being the worker's
             coupling strength.
 
@@ -161,11 +160,16 @@ class ServerHalf:
         """How many vectors of d values it and the anchor's optimizer keep in addition to y."""
         return 0
 
+    def checks_later(self, steps: int, live: int) -> bool:
+        """Whether a push of `steps` local steps goes into a sum that this half checks before it moves the anchor, so
+        that the server may trust a sender's claim that the push is finite."""
+        return False
+
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes one worker's push.
 
         Args:
-            vector: float32 [d]; read, not kept.
+            vector: float32 [d], finite unless this half `checks_later`; read, not kept.
             steps: local steps that it covers.
             worker: the sender.
             loss: the worker's mean loss over these steps, if its half `wants_loss`.

@@ -150,13 +150,17 @@ class MeanDifference(ServerHalf):
         ] = {}  # steps in the current period, by the worker or machine that pushed them
         self._departed = 0  # how many of their workers have left
 
+    def checks_later(self, steps: int, live: int) -> bool:
+        return self.pending_steps > 0 or steps < self._period(live)
+
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes a sum of differences over `steps` local steps."""
+        if not self.checks_later(steps, live):  # a whole period, which the server has just checked
+            self._begin_period()
+            self.anchor.update(vector, steps, gradient=self._pending)
+            return
         if self.pending_steps:
             self._pending.add_(vector)
-        elif steps >= self._period(live):
-            self._update(vector, steps)
-            return
         else:
             self._pending.copy_(vector)  # a new period: overwrites what the last one left behind
         self.pending_steps += steps
@@ -176,7 +180,7 @@ class MeanDifference(ServerHalf):
         period that was seen instead of jumping to the mean of a handful of samples.
         """
         if self.pending_steps:
-            self._update(self._pending, max(self.pending_steps, self._period(0)))
+            self._update(max(self.pending_steps, self._period(0)))
 
     def _period(self, live: int) -> int:
         """n tau, the length of a period in steps."""
@@ -184,13 +188,16 @@ class MeanDifference(ServerHalf):
 
     def _update_if_complete(self, live: int) -> None:
         if self.pending_steps >= self._period(live):
-            self._update(self._pending, self.pending_steps)
+            self._update(self.pending_steps)
 
-    def _update(self, total: Tensor, steps: int) -> None:
+    def _begin_period(self) -> None:
         self.pending_steps, self._departed = 0, 0
         self._contributors.clear()
-        if is_finite(total):
-            self.anchor.update(total, steps, gradient=self._pending)
+
+    def _update(self, steps: int) -> None:
+        self._begin_period()
+        if is_finite(self._pending):
+            self.anchor.update(self._pending, steps, gradient=self._pending)
         else:  # a sender was wrong about its push being finite
             logger.error("a sum of differences over %d steps was dropped: NaN or infinity", steps)
 

@@ -82,13 +82,13 @@ class ServerCore:
             worker: the worker that pushes.
             loss: the worker's mean loss over these steps, if the algorithm uses it.
             finite: the result of `is_finite`, if the sender has checked the vector already, which saves a pass over
-                memory; checked again for an algorithm that does not sum pushes. None if it has not.
+                memory; checked again unless the algorithm `checks_later`. None if it has not.
 
         Returns:
             False if a value is NaN or infinite, or if the squared norm overflows: the push is counted as refused, and
             nothing else changes.
         """
-        if finite is None or (finite and not self._algorithm.adds_up):
+        if finite is None or (finite and not self._algorithm.checks_later(steps, self.live_workers)):
             finite = is_finite(vector)
         if not finite:
             self.refused_pushes += 1

@@ -103,7 +103,7 @@ class LSAMCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         try:
-            self._session.after_optimizer_step(self._trainer.accelerator.optimizer_step_was_skipped)
+            self._session.after_optimizer_step()
         except ServerGone as error:  # raised again once the step has ended and a checkpoint is saved
             self.server_gone = error
         if not self._session.steps_are_left:

@@ -120,16 +120,22 @@ def test_bf16_autocast_of_a_prepared_model_reaches_both_passes():
     assert (own - in_float32).abs().max() > 1e-4
 
 
-def test_a_gradient_scaler_changes_nothing_but_the_steps_it_skips():
-    """fp16's scaler on float32 losses: powers of two cancel exactly, and an overflow leaves x and y alone."""
+@pytest.mark.parametrize(
+    ("kind", "fused"), [(torch.optim.SGD, False), (torch.optim.SGD, True), (torch.optim.AdamW, True)]
+)
+def test_a_gradient_scaler_changes_nothing_but_the_steps_it_skips(kind, fused):
+    """fp16's scaler on float32 losses: powers of two cancel exactly, and an overflow leaves x and y alone.
+
+    A fused optimizer is called even then, and leaves x alone itself.
+    """
     plain = network()
-    _, expected, _ = train(plain, torch.optim.SGD(plain.parameters(), lr=0.05))
+    _, expected, _ = train(plain, kind(plain.parameters(), lr=0.05, fused=fused))
 
     scaled = network()
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.05)
+    optimizer = kind(scaled.parameters(), lr=0.05, fused=fused)
     with pytest.raises(ValueError, match=r"scales the loss \(fp16\).*Pass accelerator.prepare\(optimizer\)"):
         LSAM(scaled, optimizer, accelerator=accelerator, **LSAM_FIELDS)
     lsam = LSAM(scaled, accelerator.prepare_optimizer(optimizer), accelerator=accelerator, **LSAM_FIELDS)

@@ -22,6 +22,7 @@ import torch
 from launch import TIMEOUT, wait_until
 from links import SlowServerLink
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors, save_tensors
@@ -99,6 +100,26 @@ def test_a_push_that_its_sender_found_not_to_be_finite_is_not_looked_at():
     core = live_core(1)
     assert not core.push(torch.ones(3), 4, finite=False)
     assert (core.refused_pushes, core.accepted_pushes, core.anchor.version) == (1, 0, 0)
+
+
+class NormCounter(TorchDispatchMode):
+    """Counts how often a norm is taken: on CPU a dot product, by which `is_finite` is known."""
+
+    taken = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.taken += function is torch.ops.aten.dot.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("claimed", [None, True])
+def test_a_push_that_is_a_whole_period_is_checked_once_whatever_its_sender_says(claimed):
+    core = live_core(1)
+    with NormCounter() as counter:
+        assert core.push(torch.ones(3) * 4, 4, finite=claimed)
+    assert (counter.taken, core.anchor.version) == (1, 1)
+    assert not core.push(torch.tensor([0.0, math.nan, 1.0]), 4, finite=claimed)
+    assert (core.refused_pushes, core.anchor.vector.tolist()) == (1, [1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("steps", [4, 8])

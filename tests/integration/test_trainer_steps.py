@@ -167,9 +167,12 @@ def test_fp16_with_a_scaler_perturbs_and_clips_as_without(tmp_path, accumulation
     assert trainer.worker.local_steps == 6
 
 
-def test_fp16_overflow_skips_the_step_and_leaves_everything_as_it_was(tmp_path):
-    start = vector(net())
-    trainer = train(tmp_path, net(), kind=OverflowingTrainer, max_steps=40, num_train_epochs=5)
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_overflow_skips_the_step_and_leaves_everything_as_it_was(tmp_path, fused):
+    start, model = vector(net()), net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=fused)
+    fields = {"max_steps": 40, "num_train_epochs": 5, "optimizers": (optimizer, None)}
+    trainer = train(tmp_path, model, kind=OverflowingTrainer, **fields)
     skipped = next(i for i, x in enumerate(trainer.recorder.x) if not torch.equal(x, start))
     assert 1 <= skipped < 30
     for x, y in zip(trainer.recorder.x[:skipped], trainer.recorder.y[:skipped], strict=True):

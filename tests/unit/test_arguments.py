@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.optimization import Adafactor
 
 from hf_lsam import LSAM, LSAMArguments, LSAMConfig
 from hf_lsam.conflicts import refuse_first, with_optimizer
-from hf_lsam.identity import Identity
+from hf_lsam.identity import Identity, detach
 from hf_lsam.loop import LoopArguments
 
 
@@ -361,6 +362,19 @@ def test_a_worker_is_a_job_of_its_own_to_accelerate_and_keeps_its_rank(tmp_path,
         assert args.should_save
     assert not args.should_save
     assert os.environ["RANK"] == "1"
+
+
+@pytest.mark.filterwarnings("ignore:Can't initialize NVML:UserWarning")
+def test_a_loop_stays_on_the_gpu_that_its_model_is_on(monkeypatch):
+    """On a machine whose four GPUs are pretended, for a worker started on its own, which is always the first there."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device(device).index))
+    detach(Identity(2, num_workers=3, comes_and_goes=True), torch.device("cuda:3"))
+    assert current[-1] == 3
+    assert PartialState().device == torch.device("cuda:3")
+    assert PartialState().process_index == 2
 
 
 def test_a_worker_without_a_gpu_pins_no_memory(tmp_path):
