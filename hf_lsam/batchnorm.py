@@ -88,7 +88,7 @@ def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[object], object]) -> int:
+def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[object], object]) -> None:
     """Replaces the running statistics by the average over `batches` at the current weights; frozen layers keep theirs.
 
     Meanwhile everything except the BatchNorm layers is in evaluation mode, so dropout does not blur the statistics.
@@ -97,14 +97,10 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[obje
         model: already holding the anchor.
         batches: training batches, in any form that `forward` takes.
         forward: runs the model on one batch; its result is discarded.
-
-    Returns:
-        the number of batches seen; 0 if every layer is frozen.
     """
-    seen = 0
     with normalising_by_the_batch(model) as layers:
         if not layers:
-            return seen
+            return
         momenta = [layer.momentum for layer in layers]
         for layer in layers:
             layer.reset_running_stats()
@@ -112,11 +108,9 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[obje
         try:
             for batch in batches:
                 forward(batch)
-                seen += 1
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
-    return seen
 
 
 def keep_variances_positive(layers: Iterable[_BatchNorm]) -> None:

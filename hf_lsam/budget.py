@@ -49,14 +49,13 @@ class StepBudget:
         """Steps that all workers have begun, including those in progress."""
         return self._link.steps_begun
 
-    def begin_step(self) -> bool:
-        """Claims one of the remaining steps; False if there is none."""
+    def begin_step(self) -> None:
+        """Claims one of the remaining steps; sets `is_spent` if there is none."""
         begun = self._link.steps_begun
         self.is_spent = begun >= self.total
         self.position = min(begun // self._num_workers, self._max_steps)
         if not self.is_spent:
             self._link.begin_step()
-        return not self.is_spent
 
 
 class RunSchedule:

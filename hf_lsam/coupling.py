@@ -22,7 +22,7 @@ contracts iff  eta' beta b < 1  and  eta' (1 + 2 beta) b < 1 + a.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -119,35 +119,32 @@ def exchange_elastically(
 
 
 @torch.no_grad()
-def add_coupling_to_gradient(parameters: Sequence[Tensor], anchor: Sequence[Tensor], strength: float) -> None:
+def add_coupling_to_gradient(parameter: Tensor, anchor: Tensor, strength: float) -> None:
     """grad <- grad + lambda (x - y): the coupling inside the score, for SGD.
 
     Args:
-        parameters: x; those whose `.grad` is None are skipped.
-        anchor: y, same shapes.
+        parameter: x; skipped if its `.grad` is None.
+        anchor: y, same shape.
         strength: lambda = lambda0 / (eta tau).
     """
-    for parameter, y in zip(parameters, anchor, strict=True):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - y, alpha=strength)
+    if parameter.grad is not None:
+        parameter.grad.add_(parameter.detach() - anchor, alpha=strength)
 
 
 @torch.no_grad()
 def add_langevin_noise(
-    parameters: Iterable[Tensor], learning_rate: float, temperature: float, generator: torch.Generator | None = None
+    parameter: Tensor, learning_rate: float, temperature: float, generator: torch.Generator | None = None
 ) -> None:
     """x <- x + sqrt(2 eta T) N(0, I): stochastic gradient Langevin dynamics at temperature T (1 = exact).
 
     Args:
-        parameters: x, changed in place.
+        parameter: x, changed in place.
         learning_rate: eta of this step.
         temperature: T >= 0.
         generator: source of the noise; if None, the default generator of the device.
     """
-    deviation = math.sqrt(2.0 * learning_rate * temperature)
-    for parameter in parameters:
-        noise = torch.empty_like(parameter).normal_(generator=generator)
-        parameter.detach().add_(noise, alpha=deviation)
+    noise = torch.empty_like(parameter).normal_(generator=generator)
+    parameter.detach().add_(noise, alpha=math.sqrt(2.0 * learning_rate * temperature))
 
 
 def drift_slowdown(

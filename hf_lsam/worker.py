@@ -117,7 +117,7 @@ class Worker:
         """
         if temperature := self.settings.langevin_temperature:
             for parameter, eta in zip(self.parameters, learning_rates, strict=True):
-                add_langevin_noise([parameter], eta, temperature)
+                add_langevin_noise(parameter, eta, temperature)
         self.local_steps += 1
         self.steps_in_total += 1
         self._algorithm.after_step(self.parameters, self._anchor_views, self._total_views)

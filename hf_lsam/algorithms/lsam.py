@@ -53,7 +53,7 @@ class CoupledWorker(WorkerHalf):
             return
         for parameter, anchor, eta in zip(x, y, learning_rates, strict=True):
             if eta > 0:
-                add_coupling_to_gradient([parameter], [anchor], self.settings.coupling_per_step / eta)
+                add_coupling_to_gradient(parameter, anchor, self.settings.coupling_per_step / eta)
 
     def after_step(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor]) -> None:
         share = self.settings.coupling_per_step if self.settings.coupling == "decoupled" else 0.0

@@ -30,11 +30,9 @@ class Examples:
 
     Args:
         source: the file or split, for messages.
-        columns: all columns of the source.
     """
 
     source: str
-    columns: list[str]
     texts: list[str]
     labels: list[str]
 
@@ -85,7 +83,7 @@ def _read_file(name: str, args: DataArguments) -> Examples:
     if not rows:
         raise ValueError(f"{path} has a header ({', '.join(columns)}) and no row. Add examples.")
     texts, labels = ([row.get(column) for row in rows] for column in (args.text_column, args.label_column))
-    return _examples(str(path), columns, texts, labels, args)
+    return _examples(str(path), texts, labels, args)
 
 
 def _read_dataset(args: DataArguments) -> tuple[Examples, Examples | None]:
@@ -101,7 +99,7 @@ def _of_split(split: Dataset, name: str, args: DataArguments) -> Examples:
     feature = split.features[args.label_column]
     if isinstance(feature, ClassLabel):
         labels = [None if label is None or label < 0 else feature.int2str(label) for label in labels]
-    return _examples(source, split.column_names, list(split[args.text_column]), labels, args)
+    return _examples(source, list(split[args.text_column]), labels, args)
 
 
 def _require_columns(source: str, columns: Sequence[str], args: DataArguments) -> None:
@@ -113,7 +111,7 @@ def _require_columns(source: str, columns: Sequence[str], args: DataArguments) -
             )
 
 
-def _examples(source: str, columns: list[str], texts: list, labels: list, args: DataArguments) -> Examples:
+def _examples(source: str, texts: list, labels: list, args: DataArguments) -> Examples:
     for column, values in ((args.text_column, texts), (args.label_column, labels)):
         missing = [number for number, value in enumerate(values, 1) if value is None or not str(value).strip()]
         if missing:
@@ -123,7 +121,7 @@ def _examples(source: str, columns: list[str], texts: list, labels: list, args: 
             )
         if any(isinstance(value, (list, dict)) for value in values):
             raise ValueError(f"{source}: column `{column}` holds lists or objects. It must hold one value a row.")
-    return Examples(source, list(columns), [str(text) for text in texts], [str(label).strip() for label in labels])
+    return Examples(source, [str(text) for text in texts], [str(label).strip() for label in labels])
 
 
 def _keep(examples: Examples, args: DataArguments) -> Examples:
@@ -137,7 +135,7 @@ def _keep(examples: Examples, args: DataArguments) -> Examples:
             f"{', '.join(map(repr, sorted(present, key=natural_order)))}. Correct keep_labels."
         )
     kept = [(t, label) for t, label in zip(examples.texts, examples.labels, strict=True) if label in args.keep_labels]
-    return Examples(examples.source, examples.columns, [text for text, _ in kept], [label for _, label in kept])
+    return Examples(examples.source, [text for text, _ in kept], [label for _, label in kept])
 
 
 def _dataset(examples: Examples, names: list[str]) -> Dataset:

