@@ -152,10 +152,7 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
     run, workers = record.run, record.workers
     newest: dict[str, Any] = next(reversed(record.evaluations()), {})
     metrics = [(name.removeprefix("eval_"), value) for name, value in newest.items() if is_metric(name, value)]
-    last: dict[int, dict[str, Any]] = {
-        rank: next((entry for entry in reversed(entries) if "lsam/drift" in entry), {})
-        for rank, entries in workers.items()
-    }
+    last: dict[int, dict[str, Any]] = {rank: next(reversed(record.points(rank)), {}) for rank in workers}
     steps = [point.get("step", 0) for point in last.values()]
     exchanged = sum(point.get(name, 0) for point in last.values() for name in BYTES)
     parallel = data_parallel_bytes(steps, run["model"]["trainable_parameters"])

@@ -203,6 +203,18 @@ class Record:
         """The evaluations of the anchor, in the order in which they were made; see `is_metric`."""
         return [entry for entry in self.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
 
+    def points(self, rank: int, since_it_joined: bool = False) -> list[dict[str, Any]]:
+        """A worker's log points, and its entries between them: the lines that say what it has exchanged.
+
+        Args:
+            rank: of the worker; without any line it has no points.
+            since_it_joined: only those since it last joined or rejoined.
+        """
+        entries = self.workers.get(rank, [])
+        joined = (index for index, entry in enumerate(entries) if entry.get("begin"))
+        begin = max(joined, default=0) if since_it_joined else 0
+        return [entry for entry in entries[begin:] if "lsam/anchor_version" in entry]
+
     def made_once(self) -> Record:
         """The record without the lines of steps that a resumed worker has repeated; byte counts continue across
         resumptions."""

@@ -76,7 +76,7 @@ def render(record: Record, now: float) -> Group:
         now: the present time, in Unix seconds.
     """
     run, state = record.run, run_state(record)
-    points = [point for rank in record.workers for point in log_points(record, rank)]
+    points = [point for rank in record.workers for point in record.points(rank, since_it_joined=True)]
     last = max((entries[-1]["time"] for entries in record.workers.values()), default=run["started"])
     ended = state not in GOES_ON
     head = Text.assemble(
@@ -109,18 +109,9 @@ def render(record: Record, now: float) -> Group:
 
 def _exchanged(record: Record) -> dict[int, list[float]]:
     """The bytes that each worker that has logged has sent and received in the whole run, however often resumed."""
-    lasts = {
-        rank: next((entry for entry in reversed(entries) if BYTES[0] in entry), None)
-        for rank, entries in record.made_once().workers.items()
-    }
-    return {rank: [last[name] for name in BYTES] for rank, last in lasts.items() if last is not None}
-
-
-def log_points(record: Record, rank: int) -> list[dict[str, Any]]:
-    """A worker's log points, and its entries between them, since it last joined."""
-    entries = record.workers.get(rank, [])
-    begun = max((index for index, entry in enumerate(entries) if entry.get("begin")), default=0)
-    return [entry for entry in entries[begun:] if "lsam/anchor_version" in entry]
+    once = record.made_once()
+    lasts = {rank: points[-1] for rank in once.workers if (points := once.points(rank))}
+    return {rank: [last[name] for name in BYTES] for rank, last in lasts.items()}
 
 
 def _states(record: Record) -> list[str]:
@@ -131,7 +122,7 @@ def _row(record: Record, rank: int, now: float, exchanged: Sequence[float] | Non
     entries = record.workers.get(rank)
     if entries is None:
         return [str(rank), "waiting", *["-"] * 10]
-    points = log_points(record, rank)
+    points = record.points(rank, since_it_joined=True)
     state = worker_state(entries)
     seen = now - entries[-1]["time"]
     if state == "training" and len(points) > 1 and seen > max(SILENT_SECONDS, SILENT_INTERVALS * _interval(points)):
@@ -173,7 +164,7 @@ def _remaining(record: Record) -> str:
     if shared:
         steps *= record.run["num_workers"]
     for rank in record.workers:
-        points = log_points(record, rank)
+        points = record.points(rank, since_it_joined=True)
         series = [(point["time"], point["lsam/steps_of_all" if shared else "step"]) for point in points]
         rate = _rate(series)
         if rate and steps > 0:
@@ -184,7 +175,7 @@ def _remaining(record: Record) -> str:
 
 def _update_rate(record: Record) -> str:
     rates = [
-        _rate([(point["time"], point["lsam/anchor_version"]) for point in log_points(record, rank)])
+        _rate([(point["time"], point["lsam/anchor_version"]) for point in record.points(rank, since_it_joined=True)])
         for rank in record.workers
     ]
     return _number(max((rate for rate in rates if rate is not None), default=None), ".2f")

@@ -92,10 +92,6 @@ class RunFacts:
         """What the run was configured with, by the names of the arguments."""
         return self.record.run["configuration"]
 
-    def points(self, rank: int) -> list[dict[str, Any]]:
-        """The log points of a worker."""
-        return [entry for entry in self.record.workers.get(rank, []) if "loss" in entry or "lsam/drift" in entry]
-
     def metrics(self) -> list[str]:
         """The names of what evaluations measure, eval_loss first."""
         names = {key for entry in self.record.evaluations() for key, value in entry.items() if is_metric(key, value)}
@@ -116,7 +112,7 @@ class RunFacts:
     @cached_property
     def _traffic(self) -> list[tuple[list[float], list[float]]]:
         """For each worker, the times of its log points, and the bytes that it had pushed and pulled by then."""
-        every = [self.points(rank) for rank in self.record.workers]
+        every = [self.record.points(rank) for rank in self.record.workers]
         return [
             ([point["time"] for point in points], [sum(point.get(name, 0) for name in BYTES) for point in points])
             for points in every
@@ -217,7 +213,8 @@ def mean_and_spread(curves: Sequence[Points]) -> tuple[Points, list[float]]:
 def loss_of_workers(run: RunFacts) -> Points:
     """The mean of the workers' losses at the steps that all of them have logged."""
     curves = [
-        [(point["step"], point["loss"]) for point in run.points(rank) if "loss" in point] for rank in run.record.workers
+        [(point["step"], point["loss"]) for point in run.record.points(rank) if "loss" in point]
+        for rank in run.record.workers
     ]
     return mean_and_spread(curves)[0] if curves else []
 
@@ -281,7 +278,7 @@ def _comparison(groups: Sequence[Group]) -> str:
 
 
 def _last_points(run: RunFacts) -> list[dict[str, Any]]:
-    return [points[-1] for rank in run.record.workers if (points := run.points(rank))]
+    return [points[-1] for rank in run.record.workers if (points := run.record.points(rank))]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -353,7 +350,7 @@ def _coupling(name: str, run: RunFacts) -> list[str]:
 
 def _of_workers(run: RunFacts, key: str, x: Callable[[dict[str, Any]], float]) -> list[Series]:
     curves = [
-        (rank, [(x(point), point[key]) for point in run.points(rank) if key in point])
+        (rank, [(x(point), point[key]) for point in run.record.points(rank) if key in point])
         for rank in sorted(run.record.workers)
     ]
     return [Series(f"worker {rank}", points, rank) for rank, points in curves if points]

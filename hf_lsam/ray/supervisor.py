@@ -390,15 +390,14 @@ class Supervisor:
         elif len(training) < plan.min_workers:
             logger.warning("%d workers train, fewer than min_workers=%d", len(training), plan.min_workers)
         try:
-            record = self._record.read().workers
+            record = self._record.read()
         except (FileNotFoundError, ValueError):
             if training and not self._misses_record:
                 self._misses_record = True
                 logger.info("there is no record in %s yet; it comes if that is the script's output_dir", plan.run_dir)
             return
         for worker in training:
-            points = [entry for entry in record.get(worker.number, []) if "lsam/anchor_version" in entry]
-            if points:
+            if points := record.points(worker.number):
                 logger.info(
                     "worker %d: step %s, loss %s, anchor %s",
                     worker.number,

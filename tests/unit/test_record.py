@@ -15,8 +15,9 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer, session
-from hf_lsam.cli.monitor import log_points, render
-from hf_lsam.record import RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
+from hf_lsam.card import facts_of_record
+from hf_lsam.cli.monitor import render
+from hf_lsam.record import Record, RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
 from hf_lsam.trainer.callbacks import OtherWorkers
 
 METRICS = {"lsam/drift", "lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "lsam/refused_pushes"}
@@ -226,8 +227,9 @@ def test_between_log_points_the_record_has_entries_of_its_own_by_time(tmp_path, 
         console = Console(width=200, color_system=None)
         with console.capture() as said:
             console.print(render(record, time.time()))
-        assert f"{log_points(record, 0)[-1]['loss']:.4f}" in said.get()  # also of a run without a log point
-        return log_points(record, 0)
+        points = record.points(0)
+        assert f"{points[-1]['loss']:.4f}" in said.get()  # also of a run without a log point
+        return points
 
     logged = points("logged", 1e9)
     assert [(point["step"], "between_logs" in point) for point in logged] == [(step, False) for step in range(1, 13)]
@@ -245,3 +247,7 @@ def test_between_log_points_the_record_has_entries_of_its_own_by_time(tmp_path, 
         assert each["loss"] == pytest.approx(reference["loss"], rel=0.1)  # SAM perturbs for half of the batch at a time
         for name in ("lsam/staleness", "lsam/anchor_version", "lsam/skipped_pushes", "learning_rate"):
             assert each[name] == reference[name]
+
+    record = read_record(tmp_path / "always")
+    killed = Record(record.run, {0: [entry for entry in record.workers[0] if entry["step"] < 12]})
+    assert ("Workers", "1; steps 11") in facts_of_record(tmp_path / "always", killed).rows
