@@ -250,4 +250,4 @@ def test_between_log_points_the_record_has_entries_of_its_own_by_time(tmp_path, 
 
     record = read_record(tmp_path / "always")
     killed = Record(record.run, {0: [entry for entry in record.workers[0] if entry["step"] < 12]})
-    assert ("Workers", "1; steps 11") in facts_of_record(tmp_path / "always", killed).rows
+    assert ("Workers", "1; steps 11") in facts_of_record(tmp_path / "always", killed).results
