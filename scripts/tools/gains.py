@@ -147,7 +147,8 @@ class Gains:
             "sentences": self._questions["trec"],
             "sentences with wrong labels": self._questions["trec_wrong_labels"],
             "30 epochs": self._images["epochs"],
-            "other images": self._images["methods"],
+            "1,440 steps": self._images["long"],
+            "480 steps": self._images["methods"],
             "the clock": self._images["clock"],
         }
         counted = ", ".join(f"{len({run['run']['seed'] for run in runs})} of {what}" for what, runs in seeds.items())
