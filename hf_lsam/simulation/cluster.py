@@ -194,7 +194,8 @@ class SimulatedWorker:
     def _optimize(self) -> None:
         cluster, parameters = self._cluster, self._parameters
         along = known_direction(cluster.gradient.sam_direction, self.worker, self._optimizer)
-        cluster.gradient.add_to(parameters, cluster.loss(self._model, self._number), self._batchnorm, *along)
+        loss = cluster.gradient.add_to(parameters, cluster.loss(self._model, self._number), self._batchnorm, *along)
+        self.worker.note_loss(loss, 1.0)
         cluster.gradient.clip(parameters)
         self._hooks.before_step()
         self._optimizer.step()

@@ -33,13 +33,16 @@ class Gradient:
         batchnorm: Sequence[nn.modules.batchnorm._BatchNorm],
         directions: Sequence[Tensor] | None,
         sign: float,
-    ) -> None:
+    ) -> Tensor:
         """Adds one worker's gradient, plain or SAM's, to `.grad`.
 
         Args:
             directions: u, if the step perturbs along a direction that is known in advance, sign * u; None while there
                 is none.
             sign: 1 or -1.
+
+        Returns:
+            the loss, 0-d: at x if SAM takes two passes, otherwise that of the single pass.
         """
 
         def one_pass() -> Tensor:
@@ -49,11 +52,10 @@ class Gradient:
 
         rho, adaptive = self.sam_rho, self.sam_adaptive
         if rho and self.sam_direction == "gradient":
-            sam.gradient(parameters, one_pass, one_pass, rho, adaptive=adaptive, batchnorm=batchnorm)
-        elif rho and directions is not None:
-            sam.gradient_along(parameters, directions, one_pass, sign * rho, adaptive=adaptive)
-        else:
-            one_pass()
+            return sam.gradient(parameters, one_pass, one_pass, rho, adaptive=adaptive, batchnorm=batchnorm)[0]
+        if rho and directions is not None:
+            return sam.gradient_along(parameters, directions, one_pass, sign * rho, adaptive=adaptive)
+        return one_pass()
 
     def clip(self, parameters: Sequence[nn.Parameter]) -> None:
         """Scales the `.grad` of all parameters together to a norm of at most `max_grad_norm`, unless that is None."""

@@ -30,13 +30,16 @@ def machines_and_packages(origins: Sequence[dict[str, Any]]) -> str:
 def origin(report: dict[str, Any]) -> str:
     """One line: hardware, versions, commit and date."""
     provenance = report["provenance"]
-    commit, _, dirty = provenance["commit"].partition("-")
-    state = f"{commit[:12]} with uncommitted changes" if dirty else commit[:12]
-    return f"{machines_and_packages([provenance])}; commit {state}, {provenance['date'][:10]}."
+    return f"{machines_and_packages([provenance])}; commit {_short(provenance['commit'])}, {provenance['date'][:10]}."
+
+
+def _short(commit: str) -> str:
+    number, _, dirty = commit.partition("-")
+    return f"{number[:12]} with uncommitted changes" if dirty else number[:12]
 
 
 def of_runs(runs: Sequence[dict[str, Any]]) -> str:
     """One line: hardware, versions, commits and date of runs that each have their own provenance."""
-    commits = sorted({run["commit"][:12] for run in runs})
+    commits = sorted({_short(run["commit"]) for run in runs})
     dates = max(run["date"][:10] for run in runs)
     return f"On {machines_and_packages(runs)}; commit {', '.join(commits)}; {dates}."

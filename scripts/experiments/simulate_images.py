@@ -499,6 +499,24 @@ CLUSTERS = {
     "links of 0.1 Gb/s": [{"step_seconds": STEP, "latency": 5e-4, "bandwidth": 12.5e6 * OWN / PARAMETERS}] * 4,
 }
 CLOCKED = ("LSAM without SAM", "data-parallel SGD", "DiLoCo", "EASGD")
+
+
+def machines_of(cluster: str, method: str) -> list[dict[str, Any]]:
+    """The machines of a cluster, as a method uses their links.
+
+    A ring's bytes cross every link alike. A server is on the first worker's machine, and the exchange of all others
+    shares that machine's link: each has an equal part of it, as if all were on their way at once.
+    """
+    machines = CLUSTERS[cluster]
+    if METHODS[method].get("data_parallel") or "bandwidth" not in machines[0]:
+        return machines
+    beside_the_server, *others = machines
+    return [
+        {"step_seconds": beside_the_server["step_seconds"]},
+        *({**each, "bandwidth": each["bandwidth"] / len(others)} for each in others),
+    ]
+
+
 # A run is level with data-parallel training if its error is not higher by more than this. The shortest run, of these
 # lengths, that is level gives the time until level. Each is a separate run, with a whole learning rate schedule.
 TOLERANCE = 0.5
@@ -511,7 +529,7 @@ def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
 
     def made(name: str, label: str, steps: int) -> list[dict[str, Any]]:
         return runs.results(
-            [Run(name, steps, **best[name], seed=seed, machines=CLUSTERS[label]) for seed in range(seeds)]
+            [Run(name, steps, **best[name], seed=seed, machines=machines_of(label, name)) for seed in range(seeds)]
         )
 
     everything, rows = [], []

@@ -15,7 +15,7 @@ from typing import Any
 from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results, of_runs, origin
-from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, time_and_error
+from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, machines_of, time_and_error
 from scripts.tools.summarize_results import method_label
 
 Runs = list[dict[str, Any]]
@@ -183,7 +183,11 @@ class Gains:
 
     def _until_level(self, method: str, cluster: str) -> Runs:
         """A method's longest runs on a cluster, one per seed. Once it was level, no longer runs were made."""
-        own = [run for run in of_method(self._images["clock"], method) if run["run"]["machines"] == CLUSTERS[cluster]]
+        own = [
+            run
+            for run in of_method(self._images["clock"], method)
+            if run["run"]["machines"] == machines_of(cluster, method)
+        ]
         longest = max(run["run"]["steps"] for run in own)
         return [run for run in own if run["run"]["steps"] == longest]
 

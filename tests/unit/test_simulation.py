@@ -287,13 +287,30 @@ def test_one_pass_perturbs_along_what_is_known_before_the_step(direction):
     torch.testing.assert_close(last.anchor, anchors[-1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["easgd", "lsgd"])
-def test_the_baselines_run_in_it(algorithm):
-    settings = WorkerSettings(TAU, 0.3, algorithm=algorithm)
-    server = ServerSettings(TAU, algorithm=algorithm, moving_rate=0.3)
-    *_, last = cluster([Machine(), Machine(1.5)], settings, server).run(16)
+def test_easgd_runs_in_it():
+    server = ServerSettings(TAU, algorithm="easgd", moving_rate=0.3)
+    *_, last = cluster([Machine(), Machine(1.5)], WorkerSettings(TAU, 0.3, algorithm="easgd"), server).run(16)
     assert math.isfinite(last.anchor.norm().item())
     assert last.bytes > 0
+
+
+def test_in_lsgd_the_worker_with_the_lowest_loss_leads_whoever_pushes_last():
+    scales = (1.0, 0.1, 10.0)
+
+    def loss(model, rank):
+        x = draw(torch.Generator().manual_seed(0))
+        return lambda: scales[rank] * loss_of(model, x)
+
+    made = Cluster(
+        LockstepNet(),
+        lambda parameters: torch.optim.SGD(parameters, ETA),
+        loss,
+        [Machine()] * 3,
+        WorkerSettings(TAU, 0.0, algorithm="lsgd"),
+        ServerSettings(TAU, algorithm="lsgd"),
+    )
+    *_, last = made.run(2 * TAU)
+    assert torch.equal(last.anchor, made.workers[1])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
