@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -243,8 +244,13 @@ def test_wrong_labels_are_of_training_images_alone(data):
 
 
 def test_the_clusters_of_the_clock_are_machines():
-    for machines in simulate_images.CLUSTERS.values():
-        assert len([simulate_images.Machine(**fields) for fields in machines]) == 4
+    for cluster, method in itertools.product(simulate_images.CLUSTERS, simulate_images.CLOCKED):
+        machines = [simulate_images.Machine(**fields) for fields in simulate_images.machines_of(cluster, method)]
+        assert len(machines) == 4
+    reduced, *_ = simulate_images.machines_of("links of 1 Gb/s", "data-parallel SGD")
+    beside, *others = simulate_images.machines_of("links of 1 Gb/s", "LSAM without SAM")
+    assert "bandwidth" not in beside
+    assert [other["bandwidth"] for other in others] == [reduced["bandwidth"] / 3] * 3
 
 
 def test_the_figure_of_the_clock_says_what_the_readme_does(tmp_path):
