@@ -39,6 +39,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_lsam import vision
 from hf_lsam.batchnorm import reestimate
+from hf_lsam.compression import encoded_bytes
 from hf_lsam.files import write_atomically
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Gradient, Machine
@@ -116,6 +117,7 @@ class Run:
         validation: train on nine tenths of the training images and evaluate on the remaining tenth.
         machines: one per worker, as fields of `hf_lsam.simulation.Machine`.
         moments: how many times the model is evaluated.
+        sync_steps: steps between two pushes; None for the method's own.
     """
 
     method: str
@@ -128,6 +130,7 @@ class Run:
     validation: bool = False
     machines: list[dict[str, Any]] = field(default_factory=lambda: [{}] * 4)
     moments: int = 1
+    sync_steps: int | None = None
 
 
 @lru_cache(maxsize=2)
@@ -220,13 +223,14 @@ def simulate(run: Run, data: str, method: dict[str, Any] | None = None) -> dict[
     torch.set_num_threads(1)
     task, method = Task(run, data), METHODS[run.method] if method is None else method
     streams = [task.stream(rank) for rank in range(len(run.machines))]
+    lsam = method.get("lsam", {}) | ({} if run.sync_steps is None else {"sync_steps": run.sync_steps})
 
     def loss(model, rank):
         batch = next(streams[rank])
         return lambda: loss_of(model, batch)
 
     made, sync_steps = make_run(
-        None if method.get("data_parallel") else LoopArguments(**method.get("lsam", {})),
+        None if method.get("data_parallel") else LoopArguments(**lsam),
         task.model,
         partial(task.optimizer, nesterov=method.get("nesterov", False)),
         loss,
@@ -520,6 +524,21 @@ def machines_of(cluster: str, method: str) -> list[dict[str, Any]]:
 # A run is level with data-parallel training if its error is not higher by more than this. The shortest run, of these
 # lengths, that is level gives the time until level. Each is a separate run, with a whole learning rate schedule.
 TOLERANCE = 0.5
+
+
+def sync_steps_of(cluster: str, method: str) -> int | None:
+    """The steps that a worker makes while its push is on its way to the server, if these are more than the method's
+    own sync_steps: where the link decides how often workers exchange, sync_steps should say so, because the anchor's
+    momentum is set by it."""
+    if METHODS[method].get("data_parallel"):
+        return None
+    lsam = METHODS[method].get("lsam", {})
+    size = encoded_bytes(OWN, lsam.get("exchange_bits", 8))
+    slowest = max(Machine(**fields).transfer(size) for fields in machines_of(cluster, method))
+    steps = math.ceil(slowest / STEP)
+    return steps if steps > lsam.get("sync_steps", 2) else None
+
+
 LENGTHS = (SHORT, 600, 720, LONG, 2 * LONG)
 
 
@@ -528,23 +547,29 @@ def clock(runs: SimulatedRuns, seeds: int) -> tuple[list[dict[str, Any]], str]:
     _, best = tuned(runs, CLOCKED)
 
     def made(name: str, label: str, steps: int) -> list[dict[str, Any]]:
-        return runs.results(
-            [Run(name, steps, **best[name], seed=seed, machines=machines_of(label, name)) for seed in range(seeds)]
-        )
+        cluster = {"machines": machines_of(label, name), "sync_steps": sync_steps_of(label, name)}
+        return runs.results([Run(name, steps, **best[name], seed=seed, **cluster) for seed in range(seeds)])
 
     everything, rows = [], []
     for label in CLUSTERS:
         columns = {name: made(name, label, SHORT) for name in CLOCKED}
         everything += itertools.chain.from_iterable(columns.values())
-        level = mean_error(columns["data-parallel SGD"]) + TOLERANCE
         for steps in LENGTHS:
             longer = made("LSAM without SAM", label, steps)
             everything += longer if steps > SHORT else []
-            if mean_error(longer) <= level:
+            if is_level(longer, columns["data-parallel SGD"]):
                 break
         texts = [time_and_error(results) for results in columns.values()]
-        rows.append((label, texts[0], f"{time_and_error(longer)}, {steps:,} steps", *texts[1:]))
+        at_last = f"{time_and_error(longer)}, {steps:,} steps"
+        if not is_level(longer, columns["data-parallel SGD"]):
+            at_last += ", not level"
+        rows.append((label, texts[0], at_last, *texts[1:]))
     return everything, markdown_table(("", CLOCKED[0], "the same until level", *CLOCKED[1:]), rows)
+
+
+def is_level(results: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> bool:
+    """Whether the mean error over seeds is at most `TOLERANCE` above that of `reference`."""
+    return mean_error(results) <= mean_error(reference) + TOLERANCE
 
 
 def mean_error(results: Sequence[dict[str, Any]]) -> float:

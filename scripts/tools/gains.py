@@ -15,7 +15,7 @@ from typing import Any
 from recipes.common.results import REPOSITORY
 from recipes.common.tables import markdown_table, mean_and_spread
 from scripts.common.results import load_results, of_runs, origin
-from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, machines_of, time_and_error
+from scripts.experiments.simulate_images import CLOCKED, CLUSTERS, is_level, machines_of, time_and_error
 from scripts.tools.summarize_results import method_label
 
 Runs = list[dict[str, Any]]
@@ -70,7 +70,9 @@ class Gains:
     def clocked(self) -> Iterable[tuple[str, ...]]:
         """One line per cluster: the time until both are level, and the error at that point."""
         for cluster in CLUSTERS:
-            yield cluster, *(time_and_error(self._until_level(method, cluster)) for method in CLOCKED[:2])
+            lsam, data_parallel = (self._until_level(method, cluster) for method in CLOCKED[:2])
+            reached = "" if is_level(lsam, data_parallel) else ", not level"
+            yield cluster, f"{time_and_error(lsam)}{reached}", time_and_error(data_parallel)
 
     def sentences(self, name: str, what: str, figure: Callable[[dict[str, Any]], float]) -> Compared:
         return self._compared(what, self._questions[name], figure, "AdamW")
@@ -166,13 +168,13 @@ class Gains:
         figure = Figure(figsize=(7, 2.8), layout="constrained")
         axis = figure.subplots()
         for offset, method in zip((-0.2, 0.2), CLOCKED, strict=False):
-            seconds = [
-                statistics.fmean(run["points"][-1]["virtual_seconds"] for run in self._until_level(method, cluster))
-                for cluster in CLUSTERS
-            ]
+            found = [(self._until_level(method, each), self._until_level(CLOCKED[1], each)) for each in CLUSTERS]
+            seconds = [statistics.fmean(run["points"][-1]["virtual_seconds"] for run in own) for own, _ in found]
+            reached = ["" if is_level(*each) else ", not level" for each in found]
             places = [place + offset for place in range(len(CLUSTERS))]
             bars = axis.barh(places, seconds, 0.36, label=method.removesuffix(" without SAM"))
-            axis.bar_label(bars, [f"{each:,.0f} s" for each in seconds], padding=3, fontsize="small")
+            labels = [f"{each:,.0f} s{level}" for each, level in zip(seconds, reached, strict=True)]
+            axis.bar_label(bars, labels, padding=3, fontsize="small")
         axis.set(xscale="log", xlim=(20, 20_000), xlabel="seconds until the same error, virtual clock")
         axis.set_yticks(range(len(CLUSTERS)), CLUSTERS)
         axis.invert_yaxis()
