@@ -346,7 +346,10 @@ class LSAMArguments(_MixedIn):
             shared_momentum: see the method of that name.
         """
         moving_rate = self.coupling_strength if self.server_half.moves_elastically else 0.0
-        settings = by_name(ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate)
+        of_movement = self.worker_half.pushes_movement
+        settings = by_name(
+            ServerSettings, self, sync_steps=sync_steps, moving_rate=moving_rate, pushes_movement=of_movement
+        )
         if shared_momentum:
             settings = replace(settings, anchor_optimizer="nesterov", anchor_momentum=shared_momentum**sync_steps)
         return settings

@@ -54,6 +54,7 @@ class ServerSettings:
         algorithm: "lsam", "easgd" or "lsgd".
         moving_rate: alpha of "easgd".
         exchange_bits: bits per value sent between machines: 32, 8 or 4 (see `compression`).
+        pushes_movement: whether workers push how far they have moved on their own, instead of where they are.
     """
 
     sync_steps: int
@@ -64,6 +65,7 @@ class ServerSettings:
     algorithm: str = "lsam"
     moving_rate: float = 0.0
     exchange_bits: int = 32
+    pushes_movement: bool = False
 
     as_dict = asdict
 

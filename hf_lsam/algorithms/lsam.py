@@ -132,6 +132,9 @@ class MeanDifference(ServerHalf):
     worker pushes what it has left and leaves: if n shrank with them, the last few pushes would move the anchor as far
     as those of all workers.
 
+    Over a slow link a machine's sum may hold several periods. Differences from the anchor are averaged over all their
+    steps; but movement adds up from period to period, so it is divided by the steps of one.
+
     State: the step count and the sum of the current period; at 0 steps the sum is meaningless.
     """
 
@@ -156,6 +159,7 @@ class MeanDifference(ServerHalf):
     def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
         """Takes a sum of differences over `steps` local steps."""
         if not self.checks_later(steps, live):  # a whole period, which the server has just checked
+            steps = self._averaged_over(steps, live)
             self._begin_period()
             self.anchor.update(vector, steps, gradient=self._pending)
             return
@@ -188,7 +192,10 @@ class MeanDifference(ServerHalf):
 
     def _update_if_complete(self, live: int) -> None:
         if self.pending_steps >= self._period(live):
-            self._update(self.pending_steps)
+            self._update(self._averaged_over(self.pending_steps, live))
+
+    def _averaged_over(self, steps: int, live: int) -> int:
+        return self._period(live) if self.settings.pushes_movement else steps
 
     def _begin_period(self) -> None:
         self.pending_steps, self._departed = 0, 0

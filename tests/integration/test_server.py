@@ -28,7 +28,7 @@ from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import load_tensors, save_tensors
 from hf_lsam.files import replacing, write_atomically
 from hf_lsam.parameters import ParameterLayout
-from hf_lsam.server.core import ServerCore
+from hf_lsam.server.core import RelayCore, ServerCore
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.server.root import Root, refuse_taken_port
 from hf_lsam.server.service import Service, ServiceSettings
@@ -66,6 +66,23 @@ def test_the_anchor_moves_once_n_tau_steps_are_in_from_whichever_workers():
     assert core.anchor.version == 1
     assert core.anchor.vector.tolist() == [2.0, 2.0, 2.0]  # 16 / 8 steps
     assert core.state_tensors()["pending_steps"] == 0
+
+
+@pytest.mark.parametrize(("pushes_movement", "expected"), [(True, 5.0), (False, 2.0)])
+def test_movement_that_a_slow_link_held_back_moves_the_anchor_in_full(pushes_movement, expected):
+    """Two machines of one worker each, which has moved by 1 in each of 5 periods. Differences are averaged."""
+    settings = ServerSettings(sync_steps=4, pushes_movement=pushes_movement)
+    root = ServerCore(torch.zeros(1), settings)
+    for machine in (-1, -2):
+        root.count(machine, 1)
+    for machine in (-1, -2):
+        relay = RelayCore(torch.zeros(1), settings)
+        relay.join(0)
+        for _ in range(5):
+            assert relay.push(torch.tensor([4.0]), 4)
+        total, steps, _, _ = relay.claim()
+        assert root.push(total, steps, machine)
+    assert root.anchor.vector.item() == expected
 
 
 def test_n_shrinks_with_a_worker_that_leaves_and_a_waiting_period_ends():

@@ -103,12 +103,14 @@ def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
     }
     args = config(tmp_path, **values)
     given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}
+    given["pushes_movement"] = False
     timeouts = args.timeouts()
     for settings in (args.worker_settings(9), args.server_settings(9), timeouts, timeouts.service):
         told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         told.pop("service", None)
         assert told == {name: given[name] for name in told}
     assert config(tmp_path, sam_direction="anchor").worker_settings(9).keeps_anchor_move
+    assert config(tmp_path).server_settings(9).pushes_movement
     assert config(tmp_path, algorithm="easgd", coupling_strength=0.5).server_settings(9).moving_rate == 0.5
 
 
