@@ -253,7 +253,7 @@ class ServedFolder(Transport):
                     raise ServerGone(f"The server of {path} has ended. Start it again with --resume.") from error
                 time.sleep(0.05)
         for name, here in contents["settings"].items():
-            there = folder.run["settings"][name]
+            there = folder.run["settings"].get(name)  # None if an older hf-lsam has made the folder
             if here != there:
                 raise RefusedError(
                     f"{name} is {here!r} here and {there!r} in the run in {path}. Give every worker of a run the "
