@@ -43,6 +43,7 @@ SCRIPT_NAME = "linear.py"
 
 SCRIPT = """
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -63,8 +64,10 @@ lsam = LSAM(model, torch.optim.SGD(model.parameters(), 0.05), output_dir=out, sh
 rank = lsam.arguments.identity.rank
 try:
     with lsam:
-        for x, y in lsam.batches(lsam.shard(loader)):
+        for step, (x, y) in enumerate(lsam.batches(lsam.shard(loader))):
             lsam.step(lambda: (model(x) - y).square().mean())
+            if step == 0:
+                print(f"process {os.getpid()} trains")
             if lsam.stop_requested:
                 lsam.save(out / "saved")
                 raise SystemExit(143)
@@ -162,6 +165,11 @@ class Driver:
     def begun(self) -> list[tuple[int, int]]:
         """(worker, pid), in the order in which they began."""
         return [(int(n), int(pid)) for n, pid in re.findall(r"worker (\d+) begins on \S+, pid (\d+)", self.log)]
+
+    def trains(self, number: int) -> bool:
+        """Whether a worker has made a step. One that has not has nothing to save, and on a signal leaves at once."""
+        log = self.out / "ray" / f"worker-{number}.log"
+        return f"process {dict(self.begun())[number]} trains" in log.read_text()
 
     def wait_for(self, condition: Callable[[], object]) -> None:
         wait_until(lambda: condition() or self.process.poll() is not None, self.logs)
@@ -328,6 +336,7 @@ def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(
         driver.wait_for(lambda: len(driver.begun()) == len(begun) + 1)
         wait_for_live(3)
         number, _ = driver.begun()[-1]
+        driver.wait_for(lambda: driver.trains(number))
         assert dict(begun)[number] == orphan
         os.kill(orphan, signal.SIGKILL)
 
@@ -346,7 +355,7 @@ def test_what_dies_is_replaced_while_the_others_train_and_a_signal_has_all_save(
 def test_without_a_head_the_workers_go_on_alone_save_and_end_with_an_error(cluster, tmp_path):
     """The last test: the cluster does not outlive it."""
     driver = Driver(cluster, tmp_path, 2, {"server_timeout": 30.0})
-    driver.wait_for(lambda: driver.live == 2)
+    driver.wait_for(lambda: driver.live == 2 and driver.trains(0) and driver.trains(1))
     processes = processes_of_runs()
     servers = [process for process in processes if "hf_lsam.server" in process.cmdline()]
     workers = [psutil.Process(pid) for pid in dict(driver.begun()).values()]
