@@ -125,7 +125,7 @@ class LSAMArguments(_MixedIn):
             set, 4 for one or two workers, and 2 for more or with server_address: the more workers there are, the more
             noise their mean averages out, and the less each of them may stray from it. A push that the server cannot
             take yet is sent with the next one, so a slow link lengthens the interval automatically. Set sync_steps to
-            that interval then: the anchor's momentum depends on it.
+            that interval then, which the log tells: the anchor's momentum depends on it.
         coupling (`str`, defaults to "merge"): how a worker is held near the anchor. "merge": all at once when a new
             anchor arrives, with the distance measured from what the worker has pushed; this does not slow the worker
             down. "decoupled": at every step, after the optimizer's, like the weight decay of AdamW. "score": at every

@@ -19,6 +19,7 @@ class FailureSignatures:
     # drift that is levelling off slows down.
     DRIFT_WINDOWS = ((6, 2.0, 0.0), (12, 1.4, 0.5))
     STALENESS_FACTOR = 4.0  # mean staleness that is suspicious, in anchor versions per worker
+    SLOW_LINK = 2  # exchanges that take this many times sync_steps
 
     def __init__(self, num_workers: int):
         self._num_workers = num_workers
@@ -65,6 +66,22 @@ class FailureSignatures:
                 )
             )
         return [warning for warning in warnings if warning]
+
+    def slow_link(self, exchange_steps: int, sync_steps: int) -> str | None:
+        """The warning that the anchor's momentum does not fit the link; None if already given, or if it does.
+
+        Args:
+            exchange_steps: steps between two exchanges with other machines; 0 if that is not known.
+            sync_steps: steps for which the anchor has its momentum.
+        """
+        if exchange_steps < self.SLOW_LINK * sync_steps:
+            return None
+        return self._once(
+            "link",
+            f"the link to the other machines takes {exchange_steps} steps for an exchange, and sync_steps is "
+            f"{sync_steps}, for which the anchor's momentum and the workers' learning rate are made: the run learns "
+            f"more slowly than it could. Start it on all machines with sync_steps={exchange_steps}.",
+        )
 
     def batchnorm_not_reestimated(self) -> str | None:
         """The warning that the anchor is shown with the statistics of other weights; None if already given."""

@@ -74,6 +74,7 @@ class WorkerMetrics:
 
     def _exchanged_since(self, before: LinkStatus) -> dict[str, float]:
         worker, link = self._worker, self._worker.link.status
+        exchange_steps = worker.link.exchange_steps
         pushes, staleness = link.accepted - before.accepted, link.staleness_sum - before.staleness_sum
         return {
             "lsam/staleness": staleness / max(1, pushes),
@@ -83,6 +84,7 @@ class WorkerMetrics:
             "lsam/bytes_pushed": link.bytes_pushed,
             "lsam/bytes_pulled": link.bytes_pulled,
             "lsam/bytes_between_machines": worker.link.bytes_between_machines,
+            **({"lsam/exchange_steps": exchange_steps} if exchange_steps else {}),
         }
 
     def exchanged(self) -> Tensor:

@@ -485,6 +485,8 @@ class Session:
         drift, staleness, rate = metrics["lsam/drift"], metrics["lsam/staleness"], logs["learning_rate"]
         for warning in self.signatures.observe(drift, staleness, version, rate):
             self._warn(warning)
+        if self._shared_momentum:
+            self._warn(self.signatures.slow_link(self.joined_worker.link.exchange_steps, self.sync_steps))
         if self._buffers_before is not None:
             self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
             self._buffers_before = None  # the first log point has shown which buffers move

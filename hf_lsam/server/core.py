@@ -7,6 +7,9 @@ alone, and in simulations of a cluster. `RelayCore` sums what one machine forwar
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from ..compression import round_
 from ..coupling import is_finite
 
 REMEMBERED = 4096  # processes whose last counted push is kept
+RECENT_SUMS = 5  # of which a relay tells the median length
 UNKNOWN_PUSHES = 2**63 - 1  # "treat all as counted": without a snapshot, nothing tells which pushes were
 
 
@@ -140,6 +144,7 @@ class RelayCore:
         self._steps = 0
         self._under_way = torch.zeros_like(vector)
         self._steps_under_way = 0
+        self._lengths: deque[float] = deque(maxlen=RECENT_SUMS)  # in steps of each worker
 
     def join(self, worker: int) -> None:
         """Counts `worker` as live."""
@@ -183,6 +188,8 @@ class RelayCore:
         complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
         if self._steps_under_way or not self._steps or not (complete or all_of_it):
             return None
+        if complete and self.forwarded:  # the first found the link free, whatever that takes
+            self._lengths.append(self._steps / max(1, self.live_workers))
         self._sum, self._under_way = self._under_way, self._sum
         self._steps, self._steps_under_way = 0, self._steps
         self.forwarded += 1
@@ -202,6 +209,12 @@ class RelayCore:
         if self._steps_under_way and last_counted < self.forwarded:
             self._add(self._under_way, self._steps_under_way)
         self._steps_under_way = 0
+
+    @property
+    def exchange_steps(self) -> int:
+        """How many steps each worker makes between two sums that the link takes, at least tau: the median of the last
+        `RECENT_SUMS`; 0 before there are as many."""
+        return round(statistics.median(self._lengths)) if len(self._lengths) == RECENT_SUMS else 0
 
     @property
     def is_empty(self) -> bool:

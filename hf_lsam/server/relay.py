@@ -120,6 +120,10 @@ class Relay(Role):
     def bytes_moved(self) -> int:
         return self._bytes_of_lost + (0 if self._peer is None else self._peer.bytes_moved)
 
+    @property
+    def exchange_steps(self) -> int:
+        return self.core.exchange_steps
+
     def tick(self, now: float) -> None:
         if self._final:  # nothing is left to be sent, and the root may have ended
             return

@@ -147,6 +147,12 @@ class Role(ABC):
     def bytes_moved(self) -> int:
         """Bytes that this server has sent to and received from other machines."""
 
+    @property
+    def exchange_steps(self) -> int:
+        """How many steps each worker of this machine makes between two exchanges with the others; 0 if that is not
+        known, or the server has more than one link."""
+        return 0
+
     @abstractmethod
     def tick(self, now: float) -> None:
         """Does what is due without a message. Called at every turn of the loop."""

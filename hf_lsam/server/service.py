@@ -173,7 +173,7 @@ class Service(ServiceInterface):
     def _look_after(self, now: float) -> bool:
         """Does what is due without a message: evictions, snapshots, the end."""
         self._role.tick(now)
-        self.folder.set_bytes_between_machines(self._bytes_before + self._role.bytes_moved)
+        self.folder.set_between_machines(self._bytes_before + self._role.bytes_moved, self._role.exchange_steps)
         for connection in self._connections if now >= self._sweep_at else ():
             self._sweep_at = now + self._longest_wait
             silent = now - connection.last_heard

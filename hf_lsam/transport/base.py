@@ -136,6 +136,12 @@ class Link(ABC):
         return 0
 
     @property
+    def exchange_steps(self) -> int:
+        """How many steps each worker of this machine makes between two exchanges with other machines: `sync_steps`, or
+        more if the link between them takes longer. 0 if that is not known, or if there is no such link."""
+        return 0
+
+    @property
     @abstractmethod
     def can_push(self) -> bool:
         """Whether `push` may be called: there is a server, and it has answered the last push."""

@@ -6,7 +6,7 @@ A run folder (mode 0700) holds
     parameters.json  the manifest of names, shapes and dtypes, for the error message of a worker that does not match
     anchor_0/1       two copies of y, float32 [d]; the server writes them in turn
     version          int64 [4]: last version complete, last version begun, whether it is final, best step
-    between_machines int64 [1]: bytes that this machine's server has sent to and received from others
+    between_machines int64 [2]: bytes that this machine's server has sent to and received from others, exchange steps
     steps            int64 [1 + workers]: steps begun elsewhere, written by the server; then each worker's, by itself
     mailbox_N        float32 [d], of the Nth join: written by its worker, read by the server
     socket           Unix stream socket; its frames are those of `messages`
@@ -76,7 +76,7 @@ def _allocate_shared(path: Path, numel: int, num_workers: int) -> None:
     for name in ("anchor_0", "anchor_1"):
         _allocate(path / name, numel * FLOAT_BYTES)
     _allocate(path / "version", 32)
-    _allocate(path / "between_machines", 8)
+    _allocate(path / "between_machines", 16)
     _allocate(path / "steps", 8 * (1 + num_workers + MAX_WORKERS))
 
 
@@ -123,7 +123,7 @@ class RunFolder:
         self.numel = int(self.run["numel"])
         self._inode = (self.path / "version").stat().st_ino
         self._version = _map(self.path / "version", 4, torch.int64)  # complete, begun, final, best step
-        self._between_machines = _map(self.path / "between_machines", 1, torch.int64)
+        self._between_machines = _map(self.path / "between_machines", 2, torch.int64)
         self._slots = [_map(self.path / f"anchor_{i}", self.numel) for i in (0, 1)]
         self._steps = _map(self.path / "steps", 1 + int(self.run["num_workers"]) + MAX_WORKERS, torch.int64)
 
@@ -277,9 +277,14 @@ class RunFolder:
         """Bytes that this machine's server has sent to and received from others."""
         return int(self._between_machines[0])
 
-    def set_bytes_between_machines(self, count: int) -> None:
-        """Server only: sets `bytes_between_machines`."""
-        self._between_machines[0] = count
+    @property
+    def exchange_steps(self) -> int:
+        """How many steps each worker makes between two exchanges with other machines; 0 if that is not known."""
+        return int(self._between_machines[1])
+
+    def set_between_machines(self, moved: int, exchange_steps: int) -> None:
+        """Server only: sets `bytes_between_machines` and `exchange_steps`."""
+        self._between_machines[0], self._between_machines[1] = moved, exchange_steps
 
     # --- the anchor: one writer ---
 

@@ -142,6 +142,10 @@ class SharedMemoryLink(Link):
         return self._folder.bytes_between_machines
 
     @property
+    def exchange_steps(self) -> int:
+        return self._folder.exchange_steps
+
+    @property
     def can_push(self) -> bool:
         return self._push_frame is None and self._status.connected and self._evicted_at is None
 

@@ -86,6 +86,23 @@ def test_a_relay_sums_until_each_live_worker_has_done_its_steps_and_goes_on_unti
     assert core.claim()[1] == TAU
 
 
+def test_a_relay_tells_how_many_steps_of_each_worker_the_link_takes_for_an_exchange():
+    core = RelayCore(torch.zeros(1), SETTINGS)
+    core.join(0)
+    core.join(1)
+    told = []
+    for pushes in 2, 2, 2, 40, 6, 6, 6, 2:  # between two sums, of both workers; once by accident
+        for number in range(pushes):
+            core.push(torch.ones(1), TAU, number % 2)
+        assert core.claim()[1] == pushes * TAU
+        core.answered(core.forwarded)
+        told.append(core.exchange_steps)
+    assert told == [0, 0, 0, 0, 0, 3 * TAU, 3 * TAU, 3 * TAU]
+    core.push(torch.ones(1), TAU)
+    core.claim(all_of_it=True)  # the end of a run says nothing about the link
+    assert core.exchange_steps == 3 * TAU
+
+
 @pytest.mark.parametrize(("last_counted", "left"), [(0, 5.0), (1, 2.0)])
 def test_a_sum_under_way_is_handed_in_again_unless_it_was_counted(last_counted, left):
     core = RelayCore(torch.zeros(1), SETTINGS)
@@ -805,6 +822,23 @@ def test_a_link_that_is_slow_and_then_cut_comes_back_and_all_machines_end_at_one
         sums = sums_forwarded(run.log(machine))
         assert len(sums) <= 400 // 4
     assert sum(sums_forwarded(run.log(1))) == 400  # each of its steps crossed once, in one push a period
+
+
+@needs_networks
+@pytest.mark.skipif(shutil.which("tc") is None, reason="needs tc, of iproute2")
+def test_workers_behind_a_slow_link_say_what_to_set_sync_steps_to(tmp_path):
+    fields = {"max_steps": 200, "pause": 0.02, "sync_steps": 2, "logging_steps": 10, "optim": "adamw_torch"}
+    with machines(2) as network, launches(tmp_path, 2, 1, network, **fields) as run:
+        rate = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "8kbit", "burst", "2kb"]
+        subprocess.run([*network[1].prefix, *rate, "latency", "2s"], check=True, capture_output=True)
+        for process in run.processes:
+            assert process.wait() == 0, run.story()
+    quick, slow = ((tmp_path / f"launch{machine}.log").read_text() for machine in (0, 1))
+    (said,) = re.findall(r"worker 1: the link .* takes (\d+) steps .* sync_steps=(\d+)", slow)
+    assert said[0] == said[1]
+    sums = sums_forwarded(run.log(1))
+    assert 4 <= int(said[0]) <= max(sums)
+    assert "the link to the other machines takes" not in quick
 
 
 @needs_networks

@@ -322,6 +322,13 @@ def test_staleness_far_above_the_number_of_workers_is_reported_once():
     assert signatures.observe(0.01, 40.0, 3, 0.1) == []
 
 
+def test_a_link_that_takes_twice_sync_steps_is_reported_once():
+    signatures = FailureSignatures(num_workers=4)
+    assert [signatures.slow_link(steps, 4) for steps in (0, 4, 7)] == [None] * 3
+    assert "with sync_steps=8." in signatures.slow_link(8, 4)
+    assert signatures.slow_link(80, 4) is None
+
+
 def test_a_run_that_falls_apart_is_warned_of_once(tmp_path, caplog):
     fields = {"learning_rate": 0.5, "sync_steps": 1, "coupling_strength": 0.0, "anchor_lr": 0.02}
     train(tmp_path, net(), max_steps=20, **fields)
