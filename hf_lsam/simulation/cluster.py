@@ -82,6 +82,9 @@ class Cluster:
         Args:
             moments: how many moments to yield, evenly spaced in the steps of the worker that has made the most, or with
                 `share_steps` in their mean; the last is when all have finished.
+
+        Raises:
+            RuntimeError: if nothing is left to happen, and a worker still has steps to make.
         """
         due = [round(steps * (index + 1) / moments) for index in range(moments - 1)]
         for number, machine in enumerate(self.machines):
@@ -94,6 +97,8 @@ class Cluster:
             if due and self._steps_done >= due[0]:
                 due.pop(0)
                 yield self._moment()
+        if stuck := [str(number) for number, each in enumerate(self._workers) if not each.ended]:
+            raise RuntimeError(f"Nothing is left to happen, but workers {', '.join(stuck)} still have steps to make.")
         self.server.core.flush()
         yield self._moment()
 
@@ -142,6 +147,7 @@ class SimulatedWorker:
             torch.manual_seed(cluster.seed + number)
             self._random_state = torch.get_rng_state()
         self.done = 0
+        self.ended = False
         self._model = copy.deepcopy(cluster.model)
         named = trainable_parameters(self._model)
         self.link = SimulatedLink(cluster.clock, cluster.server, self._machine, number, cluster.layout.numel)
@@ -166,9 +172,13 @@ class SimulatedWorker:
         clock = self._cluster.clock
         end = self._machine.end_of_step(clock.now, torch.randn((), generator=self._jitter).item())
         if end > self._machine.dies_at:
-            clock.at(self._machine.dies_at, self._number, lambda: self._cluster.server.leave(self._number))
+            clock.at(self._machine.dies_at, self._number, self._die)
         else:
             clock.at(end, self._number, self._step)
+
+    def _die(self) -> None:
+        self._cluster.server.leave(self._number)
+        self.ended = True
 
     def _step(self) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -190,6 +200,7 @@ class SimulatedWorker:
             self._schedule()
         else:
             self.worker.finish()
+            self.ended = True
 
     def _optimize(self) -> None:
         cluster, parameters = self._cluster, self._parameters

@@ -109,8 +109,9 @@ class SimulatedLink(Link):
         return self._clock.now >= self._answered_at
 
     def _newest(self) -> tuple[float, int, Tensor]:
-        by = self._clock.now - self.transfer
-        return next(entry for entry in reversed(self._server.published) if entry[0] <= by)
+        # The same sum as where it was scheduled: (published + transfer) - transfer may be less than `published`.
+        now, published = self._clock.now, self._server.published
+        return next(entry for entry in reversed(published) if entry[0] + self.transfer <= now)
 
     @property
     def steps_begun(self) -> int:

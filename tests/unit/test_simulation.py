@@ -23,6 +23,7 @@ from hf_lsam.loop import LoopArguments
 from hf_lsam.parameters import ParameterLayout, trainable_parameters
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Machine
+from hf_lsam.simulation.exchange import SimulatedServer
 from hf_lsam.transport.mailbox import RunFolder
 from scripts.common.simulated import make_run
 
@@ -150,6 +151,18 @@ def test_a_barrier_makes_everyone_as_slow_as_the_slowest_and_its_link():
     far = [Machine(1.0, latency=0.25), Machine(2.0, latency=0.25)]
     *_, last = cluster(far, barrier=True).run(3 * TAU)
     assert last.seconds == pytest.approx(3 * TAU * 2.0 + 2 * 2 * 0.25 + 0.25)  # there and back twice, and there
+
+
+def test_no_worker_waits_for_an_anchor_that_has_arrived():
+    """Times are sums of floats: (now + transfer) - transfer may be before now, as here it is."""
+    (end,) = cluster([Machine(step_seconds=0.1), Machine(step_seconds=0.1, latency=0.3127)], barrier=True).run(5 * TAU)
+    assert end.steps_in_all == 2 * 5 * TAU
+
+
+def test_a_run_in_which_a_worker_waits_for_ever_is_an_error(monkeypatch):
+    monkeypatch.setattr(SimulatedServer, "await_anchor", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"workers 0, 1 still have steps"):
+        list(cluster([Machine(latency=0.25)] * 2, barrier=True).run(3 * TAU))
 
 
 def test_a_worker_that_dies_leaves_n_and_one_that_joins_begins_at_the_anchor():
