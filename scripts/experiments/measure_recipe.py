@@ -3,9 +3,9 @@
     python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
 
 Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it, both also
-with NesterovAdamW. The keys are those of the recipe's script and apply to all methods. With `--learning_rates`, each
-method tries all of them, judged on a held-out part of the training data, and uses its best; otherwise all methods use
-the recipe's. Finished runs are kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, is
+with NesterovAdamW, and data-parallel training with the second decay rate of LSAM's workers. The keys are those of the
+recipe's script and apply to all methods. With `--learning_rates`, each method tries all of them, judged on a held-out
+part of the training data, and uses its best; otherwise all methods use the recipe's. Finished runs are kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, is
 written to recipes/RECIPE/results, and the tables replace the text between the markers `methods` and `trials` in the
 recipe's README.md. For data of your own, name an `--output_dir`, which need not have a README.md.
 """
@@ -31,6 +31,7 @@ VARIANTS = (
     ("lsam", {"sam_rho": 0.0, "nesterov": True}),
     ("ddp_sam", {}),
     ("ddp", {}),
+    ("ddp", {"adam_beta2": 0.99}),  # as for LSAM's workers that leave their momentum to the anchor
     ("ddp", {"nesterov": True}),
 )
 TRIAL_SEED = 100  # and those after it

@@ -22,6 +22,7 @@ from recipes.common.results import write_json
 from recipes.common.tables import markdown_table, mean_and_spread
 
 OWN_TO_A_RUN = ("seed", "output_dir")
+DEFAULT_BETA2 = 0.999  # of TrainingArguments
 # Where these lie is one machine's affair; their names are kept.
 PLACES = ("train_file", "validation_file", "eval_file", "data_dir", "shared_memory_dir")
 KEPT = (
@@ -94,7 +95,9 @@ def method_label(summary: dict[str, Any]) -> str:
     """The name of a summary's method in a table."""
     settings = summary["configuration"]
     without = " without SAM" * (summary["method"] == "lsam" and settings.get("sam_rho") == 0)
-    return f"{summary['method']}{without}{', NesterovAdamW' * settings.get('nesterov', False)}"
+    beta2 = settings.get("adam_beta2", DEFAULT_BETA2)
+    decay = f", adam_beta2={beta2:g}" * (beta2 != DEFAULT_BETA2)
+    return f"{summary['method']}{without}{', NesterovAdamW' * settings.get('nesterov', False)}{decay}"
 
 
 def labels(summaries: Sequence[dict[str, Any]]) -> list[str]:
