@@ -299,12 +299,13 @@ class Root(Role):
             raise ValueError(f"{message.begun} steps begun since the last sum")
         self._service.counted.note(machine.process, message.number, message.steps)
         accepted = not self._service.ended and self.core.push(vector, message.steps, -machine.number)
-        self._service.publish_if_newer()
-        # After the anchor is published and before the answer: once a machine has read that its steps are counted, every
-        # total that it reads includes them.
+        # Before the answer: once a machine has read that its steps are counted, every total that it reads has them.
         folder = self._service.folder
         folder.set_steps_begun_elsewhere(folder.steps_begun_elsewhere + message.begun)
+        # Before the anchor: the machine sends its next sum while the anchor arrives, so that an exchange over a slow
+        # link takes as long as the slower of the two directions and not as long as both.
         machine.peer.post(SumAnswer(message.number, accepted))
+        self._service.publish_if_newer()
         if not accepted:
             logger.warning("refused a sum of machine %d: NaN or infinity, or too late", machine.number)
 

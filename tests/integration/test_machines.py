@@ -40,7 +40,7 @@ from hf_lsam.server.root import Root, listen
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import ServerGone
 from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.transport.messages import Message, Sum
+from hf_lsam.transport.messages import Message, NewAnchor, Sum, SumAnswer
 from hf_lsam.transport.ownership import is_served
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
@@ -348,6 +348,28 @@ def test_each_machine_hands_in_one_sum_a_period_and_all_begin_and_end_at_one_anc
         version, best, value = ends[0]
         assert (version, best) == (5, 22)
         assert value == pytest.approx(1.5)
+
+
+def test_a_sum_is_answered_before_the_anchor_that_it_completes_which_counts_its_steps(tmp_path):
+    """So the next sum crosses a slow link while the anchor comes back."""
+    with cluster(tmp_path, [1, 1]) as run:
+        peer, posted = run.top._machines[1].peer, []
+
+        class Noting(type(peer)):
+            def post(self, message, vector=None, bits=32):
+                posted.append(message)
+                super().post(message, vector, bits)
+
+        peer.__class__ = Noting
+        for _ in range(2):
+            run.period()
+        run.finish()
+        assert posted[:4] == [
+            SumAnswer(1, True),
+            NewAnchor(1, 2 * TAU),
+            SumAnswer(2, True),
+            NewAnchor(2, 4 * TAU),
+        ]
 
 
 def test_an_early_stop_on_one_machine_reaches_the_workers_of_all(tmp_path):
