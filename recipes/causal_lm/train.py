@@ -52,6 +52,8 @@ def to_blocks(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, s
 
     def encode(batch):
         texts = [text for text in batch[column] if text]
+        if not texts:
+            return {"input_ids": []}
         rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in rows["input_ids"]]}
 

@@ -20,7 +20,8 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     shares = [torch.bincount(images[:, channel].flatten(), minlength=256).double().cpu() for channel in range(3)]
     shares = torch.stack([counts / counts.sum() for counts in shares])
     mean = shares @ levels
-    return mean.float(), (shares @ levels.square() - mean.square()).clamp(min=0).sqrt().float()
+    std = (shares @ levels.square() - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1.0).float()  # a channel that is the same everywhere becomes 0
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import evaluate
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import TaskType
 from transformers import (
@@ -67,8 +68,13 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         labels = _labels_of_head(args.model_name_or_path, config, labels)
     names = dict(enumerate(labels))
+    # As it lies on disk it may be in half precision, in which Trainer would train it and LSAMTrainer would not.
     model = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}
+        path,
+        dtype=torch.float32,
+        num_labels=len(labels),
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
     )
     # The model's loss is a mean over the micro-batch, whatever `num_items_in_batch` says. If its forward accepts that
     # argument, Trainer assumes that the loss is divided by it, and would scale the gradient by the numbers of processes

@@ -65,6 +65,11 @@ def load_sentences(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
                         f"Sentence {number} has {cell!r} in column `{column}`, which is no list of words or tags (a "
                         "CSV holds none). Give JSON lines with a list a sentence, as in the recipe's README."
                     )
+        if declared is None and any(isinstance(tag, int) for sentence in part[args.tags_column] for tag in sentence):
+            raise ValueError(
+                f"Column `{args.tags_column}` holds numbers, and nothing says what they mean: even the words outside "
+                "of all entities would count as entities. Give names, such as O and B-PER."
+            )
         tags = [[declared[tag] if declared else str(tag) for tag in sentence] for sentence in part[args.tags_column]]
         for number, (words, own) in enumerate(zip(part[args.tokens_column], tags, strict=True), 1):
             if len(words) != len(own):

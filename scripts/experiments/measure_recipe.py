@@ -5,14 +5,16 @@
 Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it, both also
 with NesterovAdamW, and data-parallel training with the second decay rate of LSAM's workers. The keys are those of the
 recipe's script and apply to all methods. With `--learning_rates`, each method tries all of them, judged on a held-out
-part of the training data, and uses its best; otherwise all methods use the recipe's. Finished runs are kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, is
-written to recipes/RECIPE/results, and the tables replace the text between the markers `methods` and `trials` in the
-recipe's README.md. For data of your own, name an `--output_dir`, which need not have a README.md.
+part of the training data, and uses its best; otherwise all methods use the recipe's. Finished runs are kept in
+`--runs_dir` and not made again. The JSON, methods.json and trials.json, is written to recipes/RECIPE/results, and the
+tables replace the text between the markers `methods` and `trials` in the recipe's README.md. For data of your own, name
+an `--output_dir`, which need not have a README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,17 @@ def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
 
 
 def best_rate(results: list[dict[str, Any]]) -> float:
-    """The learning rate whose trials had the lowest mean loss, or the highest mean of another metric."""
+    """The learning rate whose trials had the lowest mean loss, or the highest mean of another metric. Trials that have
+    diverged, to NaN, lose."""
     metric = results[0]["metric"]
+    sign = 1.0 if metric == "loss" else -1.0
     reached: dict[float, list[float]] = {}
     for result in results:
-        reached.setdefault(result["configuration"]["learning_rate"], []).append(result[f"eval_{metric}"])
-    return (min if metric == "loss" else max)(reached, key=lambda rate: statistics.fmean(reached[rate]))
+        value = sign * result[f"eval_{metric}"]
+        reached.setdefault(result["configuration"]["learning_rate"], []).append(
+            math.inf if math.isnan(value) else value
+        )
+    return min(reached, key=lambda rate: statistics.fmean(reached[rate]))
 
 
 def run(values: dict[str, Any]) -> dict[str, Any] | None:

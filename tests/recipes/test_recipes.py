@@ -42,6 +42,7 @@ from recipes.seq2seq import train as seq2seq
 from recipes.seq2seq.example_data import in_words
 from recipes.sft import train as sft
 from recipes.token_classification import train as token_classification
+from scripts.experiments.measure_recipe import best_rate
 from scripts.tools import write_tables
 from scripts.tools.summarize_results import method_label
 
@@ -354,6 +355,8 @@ def test_blocks_are_the_texts_in_order_with_an_end_after_each():
     assert joined == "abcd</s>ef</s>ghij"[: len(joined)]
     assert [len(ids) for ids in blocks["input_ids"]] == [4, 4, 4]
     assert list(blocks["labels"]) == list(blocks["input_ids"])
+    many = Dataset.from_dict({"body": ["abcdefgh", *[""] * 2000]})  # a whole batch of `Dataset.map` has no text
+    assert len(causal_lm.to_blocks(many, "body", tokenizer, 4)) == 2
     with pytest.raises(ValueError, match=r"4 texts of column `body` do not fill one block of block_size=99"):
         causal_lm.to_blocks(texts, "body", tokenizer, 99)
 
@@ -496,6 +499,9 @@ def test_bad_tags_are_errors(tmp_path):
         load([{"tokens": "a b", "tags": "O O"}], [{"tokens": "a b", "tags": "O O"}])
     with pytest.raises(ValueError, match=r"Sentence 1 has \['O', None\] in column `tags`"):
         load([{"tokens": ["a", "b"], "tags": ["O", None]}], [good])
+    numbers = {"tokens": ["a", "b"], "tags": [0, 3]}
+    with pytest.raises(ValueError, match=r"Column `tags` holds numbers, and nothing says what they mean"):
+        load([numbers], [numbers])
     with pytest.raises(ValueError, match=r"held-out tags that no training sentence has: 'B-Y' \(there: 'B-X', 'O'\)"):
         load([good], [{"tokens": ["a"], "tags": ["B-Y"]}])
 
@@ -655,6 +661,13 @@ def test_numbers_in_words(number, words):
     assert in_words(number) == words
 
 
+@pytest.mark.parametrize(("metric", "best"), [("loss", 0.1), ("f1", 0.2)])
+def test_a_rate_whose_trials_diverge_is_not_chosen(metric, best):
+    trials = [(1.0, float("nan")), (0.2, 0.9), (0.1, 0.5), (0.1, 0.7)]
+    tried = [{"metric": metric, "configuration": {"learning_rate": r}, f"eval_{metric}": v} for r, v in trials]
+    assert best_rate(tried) == best
+
+
 def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     """By the YAML files of the recipe itself, made short; each with the learning rate whose trials were better."""
     (tmp_path / "causal_lm").mkdir()
@@ -669,7 +682,8 @@ def test_a_recipe_is_measured_over_seeds_into_its_readme(tmp_path, text):
     summaries = json.loads((tmp_path / "causal_lm/results/methods.json").read_text())
     trials = json.loads((tmp_path / "causal_lm/results/trials.json").read_text())
     asynchronous = ["lsam", "lsam without SAM", "lsam without SAM, NesterovAdamW"]
-    assert [method_label(summary) for summary in summaries] == [*asynchronous, "ddp_sam", "ddp", "ddp, NesterovAdamW"]
+    data_parallel = ["ddp_sam", "ddp", "ddp, adam_beta2=0.99", "ddp, NesterovAdamW"]
+    assert [method_label(summary) for summary in summaries] == [*asynchronous, *data_parallel]
     assert [method_label(trial) for trial in trials[::2]] == [method_label(summary) for summary in summaries]
     for summary, tried in zip(summaries, zip(trials[::2], trials[1::2], strict=True), strict=True):
         best = min(tried, key=lambda trial: trial["eval_loss"]["mean"])

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from recipes.common.configuration import parse_configuration, resolve
+from recipes.common.labels import natural_order
 from recipes.text_classification.sentences import DataArguments, load_examples
-from recipes.text_classification.train import KEYS, ModelArguments, run
+from recipes.text_classification.train import KEYS, ModelArguments, load_model, run
 from scripts.experiments import simulate_text
 from scripts.tools import summarize_results
 
@@ -262,6 +263,13 @@ def test_a_model_with_a_head_keeps_its_numbering_of_the_labels(folder, tmp_path)
     assert found == pytest.approx(35 / 40)  # all but the mislabelled
 
 
+def test_a_model_that_is_saved_in_half_precision_is_trained_in_float32(folder, tmp_path):
+    half = AutoModelForSequenceClassification.from_pretrained(folder / "headed", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    model, _ = load_model(ModelArguments(model_name_or_path=str(tmp_path)), ["up", "down"])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 # --- the summary of several runs ---
 
 
@@ -383,6 +391,13 @@ def test_json_csv_and_folders_of_a_hub_data_set_give_the_same_examples(tmp_path)
         assert list(train["text"]) == [text for text, _ in rows]
         assert list(train["labels"]) == [1, 0, 1, 0]
         assert list(held_out["labels"]) == [1, 0]
+
+
+def test_labels_are_numbered_alike_in_whatever_order_a_process_finds_them():
+    labels = ["10", "b", "01", "1", "2", "a"]
+    assert (
+        sorted(labels, key=natural_order) == sorted(labels[::-1], key=natural_order) == ["01", "1", "2", "10", "a", "b"]
+    )
 
 
 def test_only_the_labels_to_keep_are_kept_in_their_order(tmp_path):

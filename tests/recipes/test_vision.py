@@ -617,6 +617,14 @@ def test_normalised_training_images_have_mean_0_and_deviation_1():
     torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
 
 
+def test_a_channel_that_is_the_same_everywhere_becomes_0():
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 0], images[:, 2] = 0, 77
+    normal = normalize(images, *channel_statistics(images))
+    torch.testing.assert_close(normal[:, [0, 2]], torch.zeros(20, 2, 8, 8), atol=1e-6, rtol=0)
+    assert normal[:, 1].std().item() == pytest.approx(1.0, abs=1e-3)
+
+
 def numbered(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images of one level each, their own number as their label, and statistics that leave levels / 255 alone."""
     levels = torch.arange(count, dtype=torch.uint8)
