@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 
 from ..record import Tail, worker_file
 from ..session import Session
 from ..transport.base import ServerGone
+from .checkpoints import Checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class LSAMCallback(TrainerCallback):
         others: the other workers, at worker 0 of several; else None.
     """
 
-    def __init__(self, trainer: Trainer, session: Session):
+    def __init__(self, trainer: Checkpoints, session: Session):
         self.steps_before_epoch = 0
         self.server_gone: ServerGone | None = None
         self.others: OtherWorkers | None = None
@@ -111,11 +112,9 @@ class LSAMCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._leave_evaluation_to_worker_0(args, control)
-        link = self._session.joined_worker.link.status
-        if link.save_requested or self.server_gone is not None or self._session.signals.received is not None:
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = False
-        elif link.stop_requested:
+        if self._ends_early:
+            self._save_and_stop(state, control)
+        elif self._session.joined_worker.link.status.stop_requested:
             control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -127,6 +126,18 @@ class LSAMCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._leave_evaluation_to_worker_0(args, control)
+        if self._ends_early:  # Trainer ends the epoch all the same, and its strategies may ask for more
+            self._save_and_stop(state, control)
+
+    @property
+    def _ends_early(self) -> bool:
+        link, signals = self._session.joined_worker.link.status, self._session.signals
+        return link.save_requested or self.server_gone is not None or signals.received is not None
+
+    def _save_and_stop(self, state: TrainerState, control: TrainerControl) -> None:
+        control.should_training_stop = True
+        control.should_evaluate = False
+        control.should_save = self._trainer.sealed_step != state.global_step
 
     def _leave_evaluation_to_worker_0(self, args: TrainingArguments, control: TrainerControl) -> None:
         if self._session.arguments.identity.rank != 0:

@@ -23,9 +23,13 @@ class Checkpoints(TrainerPart):
     """The part of `LSAMTrainerMixin` that saves checkpoints and resumes from them.
 
     `_common_checkpoint`, from which a run is resumed, is worker 0's: it holds the weights and the server's state.
+
+    Attributes:
+        sealed_step: the step of the checkpoint that this `train()` has completed last, or None.
     """
 
     _common_checkpoint: Path | None
+    sealed_step: int | None
 
     def _refuse_unwritable(self) -> None:
         """Raises OSError before training, instead of at the first save, if checkpoints cannot be written."""
@@ -52,6 +56,7 @@ class Checkpoints(TrainerPart):
         finally:
             self.args.save_total_limit = limit
         seal(folder / f"checkpoint-{self.state.global_step}")
+        self.sealed_step = self.state.global_step
         if self.args.identity.rank == 0:
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
         elif limit:

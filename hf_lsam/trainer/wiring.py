@@ -355,7 +355,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
         """Trainer's method. At its end the model holds the final anchor, or the best one if Trainer loads that."""
         self._refuse_unwritable()
-        self._common_checkpoint = None
+        self._common_checkpoint = self.sealed_step = None
         identity = self.args.identity
         rows = self.args.train_batch_size
         rows_per_step = rows * self.args.gradient_accumulation_steps
@@ -432,7 +432,8 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         try:
             best = session.finish(stop_all, best)
         except (ServerGone, KeyboardInterrupt, SystemExit):
-            self._save_checkpoint(self.model, trial)
+            if self.sealed_step != state.global_step:
+                self._save_checkpoint(self.model, trial)
             raise
         self._own = session.joined_worker.own_parameters
         self._own_statistics = [buffer.clone() for buffer in self._batchnorm_buffers()]

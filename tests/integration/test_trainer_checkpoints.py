@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 
 import peft
 import pytest
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.checkpoint import SERVER_STATE, WORKER_STATE
+from hf_lsam.checkpoint import SEAL, SERVER_STATE, WORKER_STATE, is_sealed
+from hf_lsam.transport.base import ServerGone
 
 # --- checkpoints in half precision ---
 
@@ -221,6 +224,49 @@ def test_resume_from_the_last_checkpoint(tmp_path):
     resumed = train(tmp_path, net(seed=99), resume=True, **fields)
     assert len(resumed.recorder.x) == 1
     assert torch.equal(vector(resumed.model), vector(through.model))
+
+
+class Ends(TrainerCallback):
+    """Sends this process SIGTERM in step 4, the last of an epoch, and notes what Trainer then does."""
+
+    def __init__(self):
+        self.saved, self.evaluated = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated.append(state.global_step)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_is_answered_by_one_checkpoint(tmp_path):
+    ends = Ends()
+    fields = {"num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    args = arguments(LSAMConfig, tmp_path, per_device_train_batch_size=16, sync_steps=2, **fields)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), eval_dataset=blobs(8, 1), callbacks=[ends])
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (ends.saved, ends.evaluated) == ([4], [])
+    assert is_sealed(tmp_path / "checkpoint-4")
+
+
+def test_a_run_that_ends_over_a_sealed_checkpoint_leaves_it_alone(tmp_path, monkeypatch):
+    def gone(*_):
+        raise ServerGone("the server is gone")
+
+    ends, args = Ends(), arguments(LSAMConfig, tmp_path, max_steps=2, sync_steps=2, save_strategy="steps", save_steps=2)
+    trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(), callbacks=[ends])
+    monkeypatch.setattr(trainer.session, "finish", gone)
+    with pytest.raises(ServerGone):
+        trainer.train()
+    assert ends.saved == [2]
+    saved = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
+    assert saved < (tmp_path / "checkpoint-2" / SEAL).stat().st_mtime_ns
 
 
 def test_resume_from_a_plain_trainers_checkpoint_starts_a_new_anchor_there(tmp_path, caplog):
