@@ -81,7 +81,7 @@ class Relay(Role):
         self._connected: queue.SimpleQueue[Peer | Exception] = queue.SimpleQueue()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._process = secrets.randbits(63)
-        self._try_at = 0.0
+        self._try_at = self._met_at = 0.0
         self._asked = False  # JoinMachine has been sent over the present link
         self._linked = False  # and answered: the root counts this machine
         self._live_sent = 0
@@ -131,7 +131,7 @@ class Relay(Role):
             self._try_at = now + RETRY_SECONDS
             self._connecting = threading.Thread(target=self._connect, name="hf_lsam-connecting", daemon=True)
             self._connecting.start()
-        if not self._linked and now > self._give_up_at:
+        if self._peer is None and now > self._give_up_at:  # the welcome may be long under way, over a slow link
             self._service.give_up("the global server did not come back")
         self.exchange()
 
@@ -233,7 +233,7 @@ class Relay(Role):
         elif isinstance(outcome, Exception):
             logger.info("%s", outcome)
         else:
-            self._peer, self._asked = outcome, False
+            self._peer, self._asked, self._met_at = outcome, False, time.monotonic()
             self._service.watch(self._peer, self._hear)
             self.exchange()
 
@@ -247,14 +247,15 @@ class Relay(Role):
         self.exchange()
 
     def _lose_link(self, reason: object) -> None:
+        was_linked = self._linked
+        self._drop_link()
         if self._root_ends:  # the root will not come back, and nobody has to wait for it
             self._final = True
             self._service.end_if_all_finished()
-        elif self._linked and not self._service.ended:
+        elif was_linked and not self._service.ended:
             seconds = self._settings.server_timeout
             self._give_up_at = time.monotonic() + seconds
             logger.warning("%s The workers go on around the last anchor, for up to %.0f s", reason, seconds)
-        self._drop_link()
 
     def _drop_link(self) -> None:
         assert self._peer is not None
@@ -262,6 +263,7 @@ class Relay(Role):
         self._peer.close()
         self._bytes_of_lost += self._peer.bytes_moved
         self._peer, self._linked = None, False
+        self._give_up_at += time.monotonic() - self._met_at  # only time without a link counts
 
     # --- messages from the root ---
 
@@ -293,7 +295,7 @@ class Relay(Role):
                 if not accepted:
                     logger.warning("the global server refused sum %d", number)
             case StopMachine(save, failed):
-                self._root_ends = self._root_ends or save
+                self._root_ends = self._root_ends or (save and self._settings.count > 1)  # by hand it may come back
                 if failed:
                     self._service.pass_failure_on(ELSEWHERE)
                 else:

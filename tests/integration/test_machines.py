@@ -512,6 +512,22 @@ def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_pat
         assert run.finish()[0][0] == 2
 
 
+def test_a_welcome_may_take_longer_than_server_timeout_to_arrive(tmp_path):
+    with cluster(tmp_path, [1, 1], server_timeout=1.0) as run:
+        run.period()
+        relay, give_up_at = run.relays[0], time.monotonic() + 2.5
+        run.top._send_newest = lambda machine: None  # a link that takes nothing
+        cut(relay._peer)
+        run.until(lambda: relay._asked and not relay._linked)
+        run.until(lambda: time.monotonic() > give_up_at)
+        assert run.threads[1].is_alive()
+        del run.top._send_newest
+        run.top.exchange()
+        run.until(lambda: relay._linked)
+        run.period()
+        assert {version for version, _, _ in run.finish()} == {2}
+
+
 def test_a_relay_with_another_secret_is_refused_and_its_workers_are_told(tmp_path):
     with cluster(tmp_path, [1]) as run:
         path = tmp_path / "wrong"
