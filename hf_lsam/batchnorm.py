@@ -88,8 +88,9 @@ def normalising_by_the_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[object], object]) -> None:
-    """Replaces the running statistics by the average over `batches` at the current weights; frozen layers keep theirs.
+def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[object], object]) -> bool:
+    """Replaces the running statistics by the average over `batches` at the current weights; frozen layers keep theirs,
+    and so do all if there are no batches.
 
     Meanwhile everything except the BatchNorm layers is in evaluation mode, so dropout does not blur the statistics.
 
@@ -97,20 +98,26 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[obje
         model: already holding the anchor.
         batches: training batches, in any form that `forward` takes.
         forward: runs the model on one batch; its result is discarded.
+
+    Returns:
+        whether the statistics are those of the current weights: False if there were no batches.
     """
     with normalising_by_the_batch(model) as layers:
         if not layers:
-            return
+            return True
         momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
+        count = 0
         try:
-            for batch in batches:
+            for count, batch in enumerate(batches, 1):
+                if count == 1:
+                    for layer in layers:
+                        layer.reset_running_stats()
+                        layer.momentum = None  # cumulative average
                 forward(batch)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
+    return count > 0
 
 
 def keep_variances_positive(layers: Iterable[_BatchNorm]) -> None:

@@ -88,7 +88,7 @@ class FailureSignatures:
         return self._once(
             "batchnorm",
             "the anchor is evaluated or saved with BatchNorm statistics of a worker's own weights "
-            "(batchnorm_statistics='worker', or no batches given): its accuracy will look worse than it is. Use"
+            "(batchnorm_statistics='worker', or no batches given or left): its accuracy will look worse than it is. Use"
             " batchnorm_statistics='reestimate', with 32 batches or more.",
         )
 

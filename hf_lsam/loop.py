@@ -160,8 +160,6 @@ class LSAM:
         self._max_grad_norm = max_grad_norm
         # For each share that `shard` returned, the loader of all batches.
         self._whole: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
-        self._micro_step = 0
-        self._signal_was_shown = False
         wrapper = model if isinstance(model, DistributedDataParallel) else None
         inner: nn.Module = model if wrapper is None else wrapper.module
         self.session = Session(self.arguments, None if output_dir is None else Path(output_dir))
@@ -193,6 +191,8 @@ class LSAM:
 
     def __enter__(self) -> LSAM:
         self._signal_was_shown = False
+        self._micro_step = 0
+        self.optimizer.zero_grad()  # of an accumulation that another run left incomplete, at other weights
         rank, folder = self.arguments.identity.rank, self._resume_from
         server_state = None if folder is None else folder / SERVER_STATE
         worker_state = None if folder is None else folder / str(rank) / WORKER_STATE

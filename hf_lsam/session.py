@@ -459,7 +459,9 @@ class Session:
             self._warn(self.signatures.batchnorm_not_reestimated())
         else:
             with forked(self.device), Generators(seed).in_place():
-                reestimate(self._model, batches(), forward)
+                done = reestimate(self._model, batches(), forward)
+            if not done:
+                self._warn(self.signatures.batchnorm_not_reestimated())
 
     # --- logging ---
 

@@ -36,7 +36,7 @@ from ..checkpoint import SERVER_STATE, newest_sealed
 from ..files import write_atomically
 from ..identity import is_pinned
 from ..parameters import in_stored_types, trainable_parameters
-from ..record import read_record
+from ..record import FOLDER, read_record
 from ..session import Session
 from ..transport.base import ServerGone
 from ..worker import Worker
@@ -63,6 +63,8 @@ _RECORDED = (
     "seed",
 )
 
+PRIVATE = ("workers/", f"{FOLDER}/", "server.log")  # in `output_dir`: not for the Hub
+
 # Not part of transformers' public interface; tested on the versions that pyproject.toml admits.
 _SEAMS = {
     Trainer: (
@@ -72,6 +74,7 @@ _SEAMS = {
         "_load_from_checkpoint",
         "_load_rng_state",
         "_prepare_for_training",
+        "_push_from_checkpoint",
         "_save_checkpoint",
         "_save_optimizer_and_scheduler",
     ),
@@ -264,9 +267,23 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
             return super().predict(*positional, **keywords)
 
     def push_to_hub(self, *positional: Any, **keywords: Any) -> CommitInfo:
-        """Trainer's method, for the anchor."""
+        """Trainer's method, for the anchor. The workers' own states, the record and the server's log stay here."""
+        self._keep_private_files()
         with self.anchor():
             return super().push_to_hub(*positional, **keywords)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._keep_private_files()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _keep_private_files(self) -> None:
+        """Names what must not be uploaded in .gitignore, which the Hub obeys when it is among the files of a commit."""
+        if not self.is_world_process_zero():
+            return
+        path = self._output_folder / ".gitignore"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if missing := [line for line in PRIVATE if line not in lines]:
+            write_atomically(path, "\n".join([*lines, *missing]) + "\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's method, for the anchor, in the types that the model was loaded in."""
@@ -297,7 +314,11 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         if not self.is_world_process_zero():
             return
         folder = self._output_folder
-        facts = facts_of_record(folder, read_record(folder))
+        try:
+            facts = facts_of_record(folder, read_record(folder))
+        except (OSError, ValueError) as error:  # this process has not trained, or could not keep a record
+            logger.warning("No model card is written: %s", error)
+            return
         names = _listed(dataset_tags)
         facts = replace(
             facts,

@@ -460,13 +460,25 @@ def test_push_to_hub_pushes_that_card(tmp_path, monkeypatch):
 
     class Hub:
         def upload_folder(self, **keywords):
-            uploaded.append((Path(keywords["folder_path"]) / "README.md").read_text())
+            folder = Path(keywords["folder_path"])
+            uploaded.append([(folder / name).read_text() for name in ("README.md", ".gitignore")])
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    (tmp_path / "pushed/.gitignore").write_text("notes.txt\n")
     trainer.push_to_hub()
-    (text,) = uploaded
+    trainer.push_to_hub()
+    text, private = uploaded[0]
     valid(ModelCard(text))
     assert "written by hf-lsam" in text
+    assert private.splitlines() == ["notes.txt", "workers/", "lsam/", "server.log"]
+    assert uploaded[1][1] == private
+
+
+def test_a_trainer_without_a_record_writes_no_card(tmp_path, caplog):
+    args = arguments(LSAMConfig, tmp_path, max_steps=2, sync_steps=2)
+    LSAMTrainer(model=net(), args=args, eval_dataset=blobs(16, 1)).create_model_card()
+    assert "No model card is written" in caplog.text
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_the_published_cards_are_valid_and_up_to_date(tmp_path):

@@ -275,6 +275,22 @@ def test_sharpness_is_that_of_a_step_whatever_its_micro_batches():
     assert sharpness(4) == pytest.approx(sharpness(1), rel=0.1)  # but for the noise that each draws
 
 
+def test_an_accumulation_that_a_run_left_incomplete_is_not_part_of_the_next():
+    (x, labels), (y, others), *_ = batches(2)
+    model = network()
+    lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), gradient_accumulation_steps=2, sam_rho=0.0)
+    with lsam:
+        lsam.step(lambda: nn.functional.cross_entropy(model(x), labels))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(y), others), list(model.parameters()))
+    with lsam:
+        for _ in range(2):
+            lsam.step(lambda: nn.functional.cross_entropy(model(y), others))
+        after = [parameter.detach().clone() for parameter in model.parameters()]
+    for old, new, gradient in zip(before, after, expected, strict=True):
+        torch.testing.assert_close(new, old - 0.05 * gradient)
+
+
 def test_steps_of_the_run_are_refused_where_each_worker_makes_its_own():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

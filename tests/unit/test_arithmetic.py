@@ -428,13 +428,17 @@ def test_reestimated_statistics_are_the_average_over_the_batches():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=0.1), nn.Dropout(0.5))
     model.eval()
     batches = [torch.randn(32, 4) for _ in range(5)]
-    reestimate(model, batches, model)
+    assert reestimate(model, batches, model)
     features = [model[0](batch).detach() for batch in batches]
     layer = model[1]
     torch.testing.assert_close(layer.running_mean, torch.stack([f.mean(0) for f in features]).mean(0))
     torch.testing.assert_close(layer.running_var, torch.stack([f.var(0) for f in features]).mean(0))
     assert layer.momentum == 0.1
     assert not any(module.training for module in model.modules())
+    kept = layer.running_mean.clone()
+    assert not reestimate(model, iter([]), model)  # of a stream that has ended
+    assert torch.equal(layer.running_mean, kept)
+    assert layer.momentum == 0.1
 
 
 def test_layers_without_running_statistics_are_left_out():
