@@ -277,7 +277,7 @@ def test_sharpness_is_that_of_a_step_whatever_its_micro_batches():
 
 def test_an_accumulation_that_a_run_left_incomplete_is_not_part_of_the_next():
     (x, labels), (y, others), *_ = batches(2)
-    model = network()
+    model = network().eval()  # without dropout
     lsam = LSAM(model, torch.optim.SGD(model.parameters(), lr=0.05), gradient_accumulation_steps=2, sam_rho=0.0)
     with lsam:
         lsam.step(lambda: nn.functional.cross_entropy(model(x), labels))
