@@ -160,6 +160,8 @@ class LSAM:
         self._max_grad_norm = max_grad_norm
         # For each share that `shard` returned, the loader of all batches.
         self._whole: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
+        self._micro_step = 0
+        self._signal_was_shown = False
         wrapper = model if isinstance(model, DistributedDataParallel) else None
         inner: nn.Module = model if wrapper is None else wrapper.module
         self.session = Session(self.arguments, None if output_dir is None else Path(output_dir))
