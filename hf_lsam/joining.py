@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +39,7 @@ from .transport.shared_memory import SharedMemoryLink
 logger = logging.getLogger(__name__)
 
 SERVER_RESTARTS = 3
+UNDER_WAY = 1 << 20  # bytes within `server_timeout` that are more than heartbeats: a vector crosses
 CPU = torch.device("cpu")
 SECRET = "secret"  # file in the run folder; the folder's mode is 0700, the file's 0600
 
@@ -84,8 +86,8 @@ class Launch(Transport):
         timeouts: see `Timeouts`.
         server_port: port on which the first machine's server listens for those of the others; 0 lets the system choose.
 
-    Blocking: `join` until all workers of the launch have joined; `leave` until the server has ended, at most 10 s, or
-    `server_timeout` while it still sends the final anchor to other machines.
+    Blocking: `join` until all workers of the launch have joined; `leave` until the server has ended: at most 10 s, or,
+    with other machines, until the final anchor has reached them, or nothing has crossed for `server_timeout`.
     """
 
     def __init__(
@@ -134,11 +136,13 @@ class Launch(Transport):
         if self._server is not None:
             # The server keeps running until the final anchor has reached the other machines.
             others_wait = self._identity.num_machines > 1 and finished
-            try:
-                self._server.wait(timeout=self._timeouts.server_timeout if others_wait else 10)
-            except subprocess.TimeoutExpired:  # it has not heard of the error that this worker ends with
-                self._server.terminate()
-                self._server.wait()
+            assert self.folder is not None
+            moved = self.folder.bytes_between_machines
+            while not self._server_ends_within(self._timeouts.server_timeout if others_wait else 10):
+                before, moved = moved, self.folder.bytes_between_machines
+                if not others_wait or moved - before < UNDER_WAY:  # nothing crosses, or it knows of no error and waits
+                    self._server.terminate()
+                    self._server.wait()
             self._server = None
         if self._made is not None:
             path, lock = self._made
@@ -146,6 +150,12 @@ class Launch(Transport):
             lock.close()
             self._made = None
         self.folder = None
+
+    def _server_ends_within(self, seconds: float) -> bool:
+        assert self._server is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._server.wait(seconds)
+        return self._server.returncode is not None
 
     def _open_folder(self, request: JoinRequest, number: int) -> RunFolder:
         """Makes this machine's run folder and starts its server: the root server on machine 0, else a relay."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -162,12 +162,12 @@ class ServerHalf:
         """How many vectors of d values it and the anchor's optimizer keep in addition to y."""
         return 0
 
-    def checks_later(self, steps: int, live: int) -> bool:
+    def checks_later(self, steps: int, live: Mapping[int, int]) -> bool:
         """Whether a push of `steps` local steps goes into a sum that this half checks before it moves the anchor, so
-        that the server may trust a sender's claim that the push is finite."""
+        that the server may trust a sender's claim that the push is finite. For `live`, see `push`."""
         return False
 
-    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
+    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: Mapping[int, int]) -> None:
         """Takes one worker's push.
 
         Args:
@@ -175,18 +175,17 @@ class ServerHalf:
             steps: local steps that it covers.
             worker: the sender.
             loss: the worker's mean loss over these steps, if its half `wants_loss`.
-            live: n, the number of live workers.
+            live: how many live workers there are, by sender: 1, or as many as a machine has whose workers push as one.
+                n is their sum.
         """
         raise NotImplementedError
 
-    def leave(self, worker: int, gone: int, left: int, live: int) -> None:
+    def leave(self, worker: int, live: Mapping[int, int]) -> None:
         """Called when a worker has finished or died; its pushes remain.
 
         Args:
-            worker: which; or a machine, whose workers push as one.
-            gone: how many of them have left.
-            left: how many are still there.
-            live: n without them.
+            worker: which; or a machine, on which some workers may be left.
+            live: those that are left, as in `push`.
         """
 
     def flush(self) -> None:

@@ -6,7 +6,7 @@ is n alpha. The worker reads the newest published anchor instead of asking for i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class EASGDServer(ServerHalf):
 
     moves_elastically = True
 
-    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
+    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: Mapping[int, int]) -> None:
         """Takes one worker's x - y at one step."""
         self.anchor.vector.add_(vector, alpha=self.settings.moving_rate)
         self.anchor.version += 1

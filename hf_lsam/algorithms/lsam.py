@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -130,12 +130,12 @@ class MeanDifference(ServerHalf):
 
     n counts the live workers, plus those that have left after pushing into the current period. At the end of a run each
     worker pushes what it has left and leaves: if n shrank with them, the last few pushes would move the anchor as far
-    as those of all workers.
+    as those of all workers. One that comes back, to this server or to its successor, counts once.
 
     Over a slow link a machine's sum may hold several periods. Differences from the anchor are averaged over all their
     steps; but movement adds up from period to period, so it is divided by the steps of one.
 
-    State: the step count and the sum of the current period; at 0 steps the sum is meaningless.
+    State: the current period's sum, meaningless at 0 steps, its step count, and who has pushed into it.
     """
 
     adds_up = True
@@ -148,19 +148,16 @@ class MeanDifference(ServerHalf):
         super().__init__(anchor, settings)
         self._pending = torch.zeros_like(anchor.vector)
         self.pending_steps = 0
-        self._contributors: dict[
-            int, int
-        ] = {}  # steps in the current period, by the worker or machine that pushed them
-        self._departed = 0  # how many of their workers have left
+        # By the worker or machine that has pushed into this period: how many steps, and its live workers at the time.
+        self._contributors: dict[int, tuple[int, int]] = {}
 
-    def checks_later(self, steps: int, live: int) -> bool:
+    def checks_later(self, steps: int, live: Mapping[int, int]) -> bool:
         return self.pending_steps > 0 or steps < self._period(live)
 
-    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
+    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: Mapping[int, int]) -> None:
         """Takes a sum of differences over `steps` local steps."""
         if not self.checks_later(steps, live):  # a whole period, which the server has just checked
             steps = self._averaged_over(steps, live)
-            self._begin_period()
             self.anchor.update(vector, steps, gradient=self._pending)
             return
         if self.pending_steps:
@@ -168,13 +165,12 @@ class MeanDifference(ServerHalf):
         else:
             self._pending.copy_(vector)  # a new period: overwrites what the last one left behind
         self.pending_steps += steps
-        self._contributors[worker] = self._contributors.get(worker, 0) + steps
+        before, workers = self._contributors.get(worker, (0, 0))
+        self._contributors[worker] = before + steps, max(workers, live.get(worker, 0))
         self._update_if_complete(live)
 
-    def leave(self, worker: int, gone: int, left: int, live: int) -> None:
+    def leave(self, worker: int, live: Mapping[int, int]) -> None:
         """n shrinks, which may itself complete the period, unless that holds a push of the worker that leaves."""
-        pushed = math.ceil(self._contributors.get(worker, 0) / self.settings.sync_steps)  # by as many workers
-        self._departed += min(gone, max(0, pushed - left))
         self._update_if_complete(live)
 
     def flush(self) -> None:
@@ -184,37 +180,44 @@ class MeanDifference(ServerHalf):
         period that was seen instead of jumping to the mean of a handful of samples.
         """
         if self.pending_steps:
-            self._update(max(self.pending_steps, self._period(0)))
+            self._update(max(self.pending_steps, self._period({})))
 
-    def _period(self, live: int) -> int:
+    def _period(self, live: Mapping[int, int]) -> int:
         """n tau, the length of a period in steps."""
-        return max(1, live + self._departed) * self.settings.sync_steps
+        tau, n = self.settings.sync_steps, sum(live.values())
+        for worker, (steps, workers) in self._contributors.items():
+            n += max(0, min(workers, math.ceil(steps / tau)) - live.get(worker, 0))  # those that have pushed and left
+        return max(1, n) * tau
 
-    def _update_if_complete(self, live: int) -> None:
+    def _update_if_complete(self, live: Mapping[int, int]) -> None:
         if self.pending_steps >= self._period(live):
             self._update(self._averaged_over(self.pending_steps, live))
 
-    def _averaged_over(self, steps: int, live: int) -> int:
+    def _averaged_over(self, steps: int, live: Mapping[int, int]) -> int:
         return self._period(live) if self.settings.pushes_movement else steps
 
-    def _begin_period(self) -> None:
-        self.pending_steps, self._departed = 0, 0
-        self._contributors.clear()
-
     def _update(self, steps: int) -> None:
-        self._begin_period()
+        self.pending_steps = 0
+        self._contributors.clear()
         if is_finite(self._pending):
             self.anchor.update(self._pending, steps, gradient=self._pending)
         else:  # a sender was wrong about its push being finite
             logger.error("a sum of differences over %d steps was dropped: NaN or infinity", steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {"pending": self._pending, "pending_steps": torch.tensor(self.pending_steps)}
+        rows = [(worker, *contributed) for worker, contributed in self._contributors.items()]
+        return {
+            "pending": self._pending,
+            "pending_steps": torch.tensor(self.pending_steps),
+            "contributors": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
+        }
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         if "pending" in state:  # absent if another algorithm's server saved it
             self._pending.copy_(state["pending"])
             self.pending_steps = int(state["pending_steps"])
+        if "contributors" in state:  # absent if an older server saved it
+            self._contributors = {worker: (steps, workers) for worker, steps, workers in state["contributors"].tolist()}
 
 
 server_half = MeanDifference

@@ -8,7 +8,7 @@ what was pushed, so the lead changes when the new leader pushes, not when the ol
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,14 +42,14 @@ class LSGDServer(ServerHalf):
         super().__init__(anchor, settings)
         self._losses: dict[int, float] = {}
 
-    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: int) -> None:
+    def push(self, vector: Tensor, steps: int, worker: int, loss: float, live: Mapping[int, int]) -> None:
         """Takes the parameters of one worker and its mean loss; NaN never leads."""
         self._losses[worker] = loss if math.isfinite(loss) else math.inf
         if math.isfinite(loss) and loss <= min(self._losses.values()):
             self.anchor.vector.copy_(vector)
             self.anchor.version += 1
 
-    def leave(self, worker: int, gone: int, left: int, live: int) -> None:
+    def leave(self, worker: int, live: Mapping[int, int]) -> None:
         """A worker that is gone no longer leads; the anchor stays until another does."""
         self._losses.pop(worker, None)
 

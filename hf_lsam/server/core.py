@@ -62,14 +62,14 @@ class ServerCore:
 
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it has pushed stays counted."""
-        gone = self.live.pop(worker, 0)
-        self._algorithm.leave(worker, gone, 0, self.live_workers)
+        self.live.pop(worker, None)
+        self._algorithm.leave(worker, self.live)
 
     def count(self, machine: int, workers: int) -> None:
         """Counts `workers` live workers on `machine`, which must not be the number of a worker."""
-        gone, self.live[machine] = self.live.get(machine, 0) - workers, workers
-        if gone > 0:
-            self._algorithm.leave(machine, gone, workers, self.live_workers)
+        before, self.live[machine] = self.live.get(machine, 0), workers
+        if workers < before:
+            self._algorithm.leave(machine, self.live)
 
     @property
     def live_workers(self) -> int:
@@ -92,13 +92,13 @@ class ServerCore:
             False if a value is NaN or infinite, or if the squared norm overflows: the push is counted as refused, and
             nothing else changes.
         """
-        if finite is None or (finite and not self._algorithm.checks_later(steps, self.live_workers)):
+        if finite is None or (finite and not self._algorithm.checks_later(steps, self.live)):
             finite = is_finite(vector)
         if not finite:
             self.refused_pushes += 1
             return False
         self.accepted_pushes += 1
-        self._algorithm.push(vector, steps, worker, loss, self.live_workers)
+        self._algorithm.push(vector, steps, worker, loss, self.live)
         return True
 
     def flush(self) -> None:
@@ -217,9 +217,9 @@ class RelayCore:
         return round(statistics.median(self._lengths)) if len(self._lengths) == RECENT_SUMS else 0
 
     @property
-    def is_empty(self) -> bool:
-        """Whether everything that was pushed has been forwarded and answered."""
-        return not self._steps and not self._steps_under_way
+    def steps_left(self) -> int:
+        """How many of the pushed steps have not been forwarded and answered."""
+        return self._steps + self._steps_under_way
 
     @torch.no_grad()
     def adopt(self, vector: Tensor, version: int) -> None:

@@ -62,6 +62,7 @@ def run_server(
         server = Service(folder, make_role(folder), resume, join_timeout, idle_timeout, parent)
 
         def end(*_: object) -> None:
+            server.waits_for_nobody = server.terminating and not launched
             server.terminating = True
 
         signal.signal(signal.SIGTERM, end)

@@ -50,7 +50,6 @@ from .role import Role, ServiceInterface
 logger = logging.getLogger(__name__)
 
 ATTEMPT_SECONDS = 5.0
-DEPART_SECONDS = 3.0
 RETRY_SECONDS = 0.5
 
 
@@ -158,7 +157,7 @@ class Relay(Role):
             self._steps_under_way = self._service.folder.steps_begun_here - self._steps_told
             self._peer.post(Sum(number, steps, self._steps_under_way), vector, bits)
             logger.info("forwarded sum %d of %d steps", number, steps)
-        elif self._finishing and self.core.is_empty:
+        elif self._finishing and not self.core.steps_left:
             self._finish_sent = True
             self._peer.post(FinishMachine(not self._service.has_workers, self._service.best_step))
 
@@ -178,17 +177,20 @@ class Relay(Role):
         return self._final
 
     def close(self) -> None:
-        """Forwards what is left, as far as the link takes it within `DEPART_SECONDS`, and leaves."""
+        """Forwards what is left, for as long as there is a link and at most `server_timeout` seconds, and leaves."""
         self._finishing = True
-        deadline = time.monotonic() + DEPART_SECONDS
+        deadline = time.monotonic() + self._settings.server_timeout
         while (
             self._peer is not None
             and self._linked
             and not (self._finish_sent and self._peer.can_post)
+            and not self._service.waits_for_nobody
             and time.monotonic() < deadline
         ):
             self._hear()
             time.sleep(0.01)
+        if self.core.steps_left:
+            logger.warning("%d steps of this machine's workers were not counted", self.core.steps_left)
         if self._peer is not None:
             self._drop_link()
         if self._connecting is not None:

@@ -25,6 +25,7 @@ class ServiceInterface(ABC):
         started: whether the workers have been welcomed.
         ended: whether the anchor is final.
         terminating: whether the server is to end, and its workers are to save and leave.
+        waits_for_nobody: whether it was told so twice.
         failed: the worker of the launch that ended with an error, or None.
         best_step: the best step that any worker knows of, or -1.
     """
@@ -36,6 +37,7 @@ class ServiceInterface(ABC):
     started: bool
     ended: bool
     terminating: bool
+    waits_for_nobody: bool
     failed: int | None
     best_step: int
 

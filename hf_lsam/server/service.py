@@ -56,7 +56,7 @@ from .role import Role, ServiceInterface
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 10.0  # that a connection may be pending
-GRACE_SECONDS = 5.0  # for workers to leave, once the server has been told to end; those of the launch may save longer
+GRACE_SECONDS = 5.0  # for external workers to leave a launch whose server has been told to end; others may save longer
 SNAPSHOT_SHARE = 0.1  # of the server's time, at most
 
 
@@ -132,6 +132,7 @@ class Service(ServiceInterface):
         seconds = [1.0, self._settings.worker_timeout / 4, self._settings.snapshot_seconds or 1.0]
         self._longest_wait = max(0.01, min(seconds))
         self.terminating = False
+        self.waits_for_nobody = False
         role.attach(self)
         if resume is not None:
             self._take_up(resume)
@@ -208,9 +209,10 @@ class Service(ServiceInterface):
         if self._given_up:
             return True
         if self.terminating:
-            if not (self._workers or self._role.is_needed):
+            if self.waits_for_nobody or not (self._workers or self._role.is_needed):
                 return True
-            silent = (now - each.last_heard for each in self._workers.values() if each.worker < self.expected)
+            owed = [each for each in self._workers.values() if each.worker < self.expected or not self.expected]
+            silent = (now - each.last_heard for each in owed)
             return now > self._leave_by and all(seconds > GRACE_SECONDS for seconds in silent)
         if not self.started and now > self.join_by:
             logger.error("only %d of %d workers joined in time", len(self._workers), self.expected)

@@ -16,12 +16,10 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -31,18 +29,16 @@ from transformers.trainer_utils import BestRun, PredictionOutput, TrainOutput, g
 from ..arguments import LSAMArguments
 from ..batchnorm import kept_statistics
 from ..budget import RunSchedule
-from ..card import facts_of_record, model_card
 from ..checkpoint import SERVER_STATE, newest_sealed
-from ..files import write_atomically
 from ..identity import is_pinned
 from ..parameters import in_stored_types, trainable_parameters
-from ..record import FOLDER, read_record
 from ..session import Session
 from ..transport.base import ServerGone
 from ..worker import Worker
 from .callbacks import LSAMCallback, OtherWorkers
 from .checkpoints import Checkpoints
 from .landscape_scan import LandscapeScan
+from .publishing import Publishing
 from .shared_evaluation import SharedEvaluation
 from .training_data import TrainingData
 from .trl import kept_counters, load_on_one_device, makes_its_batches, stacks_rows
@@ -62,8 +58,6 @@ _RECORDED = (
     "fp16",
     "seed",
 )
-
-PRIVATE = ("workers/", f"{FOLDER}/", "server.log")  # in `output_dir`: not for the Hub
 
 # Not part of transformers' public interface; tested on the versions that pyproject.toml admits.
 _SEAMS = {
@@ -89,7 +83,7 @@ for _owner, _names in _SEAMS.items():
             )
 
 
-class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingData):
+class LSAMTrainerMixin(Checkpoints, LandscapeScan, Publishing, SharedEvaluation, TrainingData):
     """Turns any Trainer into a worker: `class MyTrainer(LSAMTrainerMixin, Seq2SeqTrainer)`.
 
     Its `args` must be an `LSAMConfig`, or that Trainer's config with `LSAMArguments` mixed in. Started with plain
@@ -266,25 +260,6 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
         with self.anchor():
             return super().predict(*positional, **keywords)
 
-    def push_to_hub(self, *positional: Any, **keywords: Any) -> CommitInfo:
-        """Trainer's method, for the anchor. The workers' own states, the record and the server's log stay here."""
-        self._keep_private_files()
-        with self.anchor():
-            return super().push_to_hub(*positional, **keywords)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._keep_private_files()
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _keep_private_files(self) -> None:
-        """Names what must not be uploaded in .gitignore, which the Hub obeys when it is among the files of a commit."""
-        if not self.is_world_process_zero():
-            return
-        path = self._output_folder / ".gitignore"
-        lines = path.read_text().splitlines() if path.exists() else []
-        if missing := [line for line in PRIVATE if line not in lines]:
-            write_atomically(path, "\n".join([*lines, *missing]) + "\n")
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's method, for the anchor, in the types that the model was loaded in."""
         if _internal_call and self.args.identity.rank != 0:
@@ -293,43 +268,6 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, SharedEvaluation, TrainingDat
             return
         with self.anchor(), in_stored_types(self.session.cast):
             super().save_model(output_dir, _internal_call)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        dataset_name: str | None = None,
-    ) -> None:
-        """At worker 0, writes to `output_dir` the card that `hf-lsam card` would write from this run's record.
-
-        Args: those of Trainer's and trl's methods of this name; `dataset_args` is ignored.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = self._output_folder
-        try:
-            facts = facts_of_record(folder, read_record(folder))
-        except (OSError, ValueError) as error:  # this process has not trained, or could not keep a record
-            logger.warning("No model card is written: %s", error)
-            return
-        names = _listed(dataset_tags)
-        facts = replace(
-            facts,
-            name=model_name or facts.name,
-            base=finetuned_from or facts.base,
-            data=next(iter([*names, *_listed(dataset), *_listed(dataset_name)]), None),
-            task=next(iter(_listed(tasks)), facts.task),
-        )
-        kinds = [*_listed(tags), *getattr(self, "_tag_names", []), *_listed(getattr(self.model, "model_tags", None))]
-        card = model_card(facts, language=language, license=license, tags=kinds, datasets=names or None)
-        write_atomically(folder / "README.md", str(card))
 
     def _settle_batchnorm(self) -> None:
         """Re-estimates running statistics at the weights that the model holds, from the same training batches in every
@@ -494,10 +432,6 @@ def _devices_of(model: Any) -> str:
     """The devices of a model that Accelerate has dispatched, in words."""
     places = sorted({str(place) for place in model.hf_device_map.values()})
     return f"several devices ({', '.join(places)})" if len(places) > 1 else f"device {places[0]}"
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _first_part(inputs: dict[str, Any], fraction: float) -> tuple[dict[str, Any], float]:

@@ -55,10 +55,8 @@ def best_rate(results: list[dict[str, Any]]) -> float:
     sign = 1.0 if metric == "loss" else -1.0
     reached: dict[float, list[float]] = {}
     for result in results:
-        value = sign * result[f"eval_{metric}"]
-        reached.setdefault(result["configuration"]["learning_rate"], []).append(
-            math.inf if math.isnan(value) else value
-        )
+        rate, value = result["configuration"]["learning_rate"], sign * result[f"eval_{metric}"]
+        reached.setdefault(rate, []).append(math.inf if math.isnan(value) else value)
     return min(reached, key=lambda rate: statistics.fmean(reached[rate]))
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.checkpoint import newest_sealed
 from hf_lsam.compression import encoded_bytes, round_
 from hf_lsam.identity import Identity
-from hf_lsam.joining import Timeouts
+from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.parameters import ParameterLayout
 from hf_lsam.run import Run
 from hf_lsam.server.core import RelayCore, ServerCore
@@ -40,7 +40,7 @@ from hf_lsam.server.root import Root, listen
 from hf_lsam.server.service import Service
 from hf_lsam.transport.base import ServerGone
 from hf_lsam.transport.mailbox import RunFolder
-from hf_lsam.transport.messages import Message, NewAnchor, Sum, SumAnswer
+from hf_lsam.transport.messages import ANY_NUMBER, Message, NewAnchor, StopMachine, Sum, SumAnswer
 from hf_lsam.transport.ownership import is_served
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.secret import new_secret
@@ -79,7 +79,7 @@ def test_a_relay_sums_until_each_live_worker_has_done_its_steps_and_goes_on_unti
     vector, steps, number, _ = core.claim()
     assert (vector.tolist(), steps, number) == ([3.0, 3.0], 3 * TAU, 2)
     core.answered(2)
-    assert core.is_empty
+    assert not core.steps_left
     core.push(torch.ones(2), TAU)
     assert core.claim() is None
     core.leave(1)
@@ -297,6 +297,17 @@ def poll_for_ever(link: SharedMemoryLink) -> None:
         time.sleep(0.01)
 
 
+def by_hand(folder: Path, run: Cluster) -> RunFolder:
+    """The run folder of a machine that was added to `run` by hand."""
+    path = folder / "by_hand"
+    path.mkdir()
+    contents = {
+        **run.folders[0].run,
+        "machines": MachineSettings(run_id="run", silence=10.0, server_timeout=30.0).as_dict(),
+    }
+    return RunFolder.create(path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
+
+
 @contextmanager
 def cluster(folder: Path, workers: list[int], **across) -> Iterator[Cluster]:
     made = Cluster(folder, workers, **across)
@@ -432,7 +443,7 @@ def test_a_lost_link_comes_back_and_each_sum_is_counted_once(tmp_path):
             link.push(torch.full((NUMEL,), TAU * 0.1), TAU, 0)  # into whatever is left of the link
             run.until(lambda relay=relay, lost=lost: relay._linked and relay._peer is not lost)
             run.until(lambda: run.top.core.live_workers == 2)
-            run.until(lambda relay=relay: relay.core.is_empty)
+            run.until(lambda relay=relay: not relay.core.steps_left)
         assert run.links[1, 0].status.connected
         run.period()
         ends = run.finish()
@@ -495,6 +506,69 @@ def test_a_machine_ends_with_its_last_anchor_if_the_global_server_was_told_to_en
         run.until(lambda: run.links[1, 0].status.save_requested)
         cut(relay._peer)
         assert run.finish()[1][0] == 1
+
+
+def test_a_relay_by_hand_comes_back_to_a_global_server_that_was_told_to_end(tmp_path):
+    with cluster(tmp_path, [1]) as run:
+        folder = by_hand(tmp_path, run)
+        relay = Relay(folder, run.address, SECRET)
+        service = Service(folder, relay)
+        serving = threading.Thread(target=service.serve)
+        serving.start()
+        run.until(lambda: relay._linked)
+        with closing(SharedMemoryLink(folder, ANY_NUMBER, LAYOUT, CPU)) as link:
+            (machine,) = run.top._machines.values()
+            machine.peer.post(StopMachine(save=True, failed=False))
+            while not link.status.save_requested:
+                link.poll(0, torch.empty(NUMEL))
+            cut(relay._peer)
+            run.until(lambda: not relay._linked)
+            run.until(lambda: relay._linked)  # as when the global server has been started again
+        service.terminating = True
+        serving.join()
+        run.finish()
+
+
+def test_a_relay_that_leaves_forwards_what_it_has_as_long_as_the_link_lives(tmp_path, caplog):
+    with cluster(tmp_path, [1]) as run:
+        folder = by_hand(tmp_path, run)
+        relay = Relay(folder, run.address, SECRET)
+        service = Service(folder, relay)
+        serving = threading.Thread(target=service.serve)
+        serving.start()
+        run.until(lambda: relay._linked)
+        ready = time.monotonic() + 5.0
+
+        class Slow(type(relay._peer)):  # its link takes what it is given late
+            can_post = property(lambda self: time.monotonic() > ready and Peer.can_post.fget(self))
+
+        relay._peer.__class__ = Slow
+        with closing(SharedMemoryLink(folder, ANY_NUMBER, LAYOUT, CPU)) as link:
+            link.push(torch.ones(NUMEL), TAU // 2, 0)
+            link.settle()
+            service.terminating = True
+        serving.join()
+        assert run.top.pushes_of(1) == [TAU // 2]
+        run.finish()
+    assert "not counted" not in caplog.text
+
+
+def test_the_first_worker_waits_for_its_server_as_long_as_a_vector_crosses(tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = RunFolder.create(tmp_path / "run", torch.zeros(NUMEL), 1, LAYOUT.manifest, {})
+    moves = (
+        "import sys, time; from pathlib import Path; from hf_lsam.transport.mailbox import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]))\n"
+        "for second in range(1, int(sys.argv[2]) + 1):\n"
+        "    folder.set_between_machines(folder.bytes_between_machines + (1 << 23), 0); time.sleep(1.0)\n"
+        "time.sleep(float(sys.argv[3]))"
+    )
+    for seconds, then, code in (("5", "0", 0), ("1", "600", -signal.SIGTERM)):
+        launch = Launch(Identity(0, 2, 0, 2, 0, 1), None, tmp_path, tmp_path / "log", Timeouts(server_timeout=3.0))
+        launch.folder = folder
+        launch._server = server = subprocess.Popen([sys.executable, "-c", moves, str(folder.path), seconds, then])
+        launch.leave(finished=True)
+        assert server.returncode == code
 
 
 def test_a_global_server_that_hears_no_more_of_a_machine_ends_without_it(tmp_path):
@@ -904,7 +978,7 @@ import torch
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.identity import Identity
-from hf_lsam.joining import Timeouts
+from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.run import Run
 
 folder = sys.argv[1]

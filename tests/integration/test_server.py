@@ -195,6 +195,30 @@ def test_a_core_goes_on_from_its_state():
     assert core.anchor.version == copy.anchor.version == 3
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_worker_that_comes_back_within_a_period_counts_once(restarted):
+    settings = ServerSettings(sync_steps=4, pushes_movement=True)
+    core = live_core(2, 1, settings)
+    core.count(-2, 2)
+    core.push(torch.ones(1) * 4, 4, 0)
+    core.push(torch.ones(1) * 8, 8, -2)
+    if restarted:
+        state = {name: tensor.clone() for name, tensor in core.state_tensors().items()}
+        core = ServerCore(torch.zeros(1), settings)
+        core.load_state_tensors(state)
+        core.join(1)  # the first to find the new server, with its period complete
+    else:
+        core.leave(0)
+        core.leave(-2)
+    assert core.anchor.version == 0
+    core.join(0)
+    core.count(-2, 2)
+    core.push(torch.ones(1) * 4, 4, 1)
+    assert (core.anchor.version, core.anchor.vector.item()) == (1, 1.0)  # all four have moved by 1
+    core.push(torch.ones(1) * 16, 16, 0)
+    assert (core.anchor.version, core.anchor.vector.item()) == (2, 2.0)  # and n is 4 again
+
+
 # --- worker.py with a server that is busy ---
 
 
@@ -562,6 +586,25 @@ def test_sigterm_ends_a_server_and_its_folder(tmp_path):
     finish_all(links)
     assert server.wait() == 143
     assert not folder.path.exists()
+
+
+def test_a_server_that_was_started_by_hand_waits_until_its_workers_have_saved_unless_told_to_end_twice(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hf_lsam.server.service.GRACE_SECONDS", 1.5)  # heartbeats come every second
+    folder, layout = make_folder(tmp_path, workers=0)
+    service = Service(folder, Root(folder))
+    with service.listening():
+        link = join_turning(service, folder, layout)
+        service.terminating = True
+        deadline = time.monotonic() + 4.0
+        while time.monotonic() < deadline:  # it writes a checkpoint
+            assert service.turn(0.01)
+        link.poll(0, torch.empty(5))
+        assert link.status.save_requested
+        service.waits_for_nobody = True
+        assert not service.turn(0.01)
+        link.close()
 
 
 def test_a_worker_whose_server_never_comes_is_told(tmp_path):
