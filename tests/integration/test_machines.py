@@ -297,15 +297,19 @@ def poll_for_ever(link: SharedMemoryLink) -> None:
         time.sleep(0.01)
 
 
-def by_hand(folder: Path, run: Cluster) -> RunFolder:
-    """The run folder of a machine that was added to `run` by hand."""
+def add_by_hand(folder: Path, run: Cluster) -> tuple[Relay, Service, threading.Thread]:
+    """Adds a machine to `run` by hand: its relay, linked, the relay's service, and the thread that serves."""
     path = folder / "by_hand"
     path.mkdir()
-    contents = {
-        **run.folders[0].run,
-        "machines": MachineSettings(run_id="run", silence=10.0, server_timeout=30.0).as_dict(),
-    }
-    return RunFolder.create(path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
+    across = MachineSettings(run_id="run", silence=10.0, server_timeout=30.0).as_dict()
+    contents = {**run.folders[0].run, "machines": across}
+    made = RunFolder.create(path, torch.zeros(NUMEL), 0, LAYOUT.manifest, contents)
+    relay = Relay(made, run.address, SECRET)
+    service = Service(made, relay)
+    serving = threading.Thread(target=service.serve)
+    serving.start()
+    run.until(lambda: relay._linked)
+    return relay, service, serving
 
 
 @contextmanager
@@ -510,13 +514,8 @@ def test_a_machine_ends_with_its_last_anchor_if_the_global_server_was_told_to_en
 
 def test_a_relay_by_hand_comes_back_to_a_global_server_that_was_told_to_end(tmp_path):
     with cluster(tmp_path, [1]) as run:
-        folder = by_hand(tmp_path, run)
-        relay = Relay(folder, run.address, SECRET)
-        service = Service(folder, relay)
-        serving = threading.Thread(target=service.serve)
-        serving.start()
-        run.until(lambda: relay._linked)
-        with closing(SharedMemoryLink(folder, ANY_NUMBER, LAYOUT, CPU)) as link:
+        relay, service, serving = add_by_hand(tmp_path, run)
+        with closing(SharedMemoryLink(service.folder, ANY_NUMBER, LAYOUT, CPU)) as link:
             (machine,) = run.top._machines.values()
             machine.peer.post(StopMachine(save=True, failed=False))
             while not link.status.save_requested:
@@ -531,19 +530,14 @@ def test_a_relay_by_hand_comes_back_to_a_global_server_that_was_told_to_end(tmp_
 
 def test_a_relay_that_leaves_forwards_what_it_has_as_long_as_the_link_lives(tmp_path, caplog):
     with cluster(tmp_path, [1]) as run:
-        folder = by_hand(tmp_path, run)
-        relay = Relay(folder, run.address, SECRET)
-        service = Service(folder, relay)
-        serving = threading.Thread(target=service.serve)
-        serving.start()
-        run.until(lambda: relay._linked)
+        relay, service, serving = add_by_hand(tmp_path, run)
         ready = time.monotonic() + 5.0
 
         class Slow(type(relay._peer)):  # its link takes what it is given late
             can_post = property(lambda self: time.monotonic() > ready and Peer.can_post.fget(self))
 
         relay._peer.__class__ = Slow
-        with closing(SharedMemoryLink(folder, ANY_NUMBER, LAYOUT, CPU)) as link:
+        with closing(SharedMemoryLink(service.folder, ANY_NUMBER, LAYOUT, CPU)) as link:
             link.push(torch.ones(NUMEL), TAU // 2, 0)
             link.settle()
             service.terminating = True
@@ -978,7 +972,7 @@ import torch
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.identity import Identity
-from hf_lsam.joining import Launch, Timeouts
+from hf_lsam.joining import Timeouts
 from hf_lsam.run import Run
 
 folder = sys.argv[1]
