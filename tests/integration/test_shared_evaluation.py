@@ -311,6 +311,10 @@ else:
 os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=(OUT / "port").read_text())
 trainer.session.run.store = LaunchStore(args.identity)
 trainer.session.run.store.count("there")
+if RANK == 1:
+    tell("connected")
+else:
+    hear("connected")  # or it could be gone before worker 1 is
 trainer.prediction_step = store_goes
 try:
     report["store_gone"] = [*loss_of(test), expected]
