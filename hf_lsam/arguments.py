@@ -355,14 +355,15 @@ class LSAMArguments(_MixedIn):
             settings = replace(settings, anchor_optimizer="nesterov", anchor_momentum=shared_momentum**sync_steps)
         return settings
 
-    def worker_settings(self, sync_steps: int) -> WorkerSettings:
+    def worker_settings(self, sync_steps: int, weight: int = 1) -> WorkerSettings:
         """What a worker needs to know of these fields.
 
         Args:
             sync_steps: tau of the run.
+            weight: see `WorkerSettings`.
         """
         keeps_anchor_move = self.sam_rho > 0 and self.sam_direction == "anchor"
-        return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move)
+        return by_name(WorkerSettings, self, sync_steps=sync_steps, keeps_anchor_move=keeps_anchor_move, weight=weight)
 
     @property
     def worker_half(self) -> type[WorkerHalf]:

@@ -130,6 +130,7 @@ class Launch(Transport):
             self._server_may_come,
             server_timeout=self._timeouts.server_timeout,
             revive=self._revive_server,
+            weight=request.weight,
         )
 
     def leave(self, finished: bool) -> None:
@@ -270,7 +271,13 @@ class ServedFolder(Transport):
                     "same settings."
                 )
         return SharedMemoryLink(
-            folder, ANY_NUMBER, request.layout, request.device, timeout=seconds, server_timeout=seconds
+            folder,
+            ANY_NUMBER,
+            request.layout,
+            request.device,
+            timeout=seconds,
+            server_timeout=seconds,
+            weight=request.weight,
         )
 
     def leave(self, finished: bool) -> None:

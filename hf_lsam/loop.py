@@ -373,6 +373,7 @@ class LSAM:
         Raises:
             ValueError: if batch sizes differ, and the loader is a stream or has its own batch sampler, or the algorithm
                 is not "lsam".
+            RuntimeError: if batch sizes differ, inside `with lsam`.
         """
         identity = self.arguments.identity
         seed = self.session.run.agree("data_seed", torch.initial_seed() if seed is None else seed)

@@ -91,9 +91,14 @@ class Run:
             ServerGone: if there is no server.
         """
         parameters = [parameter.detach() for _, parameter in named]
-        request = JoinRequest(ParameterLayout(named), parameters, server_settings, server_state)
+        request = JoinRequest(ParameterLayout(named), parameters, server_settings, server_state, worker_settings.weight)
         self._link = self.transport.join(request)
         return Worker(named, self._link, worker_settings)
+
+    @property
+    def joined(self) -> bool:
+        """Whether this worker has joined and not left."""
+        return self._link is not None
 
     def leave(self, failed: bool = False) -> None:
         """Closes this worker's end; the worker that started the server waits for its end.

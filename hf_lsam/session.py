@@ -13,6 +13,7 @@ Trainer and loop call these in this order, with `log`, `showing_anchor`, `save_a
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class Session:
         self.finished = False
         self.cast: list[tuple[Tensor, torch.dtype]] = []
         self._sam_rho = arguments.sam_rho
-        self._weight = 1.0
+        self._weights = [1]  # of the workers of the launch, or of this one alone
         self._final_drift = 0.0
         self._record_at = 0.0  # when the next entry is due, by time.monotonic()
         self._at_step_begin = False  # no micro-batch of the next step has been seen
@@ -162,13 +163,14 @@ class Session:
         return each_rows, each_step
 
     def weigh(self, rows_per_step: list[int]) -> None:
-        """Weights this worker's differences by the rows it trains on.
+        """Weights this worker's differences by the rows it trains on, from the next `join` on.
 
         Args:
             rows_per_step: of each worker of the launch, in rank order.
 
         Raises:
             ValueError: if they differ, and the algorithm does not average, so that there is nothing to weight.
+            RuntimeError: if they have joined with other weights.
         """
         if len(set(rows_per_step)) > 1 and not self.arguments.server_half.adds_up:
             raise ValueError(
@@ -176,10 +178,14 @@ class Session:
                 "gives every worker the same weight. Use the same number of rows in every worker (smaller "
                 "batches and more gradient accumulation where memory is short), or algorithm='lsam'."
             )
-        own = rows_per_step[self.arguments.identity.rank if len(rows_per_step) > 1 else 0]
-        self._weight = own * len(rows_per_step) / sum(rows_per_step)
-        if self.worker is not None:
-            self.worker.weigh(self._weight)
+        unit = math.gcd(*rows_per_step)
+        weights = [rows // unit for rows in rows_per_step]
+        if self.run.joined and weights != self._weights:
+            raise RuntimeError(
+                f"The workers train on {rows_per_step} rows a step. How much each counts is settled when it joins, and "
+                "this one has joined already: call `lsam.shard` before `with lsam`."
+            )
+        self._weights = weights
 
     @property
     def device(self) -> torch.device:
@@ -221,11 +227,10 @@ class Session:
         self.finished = False
         self.worker = worker = self.run.join(
             self._named,
-            arguments.worker_settings(self.sync_steps),
+            arguments.worker_settings(self.sync_steps, self._weights[arguments.identity.rank % len(self._weights)]),
             arguments.server_settings(self.sync_steps, self._shared_momentum),
             server_state,
         )
-        worker.weigh(self._weight)
         self.metrics = WorkerMetrics(worker)
         self.hooks = StepHooks(self.optimizer, worker, self._factor, self._shared_momentum)
         self.budget = None

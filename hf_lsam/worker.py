@@ -82,10 +82,6 @@ class Worker:
         if settings.keeps_anchor_move:
             self._last_anchor, self._move = self.anchor.clone(), vector()
 
-    def weigh(self, weight: float) -> None:
-        """Sets the weight of this worker's differences (see `WorkerHalf.weight`)."""
-        self._algorithm.weight = weight
-
     def adopt_anchor(self) -> None:
         """x <- y: how a worker starts, so that all start at the same point."""
         self.layout.write(self.anchor, self.parameters)

@@ -22,10 +22,10 @@ from hf_lsam.server.core import ServerCore
 from hf_lsam.transport.base import FinalAnchor, JoinRequest, Link, LinkStatus, ServerGone, Transport
 
 HEADER = struct.Struct("<cqqd")  # what, two integers, loss
-# From workers: B(egin) with the first anchor, S(tep) begun, P(ush) of steps, F(inish). From the server: W(elcome),
-# worker; A(nchor), version; T(otal) of the steps begun, and how many of them by this worker; C(ounted) at a version,
-# and whether it was accepted, with the anchor that it has moved; E(nd), version of the final anchor. A worker that has
-# read that its push is counted also has the anchor that the push completed, and the other way round.
+# From workers: B(egin) with a weight and the first anchor, S(tep) begun, P(ush) of steps, F(inish). From the server:
+# W(elcome), worker; A(nchor), version; T(otal) of the steps begun, and how many of them by this worker; C(ounted) at a
+# version, and whether it was accepted, with the anchor that it has moved; E(nd), version of the final anchor. A worker
+# that has read that its push is counted also has the anchor that the push completed, and the other way round.
 
 
 def send(connection: Connection, what: bytes, first: int = 0, second: int = 0, loss: float = 0.0, vector=None) -> None:
@@ -49,7 +49,7 @@ class PipeLink(Link):
         self._finished = False
         self._pushed_version = 0
         self._steps = self._steps_of_all = self._steps_counted = 0
-        send(self._connection, b"B", vector=request.first_anchor(torch.device("cpu")))
+        send(self._connection, b"B", request.weight, vector=request.first_anchor(torch.device("cpu")))
         _, self._worker, _, _, _ = receive(self._connection)
 
     @property
@@ -130,10 +130,10 @@ def serve(address: str, workers: int, settings: ServerSettings) -> None:
     with Listener(address, "AF_UNIX", backlog=workers) as listener:
         print("listening", flush=True)
         connections = {listener.accept(): number for number in range(workers)}
-    firsts = [receive(connection)[4] for connection in connections]
-    core = ServerCore(firsts[0], settings)
-    for connection, number in connections.items():
-        core.join(number)
+    firsts = [receive(connection) for connection in connections]
+    core = ServerCore(firsts[0][4], settings)
+    for (connection, number), (_, weight, *_) in zip(connections.items(), firsts, strict=True):
+        core.join(number, weight)
         send(connection, b"W", number)
         send(connection, b"A", 0, vector=core.anchor.vector)
     begun = [0] * workers
@@ -156,7 +156,7 @@ def serve(address: str, workers: int, settings: ServerSettings) -> None:
                 accepted = core.push(vector, steps, number, loss)
             else:
                 core.leave(number)
-                if not core.live:
+                if not core.live_workers:
                     core.flush()
             moved = core.anchor.vector if core.anchor.version > version else None
             for other in connections:

@@ -25,6 +25,8 @@ class WorkerSettings:
         algorithm: "lsam", "easgd" or "lsgd".
         max_bad_pushes: refused pushes (NaN, infinity) in a row after which the worker starts again at the anchor.
         keeps_anchor_move: keep y_old - y of the anchor's last move that was seen, at the cost of two vectors.
+        weight: of this worker in the mean of "lsam", at least 1: where the workers of a launch train on unequal numbers
+            of rows a step, these numbers, divided by their greatest common divisor.
     """
 
     sync_steps: int
@@ -34,6 +36,7 @@ class WorkerSettings:
     algorithm: str = "lsam"
     max_bad_pushes: int = 3
     keeps_anchor_move: bool = False
+    weight: int = 1
 
     @property
     def coupling_per_step(self) -> float:
@@ -80,14 +83,9 @@ class WorkerHalf:
         settings: see `WorkerSettings`.
         x: the worker's parameters.
 
-    Attributes:
-        weight: weight of this worker in the mean difference of "lsam" if the workers' batches differ in size: its rows
-            per step divided by the workers' mean. The weights of a launch sum to n.
-
     Process: the training thread; nothing here waits.
     """
 
-    weight = 1.0
     accumulates = False  # whether `push` grows at every step, instead of being written when it is sent
     pushes_a_part = True  # whether a period that is cut short by the end of the run is pushed
     pushes_movement = False  # whether it pushes how far it has moved on its own, instead of where it is
@@ -112,7 +110,7 @@ class WorkerHalf:
         """Called at the end of a period of `steps` local steps, to write what the server gets into `push`.
 
         Returns:
-            how many steps the push counts as.
+            how many steps the push counts as; with a weight, as many times more.
         """
         return steps
 
@@ -175,8 +173,8 @@ class ServerHalf:
             steps: local steps that it covers.
             worker: the sender.
             loss: the worker's mean loss over these steps, if its half `wants_loss`.
-            live: how many live workers there are, by sender: 1, or as many as a machine has whose workers push as one.
-                n is their sum.
+            live: the weights of the live workers, by sender; of a machine, whose workers push as one, their sum. Where
+                all weigh 1, n is the sum of all.
         """
         raise NotImplementedError
 

@@ -60,10 +60,10 @@ class CoupledWorker(WorkerHalf):
         couple_and_accumulate(x, y, push, share)
 
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
-        """push = w sum of (x - y)."""
-        if self.weight != 1:
-            torch._foreach_mul_(list(push), self.weight)
-        return steps
+        """push = w sum of (x - y), which counts as w steps for each, w being the weight."""
+        if self.settings.weight != 1:
+            torch._foreach_mul_(list(push), self.settings.weight)
+        return self.settings.weight * steps
 
     def after_push(self, push: Sequence[Tensor]) -> None:
         torch._foreach_zero_(list(push))
@@ -88,13 +88,14 @@ class MergingWorker(WorkerHalf):
 
     @torch.no_grad()
     def before_push(self, x: Sequence[Tensor], y: Sequence[Tensor], push: Sequence[Tensor], steps: int) -> int:
-        """push = w tau (x - r), which counts as tau steps however many were taken, so that the server's mean over steps
-        is the weighted mean movement of the workers that pushed. r <- x."""
+        """push = w tau (x - r), which counts as w tau steps however many were taken, so that the server's mean over
+        steps is the mean movement of the workers that pushed, weighted by their w. r <- x."""
+        counts_as = self.settings.weight * self.settings.sync_steps
         for current, known, handed_in in blocks([parameter.detach() for parameter in x], self._known, push):
             torch._foreach_copy_(handed_in, torch._foreach_sub(current, known))
-            torch._foreach_mul_(handed_in, self.weight * self.settings.sync_steps)
+            torch._foreach_mul_(handed_in, counts_as)
             torch._foreach_copy_(known, current)
-        return self.settings.sync_steps
+        return counts_as
 
     @torch.no_grad()
     def take_anchor(self, x: Sequence[Tensor], y: Sequence[Tensor], uncounted: Sequence[Tensor] | None) -> None:
@@ -104,7 +105,7 @@ class MergingWorker(WorkerHalf):
         for current, known, anchor, last in blocks([p.detach() for p in x], self._known, y, handed_in):
             shift = torch._foreach_sub(anchor, known)
             if uncounted is not None:
-                torch._foreach_add_(shift, last, alpha=1.0 / (self.weight * self.settings.sync_steps))
+                torch._foreach_add_(shift, last, alpha=1.0 / (self.settings.weight * self.settings.sync_steps))
             torch._foreach_mul_(shift, share)
             torch._foreach_add_(known, shift)
             torch._foreach_add_(current, shift)
@@ -130,7 +131,8 @@ class MeanDifference(ServerHalf):
 
     n counts the live workers, plus those that have left after pushing into the current period. At the end of a run each
     worker pushes what it has left and leaves: if n shrank with them, the last few pushes would move the anchor as far
-    as those of all workers. One that comes back, to this server or to its successor, counts once.
+    as those of all workers. One that comes back, to this server or to its successor, counts once. A worker with a
+    weight w counts as w workers in n, and its steps as w steps each.
 
     Over a slow link a machine's sum may hold several periods. Differences from the anchor are averaged over all their
     steps; but movement adds up from period to period, so it is divided by the steps of one.
@@ -148,7 +150,7 @@ class MeanDifference(ServerHalf):
         super().__init__(anchor, settings)
         self._pending = torch.zeros_like(anchor.vector)
         self.pending_steps = 0
-        # By the worker or machine that has pushed into this period: how many steps, and its live workers at the time.
+        # By the worker or machine that has pushed into this period: how many steps, and its weight at the time.
         self._contributors: dict[int, tuple[int, int]] = {}
 
     def checks_later(self, steps: int, live: Mapping[int, int]) -> bool:
@@ -165,8 +167,8 @@ class MeanDifference(ServerHalf):
         else:
             self._pending.copy_(vector)  # a new period: overwrites what the last one left behind
         self.pending_steps += steps
-        before, workers = self._contributors.get(worker, (0, 0))
-        self._contributors[worker] = before + steps, max(workers, live.get(worker, 0))
+        before, weight = self._contributors.get(worker, (0, 0))
+        self._contributors[worker] = before + steps, max(weight, live.get(worker, 0))
         self._update_if_complete(live)
 
     def leave(self, worker: int, live: Mapping[int, int]) -> None:
@@ -185,8 +187,8 @@ class MeanDifference(ServerHalf):
     def _period(self, live: Mapping[int, int]) -> int:
         """n tau, the length of a period in steps."""
         tau, n = self.settings.sync_steps, sum(live.values())
-        for worker, (steps, workers) in self._contributors.items():
-            n += max(0, min(workers, math.ceil(steps / tau)) - live.get(worker, 0))  # those that have pushed and left
+        for worker, (steps, weight) in self._contributors.items():
+            n += max(0, min(weight, math.ceil(steps / tau)) - live.get(worker, 0))  # those that have pushed and left
         return max(1, n) * tau
 
     def _update_if_complete(self, live: Mapping[int, int]) -> None:
@@ -217,7 +219,7 @@ class MeanDifference(ServerHalf):
             self._pending.copy_(state["pending"])
             self.pending_steps = int(state["pending_steps"])
         if "contributors" in state:  # absent if an older server saved it
-            self._contributors = {worker: (steps, workers) for worker, steps, workers in state["contributors"].tolist()}
+            self._contributors = {worker: (steps, weight) for worker, steps, weight in state["contributors"].tolist()}
 
 
 server_half = MeanDifference

@@ -51,30 +51,33 @@ class ServerCore:
             settings.anchor_momentum,
         )
         self._algorithm: ServerHalf = ALGORITHMS[settings.algorithm].server_half(self.anchor, settings)
-        self.live: dict[int, int] = {}  # worker -> 1; machine -> the number of live workers on it
+        self._live: dict[int, int] = {}  # worker -> 1; machine -> the number of live workers on it
+        self._weights: dict[int, int] = {}  # worker -> its weight; machine -> that of its live workers together
         self.accepted_pushes = 0
         self.refused_pushes = 0
         self.steps_begun = 0
 
-    def join(self, worker: int) -> None:
-        """Counts `worker` as live."""
-        self.live[worker] = 1
+    def join(self, worker: int, weight: int = 1) -> None:
+        """Counts `worker` as live; for its weight see `WorkerSettings`."""
+        self._live[worker], self._weights[worker] = 1, weight
 
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it has pushed stays counted."""
-        self.live.pop(worker, None)
-        self._algorithm.leave(worker, self.live)
+        self._live.pop(worker, None)
+        self._weights.pop(worker, None)
+        self._algorithm.leave(worker, self._weights)
 
-    def count(self, machine: int, workers: int) -> None:
-        """Counts `workers` live workers on `machine`, which must not be the number of a worker."""
-        before, self.live[machine] = self.live.get(machine, 0), workers
-        if workers < before:
-            self._algorithm.leave(machine, self.live)
+    def count(self, machine: int, workers: int, weight: int) -> None:
+        """Counts `workers` live workers of together `weight` on `machine`, which must not be the number of a worker."""
+        before = self._weights.get(machine, 0)
+        self._live[machine], self._weights[machine] = workers, weight
+        if weight < before:
+            self._algorithm.leave(machine, self._weights)
 
     @property
     def live_workers(self) -> int:
         """n."""
-        return sum(self.live.values())
+        return sum(self._live.values())
 
     @torch.no_grad()
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
@@ -82,7 +85,7 @@ class ServerCore:
 
         Args:
             vector: float32 [d]; read, not kept.
-            steps: how many local steps it covers, at least 1.
+            steps: how many local steps it counts as, at least 1.
             worker: the worker that pushes.
             loss: the worker's mean loss over these steps, if the algorithm uses it.
             finite: the result of `is_finite`, if the sender has checked the vector already, which saves a pass over
@@ -92,13 +95,13 @@ class ServerCore:
             False if a value is NaN or infinite, or if the squared norm overflows: the push is counted as refused, and
             nothing else changes.
         """
-        if finite is None or (finite and not self._algorithm.checks_later(steps, self.live)):
+        if finite is None or (finite and not self._algorithm.checks_later(steps, self._weights)):
             finite = is_finite(vector)
         if not finite:
             self.refused_pushes += 1
             return False
         self.accepted_pushes += 1
-        self._algorithm.push(vector, steps, worker, loss, self.live)
+        self._algorithm.push(vector, steps, worker, loss, self._weights)
         return True
 
     def flush(self) -> None:
@@ -135,7 +138,7 @@ class RelayCore:
     def __init__(self, vector: Tensor, settings: ServerSettings):
         self.settings = settings
         self.anchor = Anchor(vector)  # moved by `adopt` and `change` only
-        self._live: set[int] = set()
+        self._weights: dict[int, int] = {}  # of the live workers
         self.accepted_pushes = 0
         self.refused_pushes = 0
         self.steps_begun = 0
@@ -146,18 +149,23 @@ class RelayCore:
         self._steps_under_way = 0
         self._lengths: deque[float] = deque(maxlen=RECENT_SUMS)  # in steps of each worker
 
-    def join(self, worker: int) -> None:
-        """Counts `worker` as live."""
-        self._live.add(worker)
+    def join(self, worker: int, weight: int = 1) -> None:
+        """Counts `worker` as live; for its weight see `WorkerSettings`."""
+        self._weights[worker] = weight
 
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it has pushed stays counted."""
-        self._live.discard(worker)
+        self._weights.pop(worker, None)
 
     @property
     def live_workers(self) -> int:
         """The number of live workers on this machine."""
-        return len(self._live)
+        return len(self._weights)
+
+    @property
+    def live_weight(self) -> int:
+        """The weight of the live workers together."""
+        return sum(self._weights.values())
 
     @torch.no_grad()
     def push(self, vector: Tensor, steps: int, worker: int = 0, loss: float = 0.0, finite: bool | None = None) -> bool:
@@ -185,11 +193,11 @@ class RelayCore:
             (sum float32 [d], which must not be written until it is answered; steps in it; its number, from 1; bits per
             value in which to send it), or None.
         """
-        complete = self._steps >= max(1, self.live_workers) * self.settings.sync_steps
+        complete = self._steps >= max(1, self.live_weight) * self.settings.sync_steps
         if self._steps_under_way or not self._steps or not (complete or all_of_it):
             return None
         if complete and self.forwarded:  # the first found the link free, whatever that takes
-            self._lengths.append(self._steps / max(1, self.live_workers))
+            self._lengths.append(self._steps / max(1, self.live_weight))
         self._sum, self._under_way = self._under_way, self._sum
         self._steps, self._steps_under_way = 0, self._steps
         self.forwarded += 1

@@ -83,7 +83,7 @@ class Relay(Role):
         self._try_at = self._met_at = 0.0
         self._asked = False  # JoinMachine has been sent over the present link
         self._linked = False  # and answered: the root counts this machine
-        self._live_sent = 0
+        self._live_sent = Live(0)
         # Steps begun here: those that the root has counted, and those reported with the sum that is not answered yet.
         # The successor of another relay treats all of them as counted.
         self._steps_told = folder.steps_begun_here
@@ -137,16 +137,17 @@ class Relay(Role):
     def exchange(self) -> None:
         if self._peer is None:
             return
+        live = Live(self.core.live_workers, self.core.live_weight)
         if not self._linked:
             if not self._asked and self._service.workers_are_here:
                 self._asked = True
-                self._live_sent = self.core.live_workers
+                self._live_sent = live
                 digest = settings_digest(self.core.settings)
-                self._peer.post(JoinMachine(self._settings.number, self._process, self._live_sent, digest))
+                self._peer.post(JoinMachine(self._settings.number, self._process, live.workers, digest, live.weight))
             return
-        if self.core.live_workers != self._live_sent:
-            self._live_sent = self.core.live_workers
-            self._peer.post(Live(self._live_sent))
+        if live != self._live_sent:
+            self._live_sent = live
+            self._peer.post(live)
         if self._stop_wanted and not self._stop_sent:
             self._stop_sent = True
             self._peer.post(StopAll())

@@ -222,7 +222,7 @@ class Root(Role):
             refusal = Refusal.SETTINGS
         elif not 0 < number < MOST_WORKERS or (before is not None and before.process != message.process):
             refusal = Refusal.TAKEN
-        elif not 0 <= message.live < MOST_WORKERS:
+        elif not 0 <= message.live < MOST_WORKERS or not message.live <= message.weight < 2**31:
             raise ValueError(f"unexpected {message}")
         if refusal is not None:
             machine.peer.post(Refused(refusal))
@@ -234,7 +234,7 @@ class Root(Role):
         self._pending.discard(machine)
         self._machines[number] = machine
         self._awaited.pop(number, None)
-        self.core.count(-number, message.live)
+        self.core.count(-number, message.live, message.weight)
         logger.info("machine %d joined from %s with %d workers", number, machine.peer.address[0], message.live)
         self._service.start_if_ready()
         self._send_newest(machine)
@@ -274,8 +274,8 @@ class Root(Role):
         if not machine.welcomed:
             raise ValueError(f"{message} before the start")
         match message:
-            case Live(workers) if not machine.finished and 0 <= workers < MOST_WORKERS:
-                self.core.count(-machine.number, workers)
+            case Live(workers, weight) if not machine.finished and 0 <= workers < MOST_WORKERS and weight < 2**31:
+                self.core.count(-machine.number, workers, weight)
                 logger.info("machine %d has %d live workers", machine.number, workers)
                 self._service.publish_if_newer()
             case Sum() if vector is not None and not machine.finished:

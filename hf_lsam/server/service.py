@@ -232,6 +232,8 @@ class Service(ServiceInterface):
     def _join(self, message: Message, connection: Connection) -> None:
         if not isinstance(message, Join):
             raise ValueError(f"the first message was {message}")
+        if not 0 < message.weight < 2**31:
+            raise ValueError(f"unexpected {message}")
         number, refusal = message.worker, None
         beyond = number < 0 or number >= self.expected + MAX_WORKERS
         if beyond or (number >= self.expected and number in self._workers):
@@ -257,7 +259,7 @@ class Service(ServiceInterface):
         self._joined = True
         self._absent.discard(number)
         self._workers[number] = connection
-        self._core.join(number)
+        self._core.join(number, message.weight)
         logger.info(
             "worker %d joined with mailbox %d; %d take part", number, connection.mailbox_number, len(self._workers)
         )

@@ -237,12 +237,14 @@ class JoinRequest:
         parameters: their values, detached. The first worker's become the first anchor.
         settings: of the server; must be the same in every worker.
         server_state: a server snapshot to continue from, for the worker whose server begins with it.
+        weight: see `WorkerSettings`.
     """
 
     layout: ParameterLayout
     parameters: Sequence[Tensor]
     settings: ServerSettings
     server_state: Path | None = None
+    weight: int = 1
 
     @property
     def device(self) -> torch.device:

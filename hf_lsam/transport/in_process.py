@@ -26,8 +26,8 @@ class Aggregator(Protocol):
     def live_workers(self) -> int:
         """n: the number of workers that have joined and not left."""
 
-    def join(self, worker: int) -> None:
-        """Counts `worker` as live."""
+    def join(self, worker: int, weight: int = 1) -> None:
+        """Counts `worker` as live; for its weight see `WorkerSettings`."""
 
     def leave(self, worker: int) -> None:
         """Counts `worker` as gone; what it has pushed stays counted."""
@@ -50,15 +50,16 @@ class InProcessLink(Link):
         worker: this worker's number.
         alone: whether no other link shares the server, and it is on the worker's device: the worker then keeps no copy
             of the anchor.
+        weight: see `WorkerSettings`.
     """
 
-    def __init__(self, core: Aggregator, worker: int = 0, alone: bool = False):
+    def __init__(self, core: Aggregator, worker: int = 0, alone: bool = False, weight: int = 1):
         if alone:
             self.anchor_in_place = core.anchor.vector
         self._core = core
         self._worker = worker
         self._status = LinkStatus()
-        core.join(worker)
+        core.join(worker, weight)
 
     @property
     def can_push(self) -> bool:

@@ -60,6 +60,7 @@ class Join(Message):
     numel: int  # vector length d
     process: int  # a random number by which a server recognises whose pushes it has counted
     fingerprint: bytes  # of the trainable parameters
+    weight: int = 1  # in the mean
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Push(Message):
     """The mailbox holds a push."""
 
     number: int  # which push of this process it is, from 1
-    steps: int  # local steps in it
+    steps: int  # local steps that it counts as
     loss: float  # their mean
     finite: bool  # what the worker found while it wrote the mailbox
 
@@ -168,6 +169,7 @@ class JoinMachine(Message):
     process: int  # a random number of the relay
     live: int  # workers on the machine
     settings: bytes  # SHA-256 of the server settings
+    weight: int  # of them together
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class Live(Message):
     """How many workers are live on the machine."""
 
     workers: int
+    weight: int = 0  # of them together
 
 
 @dataclass(frozen=True)

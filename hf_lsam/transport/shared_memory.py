@@ -79,6 +79,7 @@ class SharedMemoryLink(Link):
         server_timeout: seconds for which the worker continues without a server.
         revive: called before each attempt to find the server again, and with each heartbeat; the worker that owns the
             server restarts it there. Called by both threads.
+        weight: see `WorkerSettings`.
 
     Raises:
         RefusedError: if the server refuses this worker.
@@ -98,9 +99,11 @@ class SharedMemoryLink(Link):
         timeout: float = 600.0,
         server_timeout: float = 120.0,
         revive: Callable[[], None] = lambda: None,
+        weight: int = 1,
     ):
         self._folder = folder
         self._worker = worker
+        self._weight = weight
         self._status = LinkStatus(connected=False)
         self._layout = layout
         self._device = device
@@ -339,7 +342,7 @@ class SharedMemoryLink(Link):
             self._hang_up()
 
     def _join_frame(self) -> Join:
-        return Join(self._worker, self._layout.numel, self.process, self._layout.fingerprint)
+        return Join(self._worker, self._layout.numel, self.process, self._layout.fingerprint, self._weight)
 
     def _join_first(self, server_alive: Callable[[], bool], timeout: float) -> None:
         """Connects and waits for the welcome. An external worker's server may be killed meanwhile and started again."""

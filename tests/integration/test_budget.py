@@ -179,7 +179,7 @@ class Watched(LSAMTrainer):
 fields = dict(num_train_epochs=2, train_sampling_strategy="random", per_device_train_batch_size=[4, 12][RANK])
 trainer = Watched(model=net(), args=arguments(LSAMConfig, OUT / "run", **fields), train_dataset=blobs(64))
 trainer.train()
-report(drawn=trainer.drawn, weight=trainer.worker._algorithm.weight, anchor=trainer.worker.anchor.tolist())
+report(drawn=trainer.drawn, weight=trainer.worker.settings.weight, anchor=trainer.worker.anchor.tolist())
 """
 
 
@@ -201,18 +201,21 @@ torch.manual_seed(0)
 model = Normed()
 optimizer = torch.optim.SGD(model.parameters(), 0.05)
 lsam = LSAM(model, optimizer, output_dir=OUT / "run", num_workers=2, sync_steps=2, batchnorm_batches=3)
-drawn = []
+drawn, refused = [], []
 torch.manual_seed(RANK)
 share = lsam.shard(torch.utils.data.DataLoader(blobs(64), batch_size=[4, 12][RANK], shuffle=True))
 lsam.shard(torch.utils.data.DataLoader(blobs(16), batch_size=8))  # of one size: weighs nothing anew
 with lsam:
+    try:
+        lsam.shard(torch.utils.data.DataLoader(blobs(16), batch_size=[4, 8][RANK]))
+    except RuntimeError as error:
+        refused.append(str(error))
     for _ in range(2):
         for batch in share:
             drawn.append([round(value, 4) for value in batch["x"][:, 0].tolist()])
             lsam.step(lambda: model(**batch))
 with lsam.anchor(share, lambda batch: model(**batch)):
     mean = model.norm.running_mean.tolist()
-refused = []
 for fields, kind in (({"algorithm": "easgd", "coupling_strength": 0.1, "sam_rho": 0}, list), ({}, Stream)):
     other = LSAM(net(), optimizer, num_workers=2, **fields)
     rows = blobs(64).rows if kind is list else Stream(blobs(64))
@@ -221,7 +224,7 @@ for fields, kind in (({"algorithm": "easgd", "coupling_strength": 0.1, "sam_rho"
     except ValueError as error:
         refused.append(str(error))
 report(
-    drawn=drawn, weight=lsam.worker._algorithm.weight, anchor=lsam.worker.anchor.tolist(), mean=mean, refused=refused
+    drawn=drawn, weight=lsam.worker.settings.weight, anchor=lsam.worker.anchor.tolist(), mean=mean, refused=refused
 )
 """
 
@@ -231,7 +234,7 @@ def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_t
     path = write_script(tmp_path / "script.py", PREAMBLE + (BATCHES if kind == "trainer" else LOOP))
     accelerate_launch(path, str(tmp_path), fork=True, PYTHONPATH=PATHS)
     small, large = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    assert (small["weight"], large["weight"]) == (0.5, 1.5)
+    assert (small["weight"], large["weight"]) == (1, 3)
     assert [len(batch) for batch in small["drawn"]] == [4] * 8  # two epochs of as many steps in both
     assert [len(batch) for batch in large["drawn"]] == [12] * 8
     rows = sorted(round(row["x"][0].item(), 4) for row in blobs(64).rows)
@@ -242,7 +245,8 @@ def test_workers_with_batches_of_their_own_size_see_each_row_once_and_weigh_by_t
     if kind == "loop":
         assert small["mean"] == large["mean"]  # of BatchNorm at the anchor, from the same batches
         for each in (small, large):
-            of_easgd, of_a_stream = each["refused"]
+            too_late, of_easgd, of_a_stream = each["refused"]
+            assert "[4, 8] rows a step. How much each counts is settled when it joins" in too_late
             assert "[4, 12] rows a step, but algorithm='easgd' gives every worker the same weight" in of_easgd
             assert "batches have [4, 12] rows. Workers share a stream" in of_a_stream
 

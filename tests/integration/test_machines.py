@@ -160,11 +160,11 @@ def test_a_relay_refuses_what_is_not_finite_and_takes_no_older_anchor():
 def test_a_machine_counts_with_its_workers():
     core = ServerCore(torch.zeros(1), SETTINGS)
     core.join(0)
-    core.count(-1, 3)
+    core.count(-1, 3, 3)
     core.push(torch.ones(1), TAU)
     core.push(torch.ones(1), 2 * TAU, -1)
     assert core.anchor.version == 0
-    core.count(-1, 2)  # one of its three is gone: the period is complete
+    core.count(-1, 2, 2)  # one of its three is gone: the period is complete
     assert core.anchor.version == 1
     assert core.anchor.vector.item() == pytest.approx(2 / (3 * TAU))
 

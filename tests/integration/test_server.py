@@ -74,7 +74,7 @@ def test_movement_that_a_slow_link_held_back_moves_the_anchor_in_full(pushes_mov
     settings = ServerSettings(sync_steps=4, pushes_movement=pushes_movement)
     root = ServerCore(torch.zeros(1), settings)
     for machine in (-1, -2):
-        root.count(machine, 1)
+        root.count(machine, 1, 1)
     for machine in (-1, -2):
         relay = RelayCore(torch.zeros(1), settings)
         relay.join(0)
@@ -199,7 +199,7 @@ def test_a_core_goes_on_from_its_state():
 def test_a_worker_that_comes_back_within_a_period_counts_once(restarted):
     settings = ServerSettings(sync_steps=4, pushes_movement=True)
     core = live_core(2, 1, settings)
-    core.count(-2, 2)
+    core.count(-2, 2, 2)
     core.push(torch.ones(1) * 4, 4, 0)
     core.push(torch.ones(1) * 8, 8, -2)
     if restarted:
@@ -212,7 +212,7 @@ def test_a_worker_that_comes_back_within_a_period_counts_once(restarted):
         core.leave(-2)
     assert core.anchor.version == 0
     core.join(0)
-    core.count(-2, 2)
+    core.count(-2, 2, 2)
     core.push(torch.ones(1) * 4, 4, 1)
     assert (core.anchor.version, core.anchor.vector.item()) == (1, 1.0)  # all four have moved by 1
     core.push(torch.ones(1) * 16, 16, 0)

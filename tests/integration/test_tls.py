@@ -538,7 +538,7 @@ def test_odd_bits_and_wide_integers_survive(listener, node):
     node("machine", listener.address)
     peer = next_peer(listener)
     bits = torch.arange(NUMEL, dtype=torch.int64).mul(2_654_435_761).to(torch.int32)  # NaNs and denormals among them
-    message = JoinMachine(-(2**63), 2**63 - 1, -1, bytes(range(32)))
+    message = JoinMachine(-(2**63), 2**63 - 1, -1, bytes(range(32)), 2**63 - 1)
     peer.post(message, bits.view(torch.float32))
     answer, vector = next_message(peer)
     assert answer == message

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_lsam.algorithms import ServerSettings, WorkerSettings
 from hf_lsam.coupling import drift_slowdown
-from hf_lsam.server.core import ServerCore
+from hf_lsam.server.core import RelayCore, ServerCore
 from hf_lsam.transport.in_process import InProcessLink
 from hf_lsam.worker import Worker
 
@@ -350,14 +350,15 @@ def test_a_coupling_at_every_step_slows_a_steady_drift_by_its_closed_form(coupli
 
 @pytest.mark.parametrize("coupling", ["merge", "decoupled"])
 def test_a_difference_counts_with_the_rows_that_its_worker_has_seen(coupling):
-    def run(weights: list[float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(weights: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         core = ServerCore(torch.zeros(3), ServerSettings(2))
         xs = [nn.Parameter(torch.zeros(3)) for _ in weights]
-        links = [InProcessLink(core, rank) for rank in range(len(weights))]
-        settings = WorkerSettings(2, 1.0 if coupling == "merge" else 0.0, coupling)
-        workers = [Worker([("x", x)], link, settings) for x, link in zip(xs, links, strict=True)]
-        for worker, weight in zip(workers, weights, strict=True):
-            worker.weigh(weight)
+        links = [InProcessLink(core, rank, weight=weight) for rank, weight in enumerate(weights)]
+        strength = 1.0 if coupling == "merge" else 0.0
+        workers = [
+            Worker([("x", x)], link, WorkerSettings(2, strength, coupling, weight=weight))
+            for x, link, weight in zip(xs, links, weights, strict=True)
+        ]
         for _ in range(2):
             for rank, (x, worker) in enumerate(zip(xs, workers, strict=True)):
                 x.data += (rank + 1) * torch.tensor([0.1, 0.2, 0.3])
@@ -367,12 +368,44 @@ def test_a_difference_counts_with_the_rows_that_its_worker_has_seen(coupling):
         return core.anchor.vector.clone(), [x.detach().clone() for x in xs]
 
     move = torch.tensor([0.2, 0.4, 0.6]) if coupling == "merge" else torch.tensor([0.15, 0.3, 0.45])
-    anchor, xs = run([0.5, 1.5])  # of 8 and of 24 rows
-    torch.testing.assert_close(anchor, move * (0.5 * 1 + 1.5 * 2) / 2)
+    anchor, xs = run([1, 3])  # of 8 and of 24 rows
+    torch.testing.assert_close(anchor, move * (1 * 1 + 3 * 2) / 4)
     if coupling == "merge":  # all that was handed in is counted: they hold y
         for x in xs:
             torch.testing.assert_close(x, anchor)
-    torch.testing.assert_close(run([1.0, 1.0])[0], move * 1.5)
+    torch.testing.assert_close(run([1, 1])[0], move * 1.5)
+
+
+@pytest.mark.parametrize("relayed", [False, True])
+def test_where_the_worker_with_most_rows_leaves_the_others_move_the_anchor_as_far_as_they_move(relayed):
+    """The mean is over the rows of those that take part: it was over those of all that had begun."""
+    settings = ServerSettings(TAU, pushes_movement=True)
+    root = ServerCore(torch.zeros(2), settings)
+    cores = [RelayCore(torch.zeros(2), settings) for _ in range(2)] if relayed else [root, root]
+
+    def push(worker: int, movement: float) -> None:
+        weight = (3, 1)[worker]
+        core = cores[worker]
+        core.push(torch.full((2,), weight * TAU * movement), weight * TAU, worker)
+        if isinstance(core, RelayCore):
+            vector, steps, number, _ = core.claim()
+            root.push(vector, steps, -1 - worker)
+            core.answered(number)
+
+    for worker, weight in enumerate((3, 1)):
+        cores[worker].join(worker, weight)
+        if relayed:
+            root.count(-1 - worker, 1, weight)
+    push(1, 1.0)
+    assert root.anchor.version == 0
+    push(0, 2.0)
+    assert root.anchor.vector.tolist() == pytest.approx([(3 * 2 + 1 * 1) / 4] * 2)
+    cores[0].leave(0)
+    if relayed:
+        root.count(-1, 0, 0)
+    push(1, 1.0)
+    assert root.anchor.version == 2
+    assert root.anchor.vector.tolist() == pytest.approx([7 / 4 + 1] * 2)
 
 
 @pytest.mark.parametrize("steps", [TAU, 1])  # a period's, or what a coupled worker has left of one
@@ -401,9 +434,9 @@ def test_workers_that_end_one_after_the_other_move_the_anchor_as_those_do_that_e
 def test_a_worker_that_leaves_without_a_push_in_the_period_completes_it():
     core = ServerCore(torch.zeros(2), ServerSettings(TAU))
     core.join(0)
-    core.count(1000, 2)  # two workers of another machine
+    core.count(1000, 2, 2)  # two workers of another machine
     core.push(torch.ones(2) * TAU, TAU, 0)
-    core.count(1000, 1)
+    core.count(1000, 1, 1)
     assert core.anchor.version == 0
-    core.count(1000, 0)
+    core.count(1000, 0, 0)
     assert (core.anchor.version, core.anchor.vector.tolist()) == (1, [1.0, 1.0])
