@@ -23,7 +23,7 @@ from recipes.common.configuration import parse_configuration
 from recipes.common.progress import add_quiet
 from recipes.common.recipe import load, names
 from recipes.common.results import REPOSITORY, write_json
-from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
+from scripts.common.launches import add_runs, finished, in_folders_of_their_own, make_runs
 from scripts.tools.summarize_results import around, summarize, table, write_between
 
 # The YAML file of the recipe that each method uses, and the changes to it.
@@ -92,7 +92,7 @@ def main() -> None:
     readme = folder / "README.md"
 
     def results(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        runs = [in_folder_of_its_own({"recipe": recipe, **each}, arguments.runs_dir, defaults) for each in planned]
+        runs = in_folders_of_their_own([{"recipe": recipe, **each} for each in planned], arguments.runs_dir)
         return finished(__file__, runs, arguments.quiet, with_trainer=True)
 
     def publish(made: list[dict[str, Any]], name: str) -> None:

@@ -31,7 +31,7 @@ from recipes.common.configuration import parse_configuration
 from recipes.common.progress import add_quiet
 from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
-from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
+from scripts.common.launches import add_runs, finished, in_folders_of_their_own, make_runs
 
 # The paper's settings: 150 epochs, 4 workers, batch 128 each, eta 0.2, rho 0.1, tau 16, lambda0 0.1.
 PAPER = {"epochs": 150, "batch_size": 128, "learning_rate": 0.2, "sam_rho": 0.1, "sync_steps": 16}
@@ -113,7 +113,6 @@ class Runner:
         self._runs_dir = runs_dir
         self._quiet = quiet
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
-        self._defaults = parse_configuration(KEYS, [])
         self.values({})  # so that unknown keys are errors before any time is spent
 
     def values(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +127,16 @@ class Runner:
 
     def results(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         """The results of the runs, in their order; missing runs are made."""
-        runs = []
-        for plan in plans:
-            workers = plan.workers or self.workers
-            values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": workers, "save_model": False}
-            runs.append(in_folder_of_its_own(values, self._runs_dir, self._defaults))
-        return finished(__file__, runs, self._quiet)
+        runs = [
+            {
+                **self.values(plan.settings),
+                "seed": plan.seed,
+                "num_workers": plan.workers or self.workers,
+                "save_model": False,
+            }
+            for plan in plans
+        ]
+        return finished(__file__, in_folders_of_their_own(runs, self._runs_dir), self._quiet)
 
 
 def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int | None = None) -> list[Plan]:

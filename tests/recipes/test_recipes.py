@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,10 @@ from recipes.seq2seq import train as seq2seq
 from recipes.seq2seq.example_data import in_words
 from recipes.sft import train as sft
 from recipes.token_classification import train as token_classification
+from scripts.common.launches import in_folders_of_their_own
+from scripts.common.simulated import SimulatedRuns
 from scripts.experiments.measure_recipe import best_rate
+from scripts.experiments.simulate_scale import Run
 from scripts.tools import write_tables
 from scripts.tools.summarize_results import method_label
 
@@ -659,6 +663,46 @@ def test_there_is_data_to_try_the_recipes_with(tmp_path):
 )
 def test_numbers_in_words(number, words):
     assert in_words(number) == words
+
+
+def test_a_finished_run_is_found_by_all_its_settings_and_what_is_in_its_data(tmp_path):
+    file, folder = tmp_path / "train.csv", tmp_path / "images"
+    folder.mkdir()
+    image = folder / "0.png"
+    file.write_text("text,label\na,x\n")
+    image.write_bytes(b"dark")
+    run = {"train_file": str(file), "data_dir": str(folder), "seed": 0, "output_dir": str(tmp_path / "any")}
+
+    def folder_of(**changes) -> str:
+        (made,) = in_folders_of_their_own([{**run, **changes}], tmp_path)
+        assert made == {**run, **changes, "output_dir": made["output_dir"]}
+        return made["output_dir"]
+
+    first = folder_of()
+    assert folder_of(output_dir=str(tmp_path / "other")) == first
+    others = [first, folder_of(seed=1), folder_of(learning_rate=0.1)]  # were it the default of today, or not
+    file.write_text("text,label\nb,x\n")
+    others.append(folder_of())
+    image.write_bytes(b"light")
+    others.append(folder_of())
+    image.rename(folder / "1.png")
+    others.append(folder_of())
+    assert len({*others}) == len(others)
+    (tmp_path / "elsewhere.csv").write_bytes(file.read_bytes())
+    assert folder_of(train_file=str(tmp_path / "elsewhere.csv")) == others[-1]
+
+
+def test_a_simulated_run_on_other_data_is_made_again(tmp_path):
+    file = tmp_path / "train.csv"
+
+    def simulate(run, data):
+        return {"run": asdict(run), "read": Path(json.loads(data)["train_file"]).read_text()}
+
+    for content in ("one", "two"):
+        file.write_text(content)
+        runs = SimulatedRuns(simulate, str, {}, {"train_file": str(file)}, tmp_path / "runs", processes=1, quiet=True)
+        assert [result["read"] for result in runs.results([Run("LSAM", 1, 1)])] == [content]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 @pytest.mark.parametrize(("metric", "best"), [("loss", 0.1), ("f1", 0.2)])
