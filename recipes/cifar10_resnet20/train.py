@@ -42,6 +42,7 @@ from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_stati
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
 from recipes.cifar10_resnet20.methods import METHODS, Asynchronous, DataParallel
+from recipes.common.arguments import pick
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_batches import Batches, channel_statistics
 from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
@@ -341,6 +342,7 @@ class ImageRun:
             self.method.log_points(curves)
         if self.values["save_model"]:
             save_model(self.model, str(self.output_dir / "model.safetensors"))
+        held_out = pick(ImageDataArguments, self.values).held_out_shares
         rates = (worker["steps"] * self.values["batch_size"] / worker["seconds"] for worker in workers)
         results = {
             "method": self.values["method"],
@@ -349,7 +351,7 @@ class ImageRun:
             "steps_per_worker": self.steps,
             "train_images": len(self.images.train_labels),
             "eval_images": len(self.images.eval_labels),
-            "evaluated_on": "validation split" if self.values["validation_fraction"] else "test split",
+            "evaluated_on": "validation split" if held_out else "test split",
             "accuracy": curves[-1]["accuracy"],
             "eval_loss": curves[-1]["loss"],
             "seconds": seconds,

@@ -87,7 +87,6 @@ def main() -> None:
     if not hasattr(load(arguments.recipe), "TRAINERS"):
         parser.error(f"{arguments.recipe} does not train through Trainer; reproduce.py compares its methods")
     recipe, rates = arguments.recipe, arguments.learning_rates
-    defaults = parse_configuration(load(recipe).KEYS, [])
     folder = arguments.output_dir or REPOSITORY / "recipes" / recipe
     readme = folder / "README.md"
 
@@ -107,9 +106,8 @@ def main() -> None:
             around(readme, name)  # so that a missing marker is an error now and not an hour later
     methods = configurations(recipe, words)
     if rates:
-        held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}
         seeds = range(TRIAL_SEED, TRIAL_SEED + arguments.trial_seeds)
-        trials = [{**held_out, "learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
+        trials = [{"tuning": True, "learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
         made = results([{**method, **trial} for method in methods for trial in trials])
         publish(made, "trials")
         for index, method in enumerate(methods):

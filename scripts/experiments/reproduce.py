@@ -64,7 +64,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 SEEDS = {"paper": 5, "gpu": 3, "cpu": 2, "smoke": 1}
 SEEDS_OF_METHODS = {**SEEDS, "cpu": 3}
 WORKERS = {"paper": 4, "gpu": 4, "cpu": 4, "smoke": 2}
-VALIDATION = {"validation_fraction": 0.1}
+TUNING = {"tuning": True}
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,12 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
     def stage(candidates: dict[str, list[dict[str, float]]]) -> None:
         plans = [
-            Plan(method, {**settings, **VALIDATION, "method": method, "eval_points": 1}, seed=100)
+            Plan(method, {**settings, **TUNING, "method": method, "eval_points": 1}, seed=100)
             for method, several in candidates.items()
             for settings in several
         ]
         for plan, result in zip(plans, runner.results(plans), strict=True):
-            own = {k: v for k, v in plan.settings.items() if k not in ("method", "eval_points", *VALIDATION)}
+            own = {k: v for k, v in plan.settings.items() if k not in ("method", "eval_points", *TUNING)}
             trials.append({"method": plan.label, "settings": own, "validation_accuracy": result["accuracy"]})
         for method in candidates:
             best = max((t for t in trials if t["method"] == method), key=lambda t: t["validation_accuracy"])
@@ -266,7 +266,7 @@ def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
 
 def open_choices(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
-    lsam = {**runner.tuned("lsam"), "method": "lsam", **VALIDATION}
+    lsam = {**runner.tuned("lsam"), "method": "lsam", **TUNING}
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5}
     plans = []
     for label, settings in {

@@ -136,11 +136,12 @@ def test_a_worker_alone_and_a_slow_one(tmp_path, data):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_validation_never_reads_the_test_split(tmp_path, data):
-    settings = {**data, "eval_file": None, "validation_fraction": 0.25}
-    words = {key: value for key, value in settings.items() if value is not None}
-    results = run(values_of(**words, **TINY, method="ddp", epochs=1, output_dir=tmp_path / "out"))
-    assert (results["evaluated_on"], results["eval_images"], results["train_images"]) == ("validation split", 24, 72)
+@pytest.mark.parametrize(("key", "value", "held_out"), [("validation_fraction", 0.25, 24), ("tuning", True, 10)])
+def test_validation_never_reads_the_test_split(tmp_path, data, key, value, held_out):
+    settings = {**data, "eval_file": tmp_path / "missing.parquet", key: value}
+    results = run(values_of(**settings, **TINY, method="ddp", epochs=1, output_dir=tmp_path / "out"))
+    assert results["evaluated_on"] == "validation split"
+    assert (results["eval_images"], results["train_images"]) == (held_out, 96 - held_out)
 
 
 @pytest.mark.parametrize(
