@@ -121,9 +121,9 @@ class Runner:
         return parse_configuration(KEYS, words)
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """The settings that the experiment `methods` has chosen; empty if it has not been run."""
+        """The settings that the experiment `methods` has chosen; empty if it has not been run with this method."""
         path = self.output_dir / "methods.json"
-        return json.loads(path.read_text())["chosen"][method] if path.exists() else {}
+        return json.loads(path.read_text())["chosen"].get(method, {}) if path.exists() else {}
 
     def results(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         """The results of the runs, in their order; missing runs are made."""
@@ -171,7 +171,7 @@ def async_vs_sync(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     slow = {"slow_worker": 1, "slow_factor": 1.0}
     plans = []
     for label, settings in {
-        "LSAM, tau = 16": {**runner.tuned("lsam"), "method": "lsam"},
+        "LSAM, tau = 16": {**runner.tuned("lsam"), "method": "lsam", "sync_steps": 16},
         "data-parallel SAM": {**runner.tuned("ddp_sam"), "method": "ddp_sam"},
     }.items():
         plans += of_seeds(runner, label, {**settings, **common}, workers=2)
@@ -266,7 +266,8 @@ def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
 
 def open_choices(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
-    lsam = {**runner.tuned("lsam"), "method": "lsam", **TUNING}
+    # The coupling strength that trials have chosen gives way to the default, with which all others are compared.
+    lsam = {**runner.tuned("lsam"), "method": "lsam", "coupling_strength": 1.0, **TUNING}
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5}
     plans = []
     for label, settings in {

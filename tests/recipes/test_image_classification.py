@@ -18,7 +18,7 @@ from recipes.cifar10_resnet20.methods import METHODS
 from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
-from scripts.experiments import simulate_images
+from scripts.experiments import reproduce, simulate_images
 from scripts.tools.gains import Gains
 
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
@@ -184,7 +184,7 @@ def test_there_is_a_recipe_for_each_set_model_and_method():
     assert len(IMAGE_RECIPES) == 3 * 3 * len(METHODS) + 1  # and LSAM as in the paper
 
 
-def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
+def run_experiment(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
     words += ("--budget", "smoke", "--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables"))
     words += tuple(f"--{key}={value}" for key, value in data.items())
     done = run_script(ROOT / "scripts/experiments/reproduce.py", experiment, *words)
@@ -197,7 +197,7 @@ def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
 def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path, data):
     compared = ("lsam", "ddp_sam")
     words = ("--methods", *compared, "--epochs=1")
-    report = reproduce(tmp_path, data, "methods", *words)
+    report = run_experiment(tmp_path, data, "methods", *words)
     trials = [trial["method"] for trial in report["trials"]]
     assert {method: trials.count(method) for method in trials} == dict.fromkeys(compared, 5)
     assert report["chosen"].keys() == set(compared)
@@ -210,9 +210,29 @@ def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path,
     # Not one of the trials: asynchronous workers end elsewhere the second time, and another setting may be chosen.
     lost = next(path for path in finished if json.loads(path.read_text())["evaluated_on"] == "test split")
     lost.unlink()
-    again = reproduce(tmp_path, data, "methods", *words)
+    again = run_experiment(tmp_path, data, "methods", *words)
     assert [run["settings"] for run in again["runs"]] == [run["settings"] for run in report["runs"]]
     assert {path for path, time in finished.items() if path.stat().st_mtime_ns != time} == {lost}
+
+
+class Planned(reproduce.Runner):
+    """Only plans: what its runs would reach decides nothing here."""
+
+    def results(self, plans):
+        return [{"accuracy": 0.5, "points": []} for _ in plans]
+
+
+@pytest.mark.parametrize("experiment", [reproduce.async_vs_sync, reproduce.sync_interval, reproduce.open_choices])
+def test_runs_are_what_their_labels_say_whatever_trials_have_chosen(tmp_path, experiment):
+    (tmp_path / "methods.json").write_text(json.dumps({"chosen": {"lsam": {"coupling_strength": 0.5}}}))  # only of lsam
+    runner = Planned("smoke", [], tmp_path / "runs", tmp_path)
+    for plan in experiment(runner)[0]:
+        values = runner.values(plan.settings)
+        for name, key in (("tau", "sync_steps"), ("lambda0", "coupling_strength")):
+            if said := re.search(rf"\b{name} = ([\d.]+)", plan.label):
+                assert values[key] == float(said[1]), plan.label
+        if experiment is reproduce.open_choices and "lambda0" not in plan.label:
+            assert values["coupling_strength"] == 1, plan.label
 
 
 # --- simulated ---
