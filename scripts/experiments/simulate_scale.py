@@ -351,7 +351,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_quiet(parser)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--most_workers", type=int, default=WORKERS[-1], help="leave out the larger numbers of workers")
+    parser.add_argument(
+        "--most_workers",
+        type=int,
+        choices=[n for n in WORKERS if n >= MANY],  # which the other questions are about
+        default=WORKERS[-1],
+        help="leave out the larger numbers of workers",
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_scale")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_scale/tables")
