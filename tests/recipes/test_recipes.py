@@ -613,6 +613,16 @@ def test_records_of_every_kind_of_file(tmp_path):
         assert sorted([*train["text.fr"], *held_out["text.fr"]]) == [f"f{n}" for n in range(6)]
 
 
+def test_any_row_may_have_more_and_0_is_something_and_texts_may_be_long(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"a": 0}, {"a": 1, "b": "x"}, {"a": 0, "b": "y"}])
+    assert list(read_records(RecordArguments(train_file=str(path)), {"key": "a"})[0]["a"]) == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"1 of 3 rows have nothing in column `b`, the first is row 1"):
+        read_records(RecordArguments(train_file=str(path)), {"key": "b"})
+    text = "x" * 200_000
+    (tmp_path / "long.csv").write_text(f"a\n{text}\n")
+    assert read_records(RecordArguments(train_file=str(tmp_path / "long.csv")), {"key": "a"})[0]["a"][:] == [text]
+
+
 def test_bad_records_are_errors(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"a": "x"}, {"a": ""}])
     for column, message in (
@@ -621,6 +631,13 @@ def test_bad_records_are_errors(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_records(RecordArguments(train_file=str(path)), {"key": column})
+    path = tmp_path / "unlabelled.parquet"  # as a test split of the Hub may be
+    Dataset.from_dict({"a": [0, -1]}, features=Features({"a": ClassLabel(names=["x", "y"])})).to_parquet(path)
+    with pytest.raises(ValueError, match=r"1 of 2 rows have nothing in column `a`, the first is row 2"):
+        read_records(RecordArguments(train_file=str(path)), {"key": "a"})
+    path = write_lines(tmp_path / "kinds.jsonl", [{"a": "x"}, {"a": 1}])
+    with pytest.raises(ValueError, match=r"kinds\.jsonl has a column with values of several kinds"):
+        read_records(RecordArguments(train_file=str(path)), {"key": "a"})
     path = write_lines(tmp_path / "one.jsonl", [{"a": "x"}])
     with pytest.raises(ValueError, match="would hold out 0 of 1 records, which leaves one side empty"):
         load_records(RecordArguments(train_file=str(path)), {"key": "a"})
