@@ -344,6 +344,22 @@ def test_causal_lm_by_the_other_methods(tmp_path, text, method):
     assert results["eval_loss"] < results["eval_loss_before"]
 
 
+@pytest.mark.parametrize("method", ["lsam", "ddp"])
+def test_a_resumed_run_says_from_where_it_took_its_time(tmp_path, text, method):
+    values = {"train_file": text, "block_size": 32, "model_config": LLAMA, "save_strategy": "steps", "save_steps": 2}
+    whole = start("causal_lm", method, tmp_path / "out", **values, resume_from_checkpoint=False)
+    assert whole["resumed_at_step"] == 0
+    resumed = start(
+        "causal_lm", method, tmp_path / "out", **values, resume_from_checkpoint=tmp_path / "out/checkpoint-2"
+    )
+    assert resumed["resumed_at_step"] == 2
+    assert resumed["train_runtime_s"] > 0
+    assert (
+        f"{resumed['train_runtime_s']:.0f} s, since it was resumed at step 2"
+        in (tmp_path / "out/README.md").read_text()
+    )
+
+
 @pytest.mark.parametrize(("recipe", "method"), [("seq2seq", "lsam"), ("sft", "ddp")])
 def test_any_trainer_takes_the_optimizer_of_nesterovs_rule(tmp_path, recipe, method):
     values = recipes.load(recipe, "smoke").smoke(tmp_path)
