@@ -237,19 +237,20 @@ def _size(images: Tensor) -> str:
 
 
 def scale(images: Tensor, size: int) -> Tensor:
-    """Scales the images' central squares to `size` pixels a side, bilinear and antialiased.
+    """Scales the images to `size` pixels on the shorter side, bilinear and antialiased, and then takes their central
+    squares: the order and the rounding are those of transformers' image processors.
 
     Args:
         images: uint8 [N, 3, H, W].
     """
     height, width = images.shape[-2:]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[..., top : top + side, left : left + side]
-    if side == size:
-        return square.contiguous()
-    scaled = F.interpolate(square.float(), size=(size, size), mode="bilinear", antialias=True)
-    return scaled.round_().clamp_(0, 255).to(torch.uint8)
+    if side != size:
+        height, width = int(size * height / side), int(size * width / side)
+        scaled = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
+        images = scaled.round_().clamp_(0, 255).to(torch.uint8)
+    top, left = (height - size) // 2, (width - size) // 2
+    return images[..., top : top + size, left : left + size].contiguous()
 
 
 # --- images as arrays: CIFAR and SVHN ---

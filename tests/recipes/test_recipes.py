@@ -35,6 +35,8 @@ from hf_lsam.card import facts_of_run
 from recipes.causal_lm import train as causal_lm
 from recipes.common import recipe as recipes
 from recipes.common.configuration import parse_configuration
+from recipes.common.image_batches import normalize
+from recipes.common.image_data import scale
 from recipes.common.methods import METHODS, training_arguments
 from recipes.common.models import byte_tokenizer, load_model
 from recipes.common.records import RecordArguments, load_records, read_records
@@ -578,6 +580,16 @@ def test_a_vit_from_scratch(tmp_path, images):
     files = sorted((images / "test").glob("*/*.png"))
     found = [classify(Image.open(file))[0]["label"] == file.parent.name for file in files]
     assert np.mean(found) == pytest.approx(results["eval_accuracy"], abs=0.1)  # its resizing is not the same
+
+
+@pytest.mark.parametrize("shape", [(100, 149), (149, 100), (47, 90), (20, 31)])
+def test_what_is_saved_prepares_images_as_evaluation_does(shape):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)
+    photo = Image.fromarray(noise).resize(shape[::-1], Image.Resampling.BICUBIC)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    saved = image_classification.image_processor((24, 24), mean, std)(photo, return_tensors="pt")["pixel_values"]
+    evaluated = normalize(scale(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None], 24), mean, std)
+    torch.testing.assert_close(saved, evaluated, atol=1.01 / 255 / 0.2, rtol=0)  # one level of the pixels
 
 
 def test_a_network_of_timm_begins_as_timm_makes_it(tmp_path, images):
