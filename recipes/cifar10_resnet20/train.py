@@ -121,10 +121,22 @@ def check(values: dict[str, Any], identity: Identity) -> None:
             "others. Take it out."
         )
     identity.require_workers(values["num_workers"])
+    algorithm = METHODS[values["method"]]["algorithm"]
+    if values["algorithm"] not in (algorithm, LSAMArguments.algorithm):
+        raise ValueError(
+            f"algorithm={values['algorithm']} would have no effect: method {values['method']} decides. Take it out, or "
+            f"set method to {values['algorithm']}."
+        )
     if values["sam_ascent_fraction"] != 1.0:
         raise ValueError("sam_ascent_fraction is for LSAMTrainer; here pass 1 takes the whole batch. Set it to 1.")
-    if values["method"] in ("ddp_sam", "ddp") and values["sam_interval"] != 1:
-        raise ValueError(f"method {values['method']} perturbs at every step or never. Set sam_interval to 1.")
+    if values["landscape_points"] != 0:
+        raise ValueError("landscape_points is for LSAMTrainer; here nothing would be measured. Set it to 0.")
+    for key, only in (("sam_interval", 1), ("sam_direction", "gradient")):
+        if values["method"] != "lsam" and values[key] != only:
+            raise ValueError(
+                f"method {values['method']} perturbs along the gradient at every step, or never: {key}={values[key]} "
+                f"would have no effect. Set {key} to {only}, or use method lsam."
+            )
 
 
 def pick_device(identity: Identity, use_cpu: bool) -> torch.device:

@@ -152,13 +152,20 @@ def test_validation_never_reads_the_test_split(tmp_path, data, key, value, held_
         ({"num_workers": 3}, "num_workers=3, but 1 were started"),
         ({"lr_schedule": "linear"}, "`lr_schedule` must be one of cosine, constant"),
         ({"sam_ascent_fraction": 0.5}, "sam_ascent_fraction is for LSAMTrainer"),
+        ({"landscape_points": 17}, "landscape_points is for LSAMTrainer"),
+        ({"method": "lsam", "algorithm": "easgd"}, "algorithm=easgd would have no effect.*set method to easgd"),
+        ({"method": "ddp", "algorithm": "lsgd"}, "algorithm=lsgd would have no effect: method ddp decides"),
         ({"method": "ddp_sam", "sam_interval": 2}, "Set sam_interval to 1"),
+        (
+            {"method": "ddp_sam", "sam_direction": "momentum"},
+            "sam_direction=momentum would.*Set sam_direction to gradient",
+        ),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
     ],
 )
 def test_what_cannot_be_done_is_said_first(tmp_path, data, settings, message):
     with pytest.raises(ValueError, match=message):
-        run(values_of(**{**data, **TINY, **settings}, output_dir=tmp_path / "out"))
+        run(values_of(**{**data, **TINY, "epochs": 1, **settings}, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
