@@ -19,6 +19,7 @@ from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
 from scripts.experiments import reproduce, simulate_images
+from scripts.tools import gains
 from scripts.tools.gains import Gains
 
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
@@ -289,6 +290,13 @@ def test_the_figure_of_the_clock_says_what_the_readme_does(tmp_path):
     assert len(seconds) == 2 * len(simulate_images.CLUSTERS)
     readme = (ROOT / "README.md").read_text()
     assert all(f"{each}, " in readme for each in seconds)
+
+
+def test_the_table_of_gains_counts_the_seeds_of_the_recipes(monkeypatch):
+    fewer = {folder: gains.measured(folder) for folder in gains.RECIPES}
+    fewer["sft"][0]["runs"].pop()
+    monkeypatch.setattr(gains, "measured", fewer.get)
+    assert ", 2 or 3 of the recipes, " in Gains().whole()
 
 
 def test_a_simulation_is_held_against_two_processes(tmp_path, data):
