@@ -42,6 +42,7 @@ from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_stati
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
 from recipes.cifar10_resnet20.methods import METHODS, Asynchronous, DataParallel
+from recipes.common.arguments import pick
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_batches import Batches, channel_statistics
 from recipes.common.image_data import ImageDataArguments, ImageSet, load_images
@@ -120,10 +121,22 @@ def check(values: dict[str, Any], identity: Identity) -> None:
             "others. Take it out."
         )
     identity.require_workers(values["num_workers"])
+    algorithm = METHODS[values["method"]]["algorithm"]
+    if values["algorithm"] not in (algorithm, LSAMArguments.algorithm):
+        raise ValueError(
+            f"algorithm={values['algorithm']} would have no effect: method {values['method']} decides. Take it out, or "
+            f"set method to {values['algorithm']}."
+        )
     if values["sam_ascent_fraction"] != 1.0:
         raise ValueError("sam_ascent_fraction is for LSAMTrainer; here pass 1 takes the whole batch. Set it to 1.")
-    if values["method"] in ("ddp_sam", "ddp") and values["sam_interval"] != 1:
-        raise ValueError(f"method {values['method']} perturbs at every step or never. Set sam_interval to 1.")
+    if values["landscape_points"] != 0:
+        raise ValueError("landscape_points is for LSAMTrainer; here nothing would be measured. Set it to 0.")
+    for key, only in (("sam_interval", 1), ("sam_direction", "gradient")):
+        if values["method"] != "lsam" and values[key] != only:
+            raise ValueError(
+                f"method {values['method']} perturbs along the gradient at every step, or never: {key}={values[key]} "
+                f"would have no effect. Set {key} to {only}, or use method lsam."
+            )
 
 
 def pick_device(identity: Identity, use_cpu: bool) -> torch.device:
@@ -341,6 +354,7 @@ class ImageRun:
             self.method.log_points(curves)
         if self.values["save_model"]:
             save_model(self.model, str(self.output_dir / "model.safetensors"))
+        held_out = pick(ImageDataArguments, self.values).held_out_shares
         rates = (worker["steps"] * self.values["batch_size"] / worker["seconds"] for worker in workers)
         results = {
             "method": self.values["method"],
@@ -349,7 +363,7 @@ class ImageRun:
             "steps_per_worker": self.steps,
             "train_images": len(self.images.train_labels),
             "eval_images": len(self.images.eval_labels),
-            "evaluated_on": "validation split" if self.values["validation_fraction"] else "test split",
+            "evaluated_on": "validation split" if held_out else "test split",
             "accuracy": curves[-1]["accuracy"],
             "eval_loss": curves[-1]["loss"],
             "seconds": seconds,

@@ -40,10 +40,18 @@ class StepProgress(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Measures each step from its beginning to its end; on a GPU without synchronising."""
+    """Measures each step from its beginning to its end; on a GPU without synchronising.
+
+    Attributes:
+        resumed_at: the steps that had been made before training began, in a run that was resumed; otherwise 0.
+        logged_before: the entries that the log had then.
+    """
 
     def __init__(self):
         self._steps: list[tuple[Any, Any]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.resumed_at, self.logged_before = state.global_step, len(state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begin = self._now(args.device)

@@ -65,11 +65,13 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     steps = ", ".join(map(str, results["steps_per_worker"]))
     seconds = ", ".join(f"{median:.3f}" for median in results["median_step_s"])
     where = "at the anchor" if asynchronous else "after"
+    resumed = results.get("resumed_at_step")
+    since = f", since it was resumed at step {resumed}" if resumed else ""
     key, name = f"eval_{results['metric']}", titled(results["metric"])
     rows = [
         ("Method", results["method"]),
         ("Workers", f"{workers} on {results['device']}; steps {steps}; median step {seconds} s"),
-        ("Training time", f"{results['train_runtime_s']:.0f} s"),
+        ("Training time", f"{results['train_runtime_s']:.0f} s{since}"),
         ("Trained parameters", f"{results['trainable_parameters']:,}"),
         ("Held-out examples", f"{results['eval_examples']:,}"),
         (f"{name} before", f"{results[f'{key}_before']:.4f}"),

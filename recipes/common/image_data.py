@@ -34,6 +34,7 @@ SOURCES = {
     "folder": ("data_dir",),
     "hub": ("dataset_name",),
 }
+TUNING_SHARE = 0.1  # what `tuning` holds out where there is no validation_fraction
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -60,7 +61,17 @@ class ImageDataArguments:
         default=0.0,
         metadata={"help": "Evaluate on this part of the training split, held out; the test split is not even read."},
     )
+    tuning: bool = field(
+        default=False,
+        metadata={"help": "Hold out a part of what is trained on instead: choose settings, evaluation images unseen."},
+    )
     data_seed: int = field(default=0, metadata={"help": "Seed of these choices; the run's own seed leaves them alone."})
+
+    @property
+    def held_out_shares(self) -> list[float]:
+        """The shares of the training split that are held out, each of what the one before has left; the last is
+        evaluated on. If there are none, the test split is."""
+        return [self.validation_fraction or TUNING_SHARE] * ((self.validation_fraction > 0) + self.tuning)
 
 
 @dataclass(frozen=True)
@@ -107,18 +118,18 @@ def load_images(args: ImageDataArguments) -> ImageSet:
     names = names or sorted(set(train.labels), key=natural_order)
     train_labels = _number(train, names)
     chosen = _stratified(train_labels, args.data_seed)
-    if held_out is None:
-        held = round(args.validation_fraction * len(chosen))
+    if held_out is not None:
+        eval_labels = _number(held_out, names)
+        eval_chosen = _stratified(eval_labels, args.data_seed)
+    for share in args.held_out_shares:
+        held = round(share * len(chosen))
         if not 1 <= held < len(chosen):
             raise ValueError(
-                f"validation_fraction={args.validation_fraction:g} would hold out {held} of {len(chosen)} images of "
-                f"{train.source}, which leaves one side empty. Give more images or another fraction."
+                f"validation_fraction={share:g} would hold out {held} of {len(chosen)} images of {train.source}, which "
+                "leaves one side empty. Give more images or another fraction."
             )
         held_out, eval_labels = train, train_labels
         eval_chosen, chosen = chosen[:held], chosen[held:]
-    else:
-        eval_labels = _number(held_out, names)
-        eval_chosen = _stratified(eval_labels, args.data_seed)
     train_chosen = sorted(chosen[: args.max_train_images])
     eval_chosen = sorted(eval_chosen[: args.max_eval_images])
     images = _decode(train, train_chosen, args.image_size)
@@ -226,19 +237,20 @@ def _size(images: Tensor) -> str:
 
 
 def scale(images: Tensor, size: int) -> Tensor:
-    """Scales the images' central squares to `size` pixels a side, bilinear and antialiased.
+    """Scales the images to `size` pixels on the shorter side, bilinear and antialiased, and then takes their central
+    squares: the order and the rounding are those of transformers' image processors.
 
     Args:
         images: uint8 [N, 3, H, W].
     """
     height, width = images.shape[-2:]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[..., top : top + side, left : left + side]
-    if side == size:
-        return square.contiguous()
-    scaled = F.interpolate(square.float(), size=(size, size), mode="bilinear", antialias=True)
-    return scaled.round_().clamp_(0, 255).to(torch.uint8)
+    if side != size:
+        height, width = int(size * height / side), int(size * width / side)
+        scaled = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
+        images = scaled.round_().clamp_(0, 255).to(torch.uint8)
+    top, left = (height - size) // 2, (width - size) // 2
+    return images[..., top : top + size, left : left + size].contiguous()
 
 
 # --- images as arrays: CIFAR and SVHN ---
@@ -281,7 +293,7 @@ CIFAR = {
 
 def _cifar(args: ImageDataArguments) -> tuple[Split, Split | None, list[str]]:
     layout = CIFAR[args.dataset]
-    test = () if args.validation_fraction else (layout.test,)
+    test = () if args.held_out_shares else (layout.test,)
     contents = _cifar_files(args, (layout.meta, *layout.train, *test))
     try:
         names = contents[layout.meta].get(layout.names)
@@ -352,7 +364,7 @@ def _of_array(source: str, images: Tensor, labels: list[str]) -> Split:
 def _svhn(args: ImageDataArguments) -> tuple[Split, Split | None, list[str]]:
     place = _place(args)
     train = _svhn_split(args, place / "train_32x32.mat")
-    test = None if args.validation_fraction else _svhn_split(args, place / "test_32x32.mat")
+    test = None if args.held_out_shares else _svhn_split(args, place / "test_32x32.mat")
     return train, test, [str(digit) for digit in range(10)]
 
 
@@ -379,7 +391,7 @@ def _svhn_split(args: ImageDataArguments, path: Path) -> Split:
 
 def _parquet(args: ImageDataArguments) -> tuple[Split, Split | None, list[str] | None]:
     train, names = _parquet_split(args, _parquet_files(args, "train_file", ("train",)))
-    if args.validation_fraction:
+    if args.held_out_shares:
         return train, None, names
     held_out, _ = _parquet_split(args, _parquet_files(args, "eval_file", ("test", "val")))
     return train, held_out, names
@@ -430,7 +442,7 @@ def _hub(args: ImageDataArguments) -> tuple[Split, Split | None, list[str] | Non
     with fetching("dataset_name", args.dataset_name):
         splits = load_dataset(resolve(args.dataset_name))
     train, names = _hub_split(args, splits, "train_split")
-    return train, None if args.validation_fraction else _hub_split(args, splits, "eval_split")[0], names
+    return train, None if args.held_out_shares else _hub_split(args, splits, "eval_split")[0], names
 
 
 def _hub_split(args: ImageDataArguments, splits: dict[str, Any], key: str) -> tuple[Split, list[str] | None]:
@@ -488,7 +500,7 @@ def _of_cells(source: str, labels: list[str], cells: Callable[[list[int]], list]
 def _folder(args: ImageDataArguments) -> tuple[Split, Split | None, list[str]]:
     place = _place(args)
     train, names = _folder_split(place / "train")
-    if args.validation_fraction:
+    if args.held_out_shares:
         return train, None, names
     found = [place / name for name in ("test", "val", "validation") if (place / name).is_dir()]
     return train, _folder_split(found[0] if found else place / "test")[0], names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -69,12 +69,6 @@ def track(items: Sequence[Item], what: str, quiet: bool = False) -> Iterator[Ite
         for item in items:
             yield item
             progress.advance()
-
-
-def pairs(first: Iterable, second: Iterable) -> list[tuple]:
-    """All pairs, with the second item varying faster: two nested loops as a single one that can be tracked."""
-    second = list(second)
-    return [(one, other) for one in first for other in second]
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from recipes.common.configuration import fetching, resolve
 
@@ -21,7 +22,7 @@ class RecordArguments:
 
     train_file: str | None = field(
         default=None,
-        metadata={"help": "CSV, TSV, JSON or JSON-lines file; package://PACKAGE/PATH names one of a package."},
+        metadata={"help": "CSV, TSV, JSON, JSON-lines or parquet file; package://PACKAGE/PATH names one of a package."},
     )
     validation_file: str | None = field(default=None, metadata={"help": "File of held-out examples, as train_file."})
     file_encoding: str = field(default="utf-8-sig", metadata={"help": "Character encoding of the files."})
@@ -46,7 +47,7 @@ class RecordArguments:
 # --- one file ---
 
 
-def read_text(name: str, encoding: str) -> tuple[Path, str]:
+def _read_text(name: str, encoding: str) -> tuple[Path, str]:
     """The path of a file and its text.
 
     Raises:
@@ -63,7 +64,7 @@ def read_text(name: str, encoding: str) -> tuple[Path, str]:
         ) from error
 
 
-def parse_rows(path: Path, text: str) -> tuple[list[dict], list[str]]:
+def _parse_rows(path: Path, text: str) -> tuple[list[dict], list[str]]:
     """The rows of a CSV, TSV, JSON or JSON-lines file, and its columns.
 
     Raises:
@@ -73,6 +74,7 @@ def parse_rows(path: Path, text: str) -> tuple[list[dict], list[str]]:
     try:
         if suffix in (".csv", ".tsv"):
             delimiter = "\t" if suffix == ".tsv" else ","
+            csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long text is no error
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
             rows = list(reader)
             wide = next((number for number, row in enumerate(rows, 1) if None in row), None)
@@ -93,16 +95,23 @@ def parse_rows(path: Path, text: str) -> tuple[list[dict], list[str]]:
 def _read_file(name: str, args: RecordArguments) -> Dataset:
     if Path(name).suffix.lower() == ".parquet" and Path(resolve(name)).is_file():
         return Dataset(pyarrow.parquet.read_table(resolve(name)))
-    path, text = read_text(name, args.file_encoding)
+    path, text = _read_text(name, args.file_encoding)
     if path.suffix.lower() == ".txt":
         return Dataset.from_dict({"text": [text] if text.strip() else []})
-    return Dataset.from_list(parse_rows(path, text)[0])
+    rows, columns = _parse_rows(path, text)
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"{path} has a column with values of several kinds: {error}. Give each column one kind, for example "
+            "strings, also where they are numbers."
+        ) from error
 
 
 # --- training and held-out records ---
 
 
-def load_splits(args: RecordArguments) -> tuple[Dataset, Dataset | None]:
+def _load_splits(args: RecordArguments) -> tuple[Dataset, Dataset | None]:
     """The training split and the held-out split of `dataset_name`; the latter is None if there is none.
 
     Raises:
@@ -129,10 +138,11 @@ def load_splits(args: RecordArguments) -> tuple[Dataset, Dataset | None]:
     return splits[args.train_split], held_out
 
 
-def refuse_two_sources(args: RecordArguments) -> None:
-    """Raises ValueError if both a file and a data set are given."""
-    if args.dataset_name:
-        raise ValueError("Both train_file and dataset_name are given, and only one can be trained on. Drop one.")
+def sources_of(args: RecordArguments) -> tuple[str, str]:
+    """Where the training records and the held-out ones come from, for messages."""
+    if args.train_file:
+        return args.train_file, args.validation_file or ""
+    return f"{args.dataset_name} (split {args.train_split})", f"{args.dataset_name} (split {args.validation_split})"
 
 
 def read_records(
@@ -149,15 +159,15 @@ def read_records(
             remedy.
     """
     if args.train_file:
-        refuse_two_sources(args)
+        if args.dataset_name:
+            raise ValueError("Both train_file and dataset_name are given, and only one can be trained on. Drop one.")
         train = _read_file(args.train_file, args)
         held_out = _read_file(args.validation_file, args) if args.validation_file else None
-        sources = args.train_file, args.validation_file
     else:
-        train, held_out = load_splits(args)
-        sources = f"{args.dataset_name} ({args.train_split})", f"{args.dataset_name} ({args.validation_split})"
-    train = _checked(train, sources[0], columns, may_be_empty)
-    return train, None if held_out is None else _checked(held_out, sources[1], columns, may_be_empty)
+        train, held_out = _load_splits(args)
+    train_source, held_out_source = sources_of(args)
+    train = _checked(train, train_source, columns, may_be_empty)
+    return train, None if held_out is None else _checked(held_out, held_out_source, columns, may_be_empty)
 
 
 def _checked(records: Dataset, source: str, columns: Mapping[str, str], may_be_empty: bool) -> Dataset:
@@ -171,13 +181,19 @@ def _checked(records: Dataset, source: str, columns: Mapping[str, str], may_be_e
                 f"{source} has no column `{column}`; its columns are {', '.join(map(repr, records.column_names))}. Set "
                 f"{key} to one of them."
             )
-        missing = [] if may_be_empty else [n for n, value in enumerate(records[column], 1) if not value]
-        if missing:
+        named = isinstance(records.features[column], ClassLabel)
+        missing = [n for n, value in enumerate(records[column], 1) if _is_nothing(value) or (named and value < 0)]
+        if missing and not may_be_empty:
             raise ValueError(
                 f"{source}: {len(missing)} of {len(records)} rows have nothing in column `{column}`, the first is row "
                 f"{missing[0]}. Fill them in or take them out."
             )
     return records.select_columns(list(columns.values()))
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether there is nothing in a cell; 0 and False are something."""
+    return not value.strip() if isinstance(value, str) else value is None or value in ([], {})
 
 
 def held_out_size(args: RecordArguments, available: int, what: str) -> int:

@@ -55,9 +55,9 @@ def measured_run(
         args.eval_on_start = True
     elif args.process_index == 0:
         evaluated = [{"step": 0, **trainer.evaluate()}]
-    resume: str | bool | None = args.resume_from_checkpoint  # a field of text, which "true" is as well
-    if str(resume).lower() == "true":
-        resume = any(Path(args.output_dir).glob("checkpoint-*"))
+    resume: str | bool | None = args.resume_from_checkpoint  # a field of text, as which true and false arrive too
+    if str(resume).lower() in ("true", "false"):
+        resume = str(resume).lower() == "true" and any(Path(args.output_dir).glob("checkpoint-*"))
     training = trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate()  # called by all workers, which share the work with every method
     trainer.save_model()
@@ -72,8 +72,9 @@ def measured_run(
     before = evaluated[0]
     curves = {**measured.pop("curves"), key: [[entry["step"], entry[key]] for entry in evaluated]}
     seconds = training.metrics["train_runtime"]
-    if not asynchronous:
-        seconds -= before["eval_runtime"]  # Trainer's clock starts before `eval_on_start`
+    if not asynchronous:  # Trainer's clock starts before `eval_on_start`
+        began = trainer.state.log_history[timer.logged_before :]
+        seconds -= next(entry["eval_runtime"] for entry in began if key in entry)
     results = {
         "method": values["method"],
         "num_workers": len(measured["steps_per_worker"]),
@@ -87,6 +88,7 @@ def measured_run(
         **facts,
         "trainable_parameters": trainable,
         "train_runtime_s": seconds,
+        "resumed_at_step": timer.resumed_at,  # before which train_runtime_s does not count
         **measured,
         "bytes_data_parallel": data_parallel_bytes(measured["steps_per_worker"], trainable),
         **provenance(),

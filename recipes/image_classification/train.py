@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from transformers import AutoModelForImageClassification, EvalPrediction, ViTImageProcessor
+from transformers import AutoModelForImageClassification, CLIPImageProcessor, EvalPrediction
 
 import hf_lsam.timm_models  # noqa: F401  registers its networks with timm
 from hf_lsam import LSAMConfig
@@ -101,11 +101,15 @@ def statistics_of(args: DataArguments, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(given[0]), torch.tensor(given[1])
 
 
-def image_processor(size: tuple[int, int], mean: Tensor, std: Tensor) -> ViTImageProcessor:
-    """The image processor saved with the model: it turns any image into what the model was trained on."""
+def image_processor(size: tuple[int, int], mean: Tensor, std: Tensor) -> CLIPImageProcessor:
+    """The image processor saved with the model: it makes of any image what the model was evaluated on (see `scale`)."""
     height, width = size
-    return ViTImageProcessor(
-        size={"height": height, "width": width}, image_mean=mean.tolist(), image_std=std.tolist(), resample=2
+    return CLIPImageProcessor(
+        size={"shortest_edge": min(size)},
+        crop_size={"height": height, "width": width},
+        image_mean=mean.tolist(),
+        image_std=std.tolist(),
+        resample=2,
     )
 
 

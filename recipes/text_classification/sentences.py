@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset, Features, Value
 
 from recipes.common.labels import natural_order
-from recipes.common.records import RecordArguments, first, load_splits, parse_rows, read_text, refuse_two_sources
+from recipes.common.records import RecordArguments, first, read_records, sources_of
 
 
 @dataclass
@@ -44,17 +43,19 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
         ValueError: if the data cannot be what was meant; the message names the file, the column, what is there, and the
             remedy.
     """
-    train, held_out = _read_files(args) if args.train_file else _read_dataset(args)
-    train = _keep(train, args)
+    columns = {"text_column": args.text_column, "label_column": args.label_column}
+    training, evaluation = read_records(args, columns)
+    train_source, held_out_source = sources_of(args)
+    train = _keep(_examples(training, train_source, args), args)
     names = args.keep_labels or sorted(set(train.labels), key=natural_order)
     if len(names) < 2:
         raise ValueError(
             f"{train.source} has one label only in column `{args.label_column}`, {names[0]!r}: there is nothing to "
             "learn. Give examples of at least two labels."
         )
-    training, evaluation = _dataset(train, names), None
-    if held_out is not None:
-        held_out = _keep(held_out, args)
+    training = _dataset(train, names)
+    if evaluation is not None:
+        held_out = _keep(_examples(evaluation, held_out_source, args), args)
         unseen = sorted(set(held_out.labels) - set(names), key=natural_order)
         if unseen:
             raise ValueError(
@@ -68,59 +69,14 @@ def load_examples(args: DataArguments) -> tuple[Dataset, Dataset, list[str]]:
     return first(training, args.max_train_samples), first(evaluation, args.max_eval_samples), names
 
 
-def _read_files(args: DataArguments) -> tuple[Examples, Examples | None]:
-    refuse_two_sources(args)
-    train = _read_file(args.train_file, args)
-    return train, _read_file(args.validation_file, args) if args.validation_file else None
-
-
-def _read_file(name: str, args: DataArguments) -> Examples:
-    path, text = read_text(name, args.file_encoding)
-    if not text.strip():
-        raise ValueError(f"{path} is empty. It needs the columns `{args.text_column}` and `{args.label_column}`.")
-    rows, columns = parse_rows(path, text)
-    _require_columns(str(path), columns, args)
-    if not rows:
-        raise ValueError(f"{path} has a header ({', '.join(columns)}) and no row. Add examples.")
-    texts, labels = ([row.get(column) for row in rows] for column in (args.text_column, args.label_column))
-    return _examples(str(path), texts, labels, args)
-
-
-def _read_dataset(args: DataArguments) -> tuple[Examples, Examples | None]:
-    train, held_out = load_splits(args)
-    train = _of_split(train, args.train_split, args)
-    return train, None if held_out is None else _of_split(held_out, args.validation_split, args)
-
-
-def _of_split(split: Dataset, name: str, args: DataArguments) -> Examples:
-    source = f"{args.dataset_name} (split {name})"
-    _require_columns(source, split.column_names, args)
-    labels = list(split[args.label_column])
-    feature = split.features[args.label_column]
-    if isinstance(feature, ClassLabel):
-        labels = [None if label is None or label < 0 else feature.int2str(label) for label in labels]
-    return _examples(source, list(split[args.text_column]), labels, args)
-
-
-def _require_columns(source: str, columns: Sequence[str], args: DataArguments) -> None:
-    for key in ("text_column", "label_column"):
-        if getattr(args, key) not in columns:
-            raise ValueError(
-                f"{source} has no column `{getattr(args, key)}`; its columns are {', '.join(map(repr, columns))}. Set "
-                f"{key} to one of them."
-            )
-
-
-def _examples(source: str, texts: list, labels: list, args: DataArguments) -> Examples:
+def _examples(records: Dataset, source: str, args: DataArguments) -> Examples:
+    texts, labels = list(records[args.text_column]), list(records[args.label_column])
     for column, values in ((args.text_column, texts), (args.label_column, labels)):
-        missing = [number for number, value in enumerate(values, 1) if value is None or not str(value).strip()]
-        if missing:
-            raise ValueError(
-                f"{source}: {len(missing)} of {len(values)} rows have nothing in column `{column}`, the first is row "
-                f"{missing[0]}. Fill them in or take them out."
-            )
         if any(isinstance(value, (list, dict)) for value in values):
             raise ValueError(f"{source}: column `{column}` holds lists or objects. It must hold one value a row.")
+    feature = records.features[args.label_column]
+    if isinstance(feature, ClassLabel):
+        labels = feature.int2str(labels)
     return Examples(source, [str(text) for text in texts], [str(label).strip() for label in labels])
 
 

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from hf_lsam import LSAM, vision
 from hf_lsam.identity import Identity
 from recipes.cifar10_resnet20.methods import Asynchronous, DataParallel
-from recipes.common.progress import add_quiet, pairs, track
+from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark
 from scripts.common.launches import launch
@@ -164,11 +165,11 @@ def main() -> None:
             file.write(str(rate))
         return
     costs: dict[str, list[dict]] = {allocator: [] for allocator in ALLOCATORS}
-    for _, allocator in track(pairs(range(arguments.processes), ALLOCATORS), "step costs", arguments.quiet):
+    for _, allocator in track([*product(range(arguments.processes), ALLOCATORS)], "step costs", arguments.quiet):
         costs[allocator].append(step_cost(allocator, arguments.batch, arguments.rounds, arguments.steps))
     steps = [over_processes(allocator, several) for allocator, several in costs.items()]
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _, kind in track(pairs(range(arguments.throughput_rounds), KINDS), "throughput rounds", arguments.quiet):
+    for _, kind in track([*product(range(arguments.throughput_rounds), KINDS)], "throughput rounds", arguments.quiet):
         rates[kind].append(throughput(kind, arguments.batch, arguments.throughput_steps))
     rows = []
     for kind, label in KINDS.items():

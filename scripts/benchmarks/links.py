@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from hf_lsam.compression import encoded_bytes
 from hf_lsam.transport.messages import Live
 from hf_lsam.transport.peer import Peer
 from hf_lsam.transport.tls import Listener, connect
-from recipes.common.progress import add_quiet, pairs, track
+from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark
 from tests.netns import machines, why_not
@@ -167,8 +168,8 @@ def cross(numel: int, bits: int, rounds: int, host: str, here: list[str], there:
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
     rows = []
-    sizes = pairs(arguments.numel, arguments.bits)
-    for megabits, (numel, bits) in track(pairs([0, *arguments.megabits], sizes), "settings", arguments.quiet):
+    settings = [*product([0, *arguments.megabits], arguments.numel, arguments.bits)]
+    for megabits, numel, bits in track(settings, "settings", arguments.quiet):
         if not megabits:
             measured = cross(numel, bits, arguments.rounds, "127.0.0.1", [], [])
         else:

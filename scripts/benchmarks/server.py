@@ -24,6 +24,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from hf_lsam.parameters import ParameterLayout
 from hf_lsam.server.lifetime import start_server
 from hf_lsam.transport.mailbox import FLOAT_BYTES, RunFolder
 from hf_lsam.transport.shared_memory import SharedMemoryLink
-from recipes.common.progress import add_quiet, pairs, track
+from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark
 
@@ -182,7 +183,7 @@ def require_room(shared_memory_dir: str, senders: int, megabytes: float) -> None
 def measure(arguments: argparse.Namespace) -> list[dict]:
     """One row per vector size, number of senders and mode; ratios are taken within a round, then their median."""
     rows = []
-    for megabytes, senders in track(pairs(arguments.megabytes, arguments.senders), "settings", arguments.quiet):
+    for megabytes, senders in track([*product(arguments.megabytes, arguments.senders)], "settings", arguments.quiet):
         results = serve(senders, megabytes, arguments.rounds, arguments.seconds, arguments.shared_memory_dir)
         copies = [result["bytes_per_s"] for result in results["copy"]]
         for mode in MODES:

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.joining import Launch, Timeouts
 from hf_lsam.run import Run
 from recipes.common.configuration import resolve
-from recipes.common.progress import add_quiet, pairs, track
+from recipes.common.progress import add_quiet, track
 from recipes.common.tables import markdown_table
 from scripts.common.benchmark import write_benchmark
 
@@ -361,7 +362,7 @@ def main():
         variants.remove("pytorch_optimizer")
     model = load_minilm()
     turns: dict[str, list] = {variant: [] for variant in variants}
-    for _, variant in track(pairs(range(arguments.rounds), variants), "turns", arguments.quiet):
+    for _, variant in track([*product(range(arguments.rounds), variants)], "turns", arguments.quiet):
         turns[variant].append(run_turn(variant, model, shape, arguments.steps))
     weighed = [] if arguments.no_memory else track(variants, "peaks of memory", arguments.quiet)
     memory = {variant: measure_memory(variant, shape) for variant in weighed}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from hf_lsam.identity import Identity
 from recipes.common.progress import Progress
+from scripts.common.names import names_of
 
 
 def launch_command(processes: int) -> list[str]:
@@ -42,11 +42,10 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
 
 
-def in_folder_of_its_own(values: dict[str, Any], runs_dir: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A run's values with an `output_dir` in `runs_dir`, named after all values that are not the keys' defaults."""
-    what = {key: value for key, value in values.items() if key != "output_dir" and value != defaults.get(key)}
-    name = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return {**values, "output_dir": str(runs_dir / name)}
+def in_folders_of_their_own(runs: Sequence[dict[str, Any]], runs_dir: Path) -> list[dict[str, Any]]:
+    """The runs' values, each with an `output_dir` in `runs_dir` named after all the others (see `names_of`)."""
+    names = names_of([{key: value for key, value in run.items() if key != "output_dir"} for run in runs])
+    return [{**run, "output_dir": str(runs_dir / name)} for run, name in zip(runs, names, strict=True)]
 
 
 def finished(

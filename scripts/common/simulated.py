@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -20,6 +19,7 @@ from hf_lsam.files import write_atomically
 from hf_lsam.loop import LoopArguments
 from hf_lsam.simulation import Cluster, DataParallel, Gradient, Loss, Machine
 from recipes.common.progress import Progress
+from scripts.common.names import names_of
 
 
 def make_run(
@@ -84,7 +84,7 @@ class SimulatedRuns:
         figure: takes a result and returns the text shown for it on the screen.
         methods: what the methods are, by name, if that is not all in the run's own fields.
         data: what all runs share. A kept run is identified by these fields, its own, those of its method and LSAM's
-            defaults.
+            defaults, and by the contents of the files that they name.
         runs_dir: the folder in which results are kept.
         processes: how many runs to make at a time, one per core; 1 makes them in this process.
         quiet: do not show progress.
@@ -101,12 +101,16 @@ class SimulatedRuns:
         quiet: bool,
     ):
         self._simulate, self._figure, self._methods, self.data = simulate, figure, methods, json.dumps(data)
-        self._defaults = LoopArguments().lsam_fields()
         self._runs_dir, self._processes, self._quiet = runs_dir, processes, quiet
 
     def results(self, runs: Sequence[Any]) -> list[dict[str, Any]]:
         """The results, in the order of `runs`."""
-        paths = [self._runs_dir / f"{self._name(run)}.json" for run in runs]
+        data, defaults = json.loads(self.data), LoopArguments().lsam_fields()
+        wholes = [
+            {"run": asdict(run), "method": self._methods.get(run.method), "defaults": defaults, "data": data}
+            for run in runs
+        ]
+        paths = [self._runs_dir / f"{name}.json" for name in names_of(wholes)]
         missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
         self._runs_dir.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -121,7 +125,3 @@ class SimulatedRuns:
                 bar.say(f"{result['run']['method']}, seed {result['run']['seed']}: {self._figure(result)}")
                 bar.advance()
         return [json.loads(path.read_text()) for path in paths]
-
-    def _name(self, run: Any) -> str:
-        what = [asdict(run), self._methods.get(run.method), self._defaults, self.data]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

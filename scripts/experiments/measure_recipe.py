@@ -23,7 +23,7 @@ from recipes.common.configuration import parse_configuration
 from recipes.common.progress import add_quiet
 from recipes.common.recipe import load, names
 from recipes.common.results import REPOSITORY, write_json
-from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
+from scripts.common.launches import add_runs, finished, in_folders_of_their_own, make_runs
 from scripts.tools.summarize_results import around, summarize, table, write_between
 
 # The YAML file of the recipe that each method uses, and the changes to it.
@@ -87,12 +87,11 @@ def main() -> None:
     if not hasattr(load(arguments.recipe), "TRAINERS"):
         parser.error(f"{arguments.recipe} does not train through Trainer; reproduce.py compares its methods")
     recipe, rates = arguments.recipe, arguments.learning_rates
-    defaults = parse_configuration(load(recipe).KEYS, [])
     folder = arguments.output_dir or REPOSITORY / "recipes" / recipe
     readme = folder / "README.md"
 
     def results(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        runs = [in_folder_of_its_own({"recipe": recipe, **each}, arguments.runs_dir, defaults) for each in planned]
+        runs = in_folders_of_their_own([{"recipe": recipe, **each} for each in planned], arguments.runs_dir)
         return finished(__file__, runs, arguments.quiet, with_trainer=True)
 
     def publish(made: list[dict[str, Any]], name: str) -> None:
@@ -107,9 +106,8 @@ def main() -> None:
             around(readme, name)  # so that a missing marker is an error now and not an hour later
     methods = configurations(recipe, words)
     if rates:
-        held_out = {"tuning": True} if "tuning" in defaults else {"validation_fraction": 0.1, "eval_file": None}
         seeds = range(TRIAL_SEED, TRIAL_SEED + arguments.trial_seeds)
-        trials = [{**held_out, "learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
+        trials = [{"tuning": True, "learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
         made = results([{**method, **trial} for method in methods for trial in trials])
         publish(made, "trials")
         for index, method in enumerate(methods):

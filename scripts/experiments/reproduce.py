@@ -31,7 +31,7 @@ from recipes.common.configuration import parse_configuration
 from recipes.common.progress import add_quiet
 from recipes.common.results import REPOSITORY, provenance, write_json
 from recipes.common.tables import markdown_table, mean_and_spread
-from scripts.common.launches import add_runs, finished, in_folder_of_its_own, make_runs
+from scripts.common.launches import add_runs, finished, in_folders_of_their_own, make_runs
 
 # The paper's settings: 150 epochs, 4 workers, batch 128 each, eta 0.2, rho 0.1, tau 16, lambda0 0.1.
 PAPER = {"epochs": 150, "batch_size": 128, "learning_rate": 0.2, "sam_rho": 0.1, "sync_steps": 16}
@@ -64,7 +64,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 SEEDS = {"paper": 5, "gpu": 3, "cpu": 2, "smoke": 1}
 SEEDS_OF_METHODS = {**SEEDS, "cpu": 3}
 WORKERS = {"paper": 4, "gpu": 4, "cpu": 4, "smoke": 2}
-VALIDATION = {"validation_fraction": 0.1}
+TUNING = {"tuning": True}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ class Runner:
         self._runs_dir = runs_dir
         self._quiet = quiet
         self.base = [f"--{key}={value}" for key, value in BUDGETS[budget].items()] + list(overrides)
-        self._defaults = parse_configuration(KEYS, [])
         self.values({})  # so that unknown keys are errors before any time is spent
 
     def values(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -122,18 +121,22 @@ class Runner:
         return parse_configuration(KEYS, words)
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """The settings that the experiment `methods` has chosen; empty if it has not been run."""
+        """The settings that the experiment `methods` has chosen; empty if it has not been run with this method."""
         path = self.output_dir / "methods.json"
-        return json.loads(path.read_text())["chosen"][method] if path.exists() else {}
+        return json.loads(path.read_text())["chosen"].get(method, {}) if path.exists() else {}
 
     def results(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         """The results of the runs, in their order; missing runs are made."""
-        runs = []
-        for plan in plans:
-            workers = plan.workers or self.workers
-            values = {**self.values(plan.settings), "seed": plan.seed, "num_workers": workers, "save_model": False}
-            runs.append(in_folder_of_its_own(values, self._runs_dir, self._defaults))
-        return finished(__file__, runs, self._quiet)
+        runs = [
+            {
+                **self.values(plan.settings),
+                "seed": plan.seed,
+                "num_workers": plan.workers or self.workers,
+                "save_model": False,
+            }
+            for plan in plans
+        ]
+        return finished(__file__, in_folders_of_their_own(runs, self._runs_dir), self._quiet)
 
 
 def of_seeds(runner: Runner, label: str, settings: dict[str, Any], workers: int | None = None) -> list[Plan]:
@@ -168,7 +171,7 @@ def async_vs_sync(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
     slow = {"slow_worker": 1, "slow_factor": 1.0}
     plans = []
     for label, settings in {
-        "LSAM, tau = 16": {**runner.tuned("lsam"), "method": "lsam"},
+        "LSAM, tau = 16": {**runner.tuned("lsam"), "method": "lsam", "sync_steps": 16},
         "data-parallel SAM": {**runner.tuned("ddp_sam"), "method": "ddp_sam"},
     }.items():
         plans += of_seeds(runner, label, {**settings, **common}, workers=2)
@@ -202,12 +205,12 @@ def methods(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
     def stage(candidates: dict[str, list[dict[str, float]]]) -> None:
         plans = [
-            Plan(method, {**settings, **VALIDATION, "method": method, "eval_points": 1}, seed=100)
+            Plan(method, {**settings, **TUNING, "method": method, "eval_points": 1}, seed=100)
             for method, several in candidates.items()
             for settings in several
         ]
         for plan, result in zip(plans, runner.results(plans), strict=True):
-            own = {k: v for k, v in plan.settings.items() if k not in ("method", "eval_points", *VALIDATION)}
+            own = {k: v for k, v in plan.settings.items() if k not in ("method", "eval_points", *TUNING)}
             trials.append({"method": plan.label, "settings": own, "validation_accuracy": result["accuracy"]})
         for method in candidates:
             best = max((t for t in trials if t["method"] == method), key=lambda t: t["validation_accuracy"])
@@ -263,7 +266,8 @@ def failure_signatures(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
 
 
 def open_choices(runner: Runner) -> tuple[list[Plan], dict[str, Any]]:
-    lsam = {**runner.tuned("lsam"), "method": "lsam", **VALIDATION}
+    # The coupling strength that trials have chosen gives way to the default, with which all others are compared.
+    lsam = {**runner.tuned("lsam"), "method": "lsam", "coupling_strength": 1.0, **TUNING}
     stepwise = {"coupling": "decoupled", "coupling_strength": 2.0, "anchor_lr": 1.5}
     plans = []
     for label, settings in {

@@ -114,7 +114,7 @@ class Run:
         wrong_labels: share of the training images whose label is replaced by another one.
         batch_size: batch size of one worker.
         seed: seed of weights, order and augmentation.
-        validation: train on nine tenths of the training images and evaluate on the remaining tenth.
+        validation: evaluate on a part of the training images (a tenth, or validation_fraction), not trained on.
         machines: one per worker, as fields of `hf_lsam.simulation.Machine`.
         moments: how many times the model is evaluated.
         sync_steps: steps between two pushes; None for the method's own.
@@ -136,9 +136,7 @@ class Run:
 @lru_cache(maxsize=2)
 def images_of(data: str, validation: bool, wrong_labels: float = 0.0) -> ImageSet:
     values = json.loads(data)
-    if validation:
-        values |= {"validation_fraction": 0.1, "eval_file": None}
-    images = load_images(ImageDataArguments(**values))
+    images = load_images(ImageDataArguments(**values | {"tuning": validation}))
     labels, wrong = images.train_labels, torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(labels), generator=wrong)[: round(wrong_labels * len(labels))]
     others = torch.randint(1, len(images.labels), (len(chosen),), generator=wrong)

@@ -79,7 +79,7 @@ class Run:
         steps: steps per worker; LSAM's workers share n times as many.
         learning_rate: the peak, after a warm-up of 5 % of the run, followed by a cosine to zero.
         seed: seed of weights, order and step times.
-        validation: train on nine tenths of the training images and evaluate on the remaining tenth.
+        validation: evaluate on a part of the training images (a tenth, or validation_fraction), not trained on.
         lsam: fields of `LoopArguments` that differ from the defaults.
         load: time that the server needs for one push of every worker, divided by the time of sync_steps steps.
     """
@@ -99,9 +99,7 @@ def tensors_of(data: str, validation: bool) -> tuple[torch.Tensor, ...]:
     """Training images and labels, held-out images and labels; images are float32 [N, pixels], normalised to mean 0 and
     standard deviation 1."""
     values = json.loads(data)
-    if validation:
-        values |= {"validation_fraction": 0.1, "eval_file": None}
-    images = load_images(ImageDataArguments(**values))
+    images = load_images(ImageDataArguments(**values | {"tuning": validation}))
     train, held_out = (each.flatten(1).float() for each in (images.train_images, images.eval_images))
     mean, std = train.mean(0), train.std(0)
     return (train - mean) / std, images.train_labels, (held_out - mean) / std, images.eval_labels
@@ -353,7 +351,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_quiet(parser)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--most_workers", type=int, default=WORKERS[-1], help="leave out the larger numbers of workers")
+    parser.add_argument(
+        "--most_workers",
+        type=int,
+        choices=[n for n in WORKERS if n >= MANY],  # which the other questions are about
+        default=WORKERS[-1],
+        help="leave out the larger numbers of workers",
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/simulate_scale")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs/simulate_scale/tables")

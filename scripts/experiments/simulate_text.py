@@ -69,7 +69,7 @@ class Run:
         wrong_labels: share of the training sentences whose label is replaced by another one.
         batch_size: batch size of one worker.
         seed: seed of the head's weights, order and dropout.
-        validation: judge on a tenth of the training sentences, which is not trained on.
+        validation: judge on a part of the training sentences (a tenth, or eval_size), which is not trained on.
         other_file: file of sentences from elsewhere, on which to judge as well.
     """
 
@@ -91,9 +91,7 @@ def sentences_of(
 ) -> tuple[list, list, list[str], DataCollatorWithPadding]:
     """Training and held-out sentences as token ids and labels, the names of the labels, and the collator."""
     values = json.loads(data)
-    if validation:
-        values |= {"validation_file": None, "eval_size": 0.1}
-    train, held_out, names = load_examples(pick(DataArguments, values))
+    train, held_out, names = load_examples(pick(DataArguments, values | {"tuning": validation}))
     tokenizer = AutoTokenizer.from_pretrained(resolve(values["model_name_or_path"]))
     sets = [list(tokenize(part, tokenizer, names, values["max_length"])) for part in (train, held_out)]
     wrong = torch.Generator().manual_seed(0)

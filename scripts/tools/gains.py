@@ -86,10 +86,9 @@ class Gains:
     def recipe(self, folder: str) -> Compared:
         """The results of a recipe, from real processes."""
         what, digits, scale = RECIPES[folder]
-        measured = load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
         of = {
             method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
-            for row in measured
+            for row in measured(folder)
         }
         lsam = {PLAIN: of["lsam without SAM"], SAM: of["lsam"]}
         lsam["with NesterovAdamW"] = of["lsam without SAM, NesterovAdamW"]
@@ -154,9 +153,11 @@ class Gains:
             "the clock": self._images["clock"],
         }
         counted = ", ".join(f"{len({run['run']['seed'] for run in runs})} of {what}" for what, runs in seeds.items())
+        of_recipes = sorted({len(row["runs"]) for folder in RECIPES for row in measured(folder)})
+        counted += f", {' or '.join(map(str, of_recipes))} of the recipes, whose READMEs say where they ran"
         runs = [run for each in (*self._questions.values(), *self._images.values()) for run in each]
         return (
-            f"{markdown_table(HEADER, rows)}\n\nSeeds: {counted}, 3 of the recipes, whose READMEs say where they ran. "
+            f"{markdown_table(HEADER, rows)}\n\nSeeds: {counted}. "
             f"Simulated (images, TREC, the clock): {of_runs(runs)} Steps: on {origin(self._benchmarks['step'])}"
         )
 
@@ -209,6 +210,11 @@ class Gains:
             if of_method(runs, method):
                 row[f"with {optimizer}"] = of(method)
         return what, lsam, data_parallel
+
+
+def measured(folder: str) -> Runs:
+    """A recipe's methods, from measure_recipe.py."""
+    return load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
 
 
 def simulated(folder: str, name: str) -> Runs:

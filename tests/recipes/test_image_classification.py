@@ -18,7 +18,8 @@ from recipes.cifar10_resnet20.methods import METHODS
 from recipes.cifar10_resnet20.train import KEYS, run
 from recipes.common.configuration import parse_configuration
 from recipes.common.image_data import ImageDataArguments
-from scripts.experiments import simulate_images
+from scripts.experiments import reproduce, simulate_images
+from scripts.tools import gains
 from scripts.tools.gains import Gains
 
 TINY = {"use_cpu": True, "batch_size": 4, "model_width": 4, "learning_rate": 0.05, "log_steps": 2, "eval_points": 2}
@@ -136,11 +137,12 @@ def test_a_worker_alone_and_a_slow_one(tmp_path, data):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_validation_never_reads_the_test_split(tmp_path, data):
-    settings = {**data, "eval_file": None, "validation_fraction": 0.25}
-    words = {key: value for key, value in settings.items() if value is not None}
-    results = run(values_of(**words, **TINY, method="ddp", epochs=1, output_dir=tmp_path / "out"))
-    assert (results["evaluated_on"], results["eval_images"], results["train_images"]) == ("validation split", 24, 72)
+@pytest.mark.parametrize(("key", "value", "held_out"), [("validation_fraction", 0.25, 24), ("tuning", True, 10)])
+def test_validation_never_reads_the_test_split(tmp_path, data, key, value, held_out):
+    settings = {**data, "eval_file": tmp_path / "missing.parquet", key: value}
+    results = run(values_of(**settings, **TINY, method="ddp", epochs=1, output_dir=tmp_path / "out"))
+    assert results["evaluated_on"] == "validation split"
+    assert (results["eval_images"], results["train_images"]) == (held_out, 96 - held_out)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +153,20 @@ def test_validation_never_reads_the_test_split(tmp_path, data):
         ({"num_workers": 3}, "num_workers=3, but 1 were started"),
         ({"lr_schedule": "linear"}, "`lr_schedule` must be one of cosine, constant"),
         ({"sam_ascent_fraction": 0.5}, "sam_ascent_fraction is for LSAMTrainer"),
+        ({"landscape_points": 17}, "landscape_points is for LSAMTrainer"),
+        ({"method": "lsam", "algorithm": "easgd"}, "algorithm=easgd would have no effect.*set method to easgd"),
+        ({"method": "ddp", "algorithm": "lsgd"}, "algorithm=lsgd would have no effect: method ddp decides"),
         ({"method": "ddp_sam", "sam_interval": 2}, "Set sam_interval to 1"),
+        (
+            {"method": "ddp_sam", "sam_direction": "momentum"},
+            "sam_direction=momentum would.*Set sam_direction to gradient",
+        ),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
     ],
 )
 def test_what_cannot_be_done_is_said_first(tmp_path, data, settings, message):
     with pytest.raises(ValueError, match=message):
-        run(values_of(**{**data, **TINY, **settings}, output_dir=tmp_path / "out"))
+        run(values_of(**{**data, **TINY, "epochs": 1, **settings}, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -183,7 +192,7 @@ def test_there_is_a_recipe_for_each_set_model_and_method():
     assert len(IMAGE_RECIPES) == 3 * 3 * len(METHODS) + 1  # and LSAM as in the paper
 
 
-def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
+def run_experiment(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
     words += ("--budget", "smoke", "--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables"))
     words += tuple(f"--{key}={value}" for key, value in data.items())
     done = run_script(ROOT / "scripts/experiments/reproduce.py", experiment, *words)
@@ -196,7 +205,7 @@ def reproduce(tmp_path: Path, data: dict, experiment: str, *words: str) -> dict:
 def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path, data):
     compared = ("lsam", "ddp_sam")
     words = ("--methods", *compared, "--epochs=1")
-    report = reproduce(tmp_path, data, "methods", *words)
+    report = run_experiment(tmp_path, data, "methods", *words)
     trials = [trial["method"] for trial in report["trials"]]
     assert {method: trials.count(method) for method in trials} == dict.fromkeys(compared, 5)
     assert report["chosen"].keys() == set(compared)
@@ -209,9 +218,29 @@ def test_methods_are_tuned_alike_and_go_on_where_they_were_interrupted(tmp_path,
     # Not one of the trials: asynchronous workers end elsewhere the second time, and another setting may be chosen.
     lost = next(path for path in finished if json.loads(path.read_text())["evaluated_on"] == "test split")
     lost.unlink()
-    again = reproduce(tmp_path, data, "methods", *words)
+    again = run_experiment(tmp_path, data, "methods", *words)
     assert [run["settings"] for run in again["runs"]] == [run["settings"] for run in report["runs"]]
     assert {path for path, time in finished.items() if path.stat().st_mtime_ns != time} == {lost}
+
+
+class Planned(reproduce.Runner):
+    """Only plans: what its runs would reach decides nothing here."""
+
+    def results(self, plans):
+        return [{"accuracy": 0.5, "points": []} for _ in plans]
+
+
+@pytest.mark.parametrize("experiment", [reproduce.async_vs_sync, reproduce.sync_interval, reproduce.open_choices])
+def test_runs_are_what_their_labels_say_whatever_trials_have_chosen(tmp_path, experiment):
+    (tmp_path / "methods.json").write_text(json.dumps({"chosen": {"lsam": {"coupling_strength": 0.5}}}))  # only of lsam
+    runner = Planned("smoke", [], tmp_path / "runs", tmp_path)
+    for plan in experiment(runner)[0]:
+        values = runner.values(plan.settings)
+        for name, key in (("tau", "sync_steps"), ("lambda0", "coupling_strength")):
+            if said := re.search(rf"\b{name} = ([\d.]+)", plan.label):
+                assert values[key] == float(said[1]), plan.label
+        if experiment is reproduce.open_choices and "lambda0" not in plan.label:
+            assert values["coupling_strength"] == 1, plan.label
 
 
 # --- simulated ---
@@ -261,6 +290,13 @@ def test_the_figure_of_the_clock_says_what_the_readme_does(tmp_path):
     assert len(seconds) == 2 * len(simulate_images.CLUSTERS)
     readme = (ROOT / "README.md").read_text()
     assert all(f"{each}, " in readme for each in seconds)
+
+
+def test_the_table_of_gains_counts_the_seeds_of_the_recipes(monkeypatch):
+    fewer = {folder: gains.measured(folder) for folder in gains.RECIPES}
+    fewer["sft"][0]["runs"].pop()
+    monkeypatch.setattr(gains, "measured", fewer.get)
+    assert ", 2 or 3 of the recipes, " in Gains().whole()
 
 
 def test_a_simulation_is_held_against_two_processes(tmp_path, data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ from hf_lsam.card import facts_of_run
 from recipes.causal_lm import train as causal_lm
 from recipes.common import recipe as recipes
 from recipes.common.configuration import parse_configuration
+from recipes.common.image_batches import normalize
+from recipes.common.image_data import scale
 from recipes.common.methods import METHODS, training_arguments
 from recipes.common.models import byte_tokenizer, load_model
 from recipes.common.records import RecordArguments, load_records, read_records
@@ -42,7 +45,10 @@ from recipes.seq2seq import train as seq2seq
 from recipes.seq2seq.example_data import in_words
 from recipes.sft import train as sft
 from recipes.token_classification import train as token_classification
+from scripts.common.launches import in_folders_of_their_own
+from scripts.common.simulated import SimulatedRuns
 from scripts.experiments.measure_recipe import best_rate
+from scripts.experiments.simulate_scale import Run
 from scripts.tools import write_tables
 from scripts.tools.summarize_results import method_label
 
@@ -340,6 +346,22 @@ def test_causal_lm_by_the_other_methods(tmp_path, text, method):
     assert results["eval_loss"] < results["eval_loss_before"]
 
 
+@pytest.mark.parametrize("method", ["lsam", "ddp"])
+def test_a_resumed_run_says_from_where_it_took_its_time(tmp_path, text, method):
+    values = {"train_file": text, "block_size": 32, "model_config": LLAMA, "save_strategy": "steps", "save_steps": 2}
+    whole = start("causal_lm", method, tmp_path / "out", **values, resume_from_checkpoint=False)
+    assert whole["resumed_at_step"] == 0
+    resumed = start(
+        "causal_lm", method, tmp_path / "out", **values, resume_from_checkpoint=tmp_path / "out/checkpoint-2"
+    )
+    assert resumed["resumed_at_step"] == 2
+    assert resumed["train_runtime_s"] > 0
+    assert (
+        f"{resumed['train_runtime_s']:.0f} s, since it was resumed at step 2"
+        in (tmp_path / "out/README.md").read_text()
+    )
+
+
 @pytest.mark.parametrize(("recipe", "method"), [("seq2seq", "lsam"), ("sft", "ddp")])
 def test_any_trainer_takes_the_optimizer_of_nesterovs_rule(tmp_path, recipe, method):
     values = recipes.load(recipe, "smoke").smoke(tmp_path)
@@ -560,6 +582,16 @@ def test_a_vit_from_scratch(tmp_path, images):
     assert np.mean(found) == pytest.approx(results["eval_accuracy"], abs=0.1)  # its resizing is not the same
 
 
+@pytest.mark.parametrize("shape", [(100, 149), (149, 100), (47, 90), (20, 31)])
+def test_what_is_saved_prepares_images_as_evaluation_does(shape):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)
+    photo = Image.fromarray(noise).resize(shape[::-1], Image.Resampling.BICUBIC)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    saved = image_classification.image_processor((24, 24), mean, std)(photo, return_tensors="pt")["pixel_values"]
+    evaluated = normalize(scale(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None], 24), mean, std)
+    torch.testing.assert_close(saved, evaluated, atol=1.01 / 255 / 0.2, rtol=0)  # one level of the pixels
+
+
 def test_a_network_of_timm_begins_as_timm_makes_it(tmp_path, images):
     config = {"model_type": "timm_wrapper", "architecture": "resnet10t"}
     values = {"model_name_or_path": None, "model_config": config}
@@ -609,6 +641,16 @@ def test_records_of_every_kind_of_file(tmp_path):
         assert sorted([*train["text.fr"], *held_out["text.fr"]]) == [f"f{n}" for n in range(6)]
 
 
+def test_any_row_may_have_more_and_0_is_something_and_texts_may_be_long(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"a": 0}, {"a": 1, "b": "x"}, {"a": 0, "b": "y"}])
+    assert list(read_records(RecordArguments(train_file=str(path)), {"key": "a"})[0]["a"]) == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"1 of 3 rows have nothing in column `b`, the first is row 1"):
+        read_records(RecordArguments(train_file=str(path)), {"key": "b"})
+    text = "x" * 200_000
+    (tmp_path / "long.csv").write_text(f"a\n{text}\n")
+    assert read_records(RecordArguments(train_file=str(tmp_path / "long.csv")), {"key": "a"})[0]["a"][:] == [text]
+
+
 def test_bad_records_are_errors(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"a": "x"}, {"a": ""}])
     for column, message in (
@@ -617,6 +659,13 @@ def test_bad_records_are_errors(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_records(RecordArguments(train_file=str(path)), {"key": column})
+    path = tmp_path / "unlabelled.parquet"  # as a test split of the Hub may be
+    Dataset.from_dict({"a": [0, -1]}, features=Features({"a": ClassLabel(names=["x", "y"])})).to_parquet(path)
+    with pytest.raises(ValueError, match=r"1 of 2 rows have nothing in column `a`, the first is row 2"):
+        read_records(RecordArguments(train_file=str(path)), {"key": "a"})
+    path = write_lines(tmp_path / "kinds.jsonl", [{"a": "x"}, {"a": 1}])
+    with pytest.raises(ValueError, match=r"kinds\.jsonl has a column with values of several kinds"):
+        read_records(RecordArguments(train_file=str(path)), {"key": "a"})
     path = write_lines(tmp_path / "one.jsonl", [{"a": "x"}])
     with pytest.raises(ValueError, match="would hold out 0 of 1 records, which leaves one side empty"):
         load_records(RecordArguments(train_file=str(path)), {"key": "a"})
@@ -659,6 +708,46 @@ def test_there_is_data_to_try_the_recipes_with(tmp_path):
 )
 def test_numbers_in_words(number, words):
     assert in_words(number) == words
+
+
+def test_a_finished_run_is_found_by_all_its_settings_and_what_is_in_its_data(tmp_path):
+    file, folder = tmp_path / "train.csv", tmp_path / "images"
+    folder.mkdir()
+    image = folder / "0.png"
+    file.write_text("text,label\na,x\n")
+    image.write_bytes(b"dark")
+    run = {"train_file": str(file), "data_dir": str(folder), "seed": 0, "output_dir": str(tmp_path / "any")}
+
+    def folder_of(**changes) -> str:
+        (made,) = in_folders_of_their_own([{**run, **changes}], tmp_path)
+        assert made == {**run, **changes, "output_dir": made["output_dir"]}
+        return made["output_dir"]
+
+    first = folder_of()
+    assert folder_of(output_dir=str(tmp_path / "other")) == first
+    others = [first, folder_of(seed=1), folder_of(learning_rate=0.1)]  # were it the default of today, or not
+    file.write_text("text,label\nb,x\n")
+    others.append(folder_of())
+    image.write_bytes(b"light")
+    others.append(folder_of())
+    image.rename(folder / "1.png")
+    others.append(folder_of())
+    assert len({*others}) == len(others)
+    (tmp_path / "elsewhere.csv").write_bytes(file.read_bytes())
+    assert folder_of(train_file=str(tmp_path / "elsewhere.csv")) == others[-1]
+
+
+def test_a_simulated_run_on_other_data_is_made_again(tmp_path):
+    file = tmp_path / "train.csv"
+
+    def simulate(run, data):
+        return {"run": asdict(run), "read": Path(json.loads(data)["train_file"]).read_text()}
+
+    for content in ("one", "two"):
+        file.write_text(content)
+        runs = SimulatedRuns(simulate, str, {}, {"train_file": str(file)}, tmp_path / "runs", processes=1, quiet=True)
+        assert [result["read"] for result in runs.results([Run("LSAM", 1, 1)])] == [content]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 @pytest.mark.parametrize(("metric", "best"), [("loss", 0.1), ("f1", 0.2)])

@@ -73,6 +73,13 @@ def test_every_number_of_workers_and_every_knob_has_the_same_trials(tmp_path, da
     assert (tmp_path / "scale.svg").read_text().count('<g id="axes_') == 2
 
 
+def test_the_workers_of_the_other_questions_cannot_be_left_out(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["simulate_scale.py", "--most_workers", "16"])
+    with pytest.raises(SystemExit):
+        simulate_scale.main()
+    assert "--most_workers: invalid choice: 16 (choose from 64, 256, 1024)" in capsys.readouterr().err
+
+
 def test_what_many_workers_ask_for_follows_from_what_was_measured():
     measured = estimate_scale.Measured(absorbed=4e9, linked=1e9)
     billion, push = 10**9, 10**9 + 10**9 // 64

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from launch import ROOT, accelerate_launch, run_script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -382,9 +383,10 @@ def test_json_csv_and_folders_of_a_hub_data_set_give_the_same_examples(tmp_path)
     (tmp_path / "list.json").write_text(json.dumps(records))
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, records)))
     sources = [{"dataset_name": str(data)}]
+    Dataset.from_list(records).to_parquet(tmp_path / "table.parquet")
     sources += [
         {"train_file": str(path), "validation_file": str(data / "validation.csv")}
-        for path in (data / "train.csv", tmp_path / "list.json", tmp_path / "lines.jsonl")
+        for path in (data / "train.csv", *(tmp_path / name for name in ("list.json", "lines.jsonl", "table.parquet")))
     ]
     for source in sources:
         train, held_out, names = load_examples(DataArguments(**source))
@@ -412,8 +414,8 @@ def test_only_the_labels_to_keep_are_kept_in_their_order(tmp_path):
 GOOD = "text,label\na,x\nb,y\nc,x\nd,y\n"
 BAD_DATA = {
     "missing file": (None, {}, r"no data file .*data\.csv"),
-    "empty file": ("", {}, r"data\.csv is empty.*`text` and `label`"),
-    "header alone": ("text,label\n", {}, r"data\.csv has a header \(text, label\) and no row"),
+    "empty file": ("", {}, r"data\.csv is empty.*'text', 'label'"),
+    "header alone": ("text,label\n", {}, r"data\.csv is empty.*'text', 'label'"),
     "wrong text column": (GOOD, {"text_column": "sentence"}, r"data\.csv has no column `sentence`; its columns are "
                           r"'text', 'label'\. Set text_column"),
     "wrong label column": (GOOD, {"label_column": "y"}, r"data\.csv has no column `y`.*Set label_column"),
@@ -449,9 +451,9 @@ def test_other_bad_sources_of_data(tmp_path):
         load_examples(DataArguments(train_file=str(train), validation_file=str(held_out)))
     with pytest.raises(ValueError, match=r"no training data.*train_file.*dataset_name"):
         load_examples(DataArguments())
-    (tmp_path / "data.txt").write_text("a\tx")
-    with pytest.raises(ValueError, match=r"data\.txt: unknown kind of file '\.txt'"):
-        load_examples(DataArguments(train_file=str(tmp_path / "data.txt")))
+    (tmp_path / "data.doc").write_text("a\tx")
+    with pytest.raises(ValueError, match=r"data\.doc: unknown kind of file '\.doc'"):
+        load_examples(DataArguments(train_file=str(tmp_path / "data.doc")))
     (tmp_path / "data.json").write_text("[{]")
     with pytest.raises(ValueError, match=r"data\.json is not a valid \.json file"):
         load_examples(DataArguments(train_file=str(tmp_path / "data.json")))

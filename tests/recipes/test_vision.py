@@ -474,6 +474,12 @@ def test_validation_images_are_held_out_of_training_and_the_test_files_are_not_r
     assert len(held_out) == 20
     assert train | held_out == everything
     assert images.eval_labels.bincount().tolist() == [2] * 10
+    tuned = load_images(ImageDataArguments(**arguments, tuning=True))
+    judged, rest = ({image.tobytes() for image in part.numpy()} for part in (tuned.eval_images, tuned.train_images))
+    assert (len(judged), len(rest)) == (16, 64)
+    assert judged | rest == train  # settings are chosen on images that are neither trained on nor evaluated on later
+    alone = load_images(ImageDataArguments(data_dir=str(folder), tuning=True))
+    assert (len(alone.train_images), len(alone.eval_images)) == (90, 10)
     fewer = load_images(ImageDataArguments(**arguments, max_train_images=30, max_eval_images=10))
     assert {image.tobytes() for image in fewer.train_images.numpy()} < train
     assert {image.tobytes() for image in fewer.eval_images.numpy()} < held_out
@@ -502,7 +508,7 @@ def test_scaling_averages_and_takes_the_central_square(tmp_path):
     wide = torch.zeros(1, 3, 8, 20, dtype=torch.uint8)
     wide[..., 6:14] = 200
     assert torch.equal(image_data.scale(wide, 8), torch.full((1, 3, 8, 8), 200, dtype=torch.uint8))
-    assert torch.equal(image_data.scale(wide, 4), torch.full((1, 3, 4, 4), 200, dtype=torch.uint8))
+    assert torch.equal(image_data.scale(wide, 4)[..., 1:3], torch.full((1, 3, 4, 2), 200, dtype=torch.uint8))
     ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(1, 3, 32, 32).contiguous()
     pillow = Image.fromarray(ramp[0].permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BILINEAR)
     torch.testing.assert_close(image_data.scale(ramp, 16)[0].permute(1, 2, 0), torch.from_numpy(np.array(pillow)),
