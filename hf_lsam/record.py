@@ -92,6 +92,8 @@ class RecordWriter:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes one log point. If called before `begin`, it is written then."""
+        if self._folder is None:
+            return
         entry = {"time": time.time(), "step": step, **metrics}
         if self._begun:
             self._append(entry)

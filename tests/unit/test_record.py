@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import time
+import tracemalloc
 from pathlib import Path
 from statistics import mean
 
@@ -121,6 +123,30 @@ def test_a_loop_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     with LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sync_steps=2) as lsam:
         lsam.log()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loop_that_neither_logs_nor_records_keeps_nothing_of_its_steps(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "RECORD_SECONDS", 0.0)
+    model, rows = net(), blobs()
+    batch = {key: torch.stack([row[key] for row in rows.rows[:8]]) for key in ("x", "labels")}
+
+    def kept(steps: int) -> int:
+        for _ in range(steps):
+            lsam.step(lambda: model(**batch)["loss"])
+        gc.collect()
+        snapshot = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/hf_lsam/*")])
+        return sum(trace.size for trace in snapshot.traces)
+
+    with LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sync_steps=2) as lsam:
+        tracemalloc.start()
+        try:
+            before = kept(100)
+            assert kept(600) - before < 20_000  # bytes: a number kept for each step takes more
+        finally:
+            tracemalloc.stop()
 
 
 def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path):
