@@ -465,15 +465,11 @@ class Session:
 
     # --- logging ---
 
-    def log(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        """Writes one log point to the record; warns once about each sign that the run is going wrong.
+    def observe(self, learning_rate: float) -> dict[str, float]:
+        """Returns LSAM's own metrics since the last call; warns once about each sign that the run is going wrong.
 
         Args:
-            step: number of optimizer steps made.
-            logs: further values of the log point, including "learning_rate".
-
-        Returns:
-            LSAM's own metrics since the last call.
+            learning_rate: the largest of a trained parameter.
 
         Raises:
             ValueError: if parameters were frozen or unfrozen since the run began.
@@ -481,21 +477,29 @@ class Session:
         refuse_changes(self._model, self.joined_worker.parameters)
         metrics = self.metrics.since_last_log()
         if self.hooks.factor != 1.0:
-            metrics["lsam/worker_learning_rate"] = logs["learning_rate"] * self.hooks.factor
+            metrics["lsam/worker_learning_rate"] = learning_rate * self.hooks.factor
         metrics |= self._steps_of_all()
         version = int(metrics["lsam/anchor_version"])
-        drift, staleness, rate = metrics["lsam/drift"], metrics["lsam/staleness"], logs["learning_rate"]
-        for warning in self.signatures.observe(drift, staleness, version, rate):
+        drift, staleness = metrics["lsam/drift"], metrics["lsam/staleness"]
+        for warning in self.signatures.observe(drift, staleness, version, learning_rate):
             self._warn(warning)
         if self._shared_momentum:
             self._warn(self.signatures.slow_link(self.joined_worker.link.exchange_steps, self.sync_steps))
         if self._buffers_before is not None:
             self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
             self._buffers_before = None  # the first log point has shown which buffers move
-        self.record.log(step, {**metrics, **logs})
+        return metrics
+
+    def log(self, step: int, point: dict[str, Any]) -> None:
+        """Writes one log point to the record.
+
+        Args:
+            step: number of optimizer steps made.
+            point: what `observe` returned, and further values.
+        """
+        self.record.log(step, point)
         self.metrics.entry_was_made()
         self._record_at = time.monotonic() + RECORD_SECONDS
-        return metrics
 
     def _add_entry(self, step: int, more: dict[str, float]) -> None:
         """Writes an entry between two log points to the record; reads one number from the device."""

@@ -285,13 +285,17 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, Publishing, SharedEvaluation,
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Only Trainer itself passes the start time, with what it measured between two log points.
-        if start_time is not None and self.is_in_train and "loss" in logs:
-            logs.update(self.session.log(self.state.global_step, logs))
+        at_log_point = start_time is not None and self.is_in_train and "loss" in logs
+        if at_log_point:
+            logs.update(self.session.observe(logs["learning_rate"]))
+        super().log(logs, start_time)
+        logged = self.state.log_history[-1]  # with what trl's trainers add
+        if at_log_point:
+            self.session.log(self.state.global_step, logged)
         elif self.args.identity.rank == 0 and not self._showing_local:
-            evaluation = {name: value for name, value in logs.items() if name.startswith("eval_")}
+            evaluation = {name: value for name, value in logged.items() if name.startswith("eval_")}
             if evaluation:
                 self.session.record.log(self.state.global_step, evaluation)
-        super().log(logs, start_time)
 
     # --- the steps of the run, where its workers share them ---
 
