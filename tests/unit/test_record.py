@@ -59,6 +59,30 @@ def test_a_trainer_writes_what_it_logs_and_what_it_evaluates(tmp_path):
     assert worker_state(entries) == "finished"
 
 
+def test_the_card_has_the_figures_of_the_anchor_that_is_loaded_as_the_best_on_all_data_sets(tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "a_loss", "greater_is_better": True}
+    trainer = trainer_of(tmp_path, learning_rate=0.05, **fields, **best)
+    trainer.eval_dataset = {"a": blobs(16, 1), "b": blobs(16, 2)}
+    trainer.train()
+    assert trainer.state.best_global_step == 1  # the loss falls
+    evaluated = [entry for entry in trainer.state.log_history if entry["step"] == 1]
+    losses = {
+        name: entry[f"eval_{name}"] for name in ("a_loss", "b_loss") for entry in evaluated if f"eval_{name}" in entry
+    }
+    facts = facts_of_record(tmp_path, read_record(tmp_path))
+    assert dict(facts.metrics) == losses
+    assert ("B loss at the anchor of step 1", f"{losses['b_loss']:.4f}") in facts.results
+
+    measured = trainer.evaluate(blobs(16, 3))  # of the model as it is now
+    facts = facts_of_record(tmp_path, read_record(tmp_path))
+    assert dict(facts.metrics) == {**losses, "loss": measured["eval_loss"]}
+
+    trainer_of(tmp_path, max_steps=6, learning_rate=0.05, **fields).train(resume_from_checkpoint=True)
+    facts = facts_of_record(tmp_path, read_record(tmp_path))
+    assert [label for label, _ in facts.results if "anchor" in label] == ["Loss at the anchor"]
+
+
 def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
     trainer_of(tmp_path, save_strategy="steps", save_steps=2).train()
     first = read_record(tmp_path)
