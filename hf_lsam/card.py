@@ -179,7 +179,7 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
         base=name,
         curves=(run_dir / "curves.png").exists(),
         seeds=[run["configuration"]["seed"]] if "seed" in run["configuration"] else [],
-        **saved_model(run_dir),
+        **saved_model(run_dir, run["model"].get("labels"), run["model"].get("class")),
     )
 
 

@@ -150,7 +150,8 @@ def describe(num_workers: int, configuration: dict[str, Any], model: dict[str, A
     Args:
         num_workers: n.
         configuration: LSAM's fields and the others that matter.
-        model: "name" (None if it has none), "class", "adapter" (whether peft wraps it) and "trainable_parameters".
+        model: "name" (None if it has none), "class", "adapter" (whether peft wraps it), "labels" (of a classifier
+            that is adapted, else None) and "trainable_parameters".
 
     Returns:
         format, run_id, started (unix seconds), num_workers, host and pid (those of worker 0; each worker's are in its

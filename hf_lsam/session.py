@@ -264,10 +264,13 @@ class Session:
         if self.arguments.identity.rank == 0:
             unwrapped = getattr(self._model, "get_base_model", None)  # of peft
             base = self._model if unwrapped is None else unwrapped()
+            config, kind, adapter = getattr(base, "config", None), type(base).__name__, base is not self._model
+            labelled = adapter and kind.endswith("Classification")  # the adapter's own configuration has no labels
             about = {
-                "name": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
-                "class": type(base).__name__,
-                "adapter": base is not self._model,
+                "name": getattr(config, "_name_or_path", None) or None,
+                "class": kind,
+                "adapter": adapter,
+                "labels": list(getattr(config, "id2label", {}).values()) if labelled else None,
                 "trainable_parameters": self.joined_worker.layout.numel,
             }
             settings = {**self.arguments.lsam_fields(), "sync_steps": self.sync_steps, **configuration}
