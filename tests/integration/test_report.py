@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from models import arguments, blobs, net, vector
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.cli import main
-from hf_lsam.cli.charts import Series, line_chart, ticks
+from hf_lsam.cli.charts import Series, line_chart, map_chart, ticks
 from hf_lsam.cli.report import mean_and_spread, read_run
 from hf_lsam.spread import mean_and_deviation
 
@@ -262,6 +263,30 @@ def test_any_finite_points_make_a_figure(points):
     assert "<polyline" in figure
     assert "nan" not in figure
     assert "A &lt;title&gt;" in figure
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0.99951, 1.00049, ["0.9995", "1", "1.0005"]),
+        (0.69314, 0.69316, ["0.69314", "0.693145", "0.69315", "0.693155", "0.69316"]),
+        (1000.0, 1400.0, ["1,000", "1,100", "1,200", "1,300", "1,400"]),
+        (1.0e6, 1.2e6, ["1e+06", "1.05e+06", "1.1e+06", "1.15e+06", "1.2e+06"]),
+        (0.0, 4e-14, ["0", "1e-14", "2e-14", "3e-14", "4e-14"]),
+    ],
+)
+def test_a_tick_shows_its_value_however_narrow_the_axis(low, high, shown):
+    figure = line_chart("name", "title", "x", "y", [Series("curve", [(0, low), (1, high)], 0)])
+    assert re.findall(r'text-anchor="end"[^>]*>([^<]*)<', figure) == shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(0.69314, 0.6932, ["0.69314", "0.69317", "0.6932"]), (0.5, 0.5, ["0.5"] * 3), (0.0, 2.0, ["0", "1", "2"])],
+)
+def test_the_colours_of_a_map_are_told_apart(low, high, shown):
+    figure = map_chart("name", "title", [-1.0, 1.0], [[low, high], [high, low]], [])
+    assert re.findall(r'<text x="314"[^>]*>([^<]*)<', figure) == shown
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end():
