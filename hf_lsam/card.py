@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .files import write_atomically
 from .loading import saved_model
 from .parameters import data_parallel_bytes
-from .record import BYTES, Record, is_metric, read_record
+from .record import BYTES, Record, read_record
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 FACTS = "card.json"  # in the folder of a run
@@ -150,17 +150,18 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
     """What the record of a run and the model in `run_dir` say."""
     record = record.made_once()
     run, workers = record.run, record.workers
-    newest: dict[str, Any] = next(reversed(record.evaluations()), {})
-    metrics = [(name.removeprefix("eval_"), value) for name, value in newest.items() if is_metric(name, value)]
+    evaluated_at, measured = record.latest_evaluation()
+    metrics = [(name.removeprefix("eval_"), value) for name, value in measured.items()]
     last: dict[int, dict[str, Any]] = {rank: next(reversed(record.points(rank)), {}) for rank in workers}
     steps = [point.get("step", 0) for point in last.values()]
+    at = "the anchor" if evaluated_at == last.get(0, {}).get("step", 0) else f"the anchor of step {evaluated_at:,}"
     exchanged = sum(point.get(name, 0) for point in last.values() for name in BYTES)
     parallel = data_parallel_bytes(steps, run["model"]["trainable_parameters"])
     rows = [
         ("Method", "LSAM"),
         ("Workers", f"{run['num_workers']}; steps {', '.join(map(str, steps))}"),
         ("Trained parameters", f"{run['model']['trainable_parameters']:,}"),
-        *((f"{titled(name)} at the anchor", f"{value:.4f}") for name, value in metrics),
+        *((f"{titled(name)} at {at}", f"{value:.4f}") for name, value in metrics),
         ("Server updates", f"{max((point.get('lsam/anchor_version', 0) for point in last.values()), default=0)}"),
         ("Bytes exchanged", megabytes(exchanged)),
         ("  data-parallel SAM", f"{megabytes(parallel)} for the same steps"),
@@ -178,7 +179,7 @@ def facts_of_record(run_dir: Path, record: Record) -> CardFacts:
         base=name,
         curves=(run_dir / "curves.png").exists(),
         seeds=[run["configuration"]["seed"]] if "seed" in run["configuration"] else [],
-        **saved_model(run_dir),
+        **saved_model(run_dir, run["model"].get("labels"), run["model"].get("class")),
     )
 
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import TypedDict
 
-# Suffix of the names of transformers' model classes, the task on the Hub, and peft's name for the task.
-TASKS = (
-    ("ForSequenceClassification", "text-classification", "SEQ_CLS"),
-    ("ForTokenClassification", "token-classification", "TOKEN_CLS"),
-    ("ForImageClassification", "image-classification", None),
-    ("ForConditionalGeneration", None, "SEQ_2_SEQ_LM"),
-    ("ForCausalLM", "text-generation", "CAUSAL_LM"),
-    ("LMHeadModel", "text-generation", None),
-)
-READERS = {"tokenizer_config.json": "AutoTokenizer", "preprocessor_config.json": "AutoImageProcessor"}
-AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForCausalLM"}
+# Suffixes of the names of transformers' model classes, and the task on the Hub.
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+# peft's names for tasks, and the suffixes of its and transformers' Auto classes for them.
+ADAPTERS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "CAUSAL_LM": "ForCausalLM",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
+}
+READERS = {
+    "processor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+    "preprocessor_config.json": "AutoImageProcessor",
+}
 
 
 class SavedModel(TypedDict):
@@ -27,21 +39,33 @@ class SavedModel(TypedDict):
     loading: str | None
 
 
-def saved_model(run_dir: Path, labels: list[str] | None = None) -> SavedModel:
+def saved_model(run_dir: Path, labels: list[str] | None = None, base: str | None = None) -> SavedModel:
     """Task, library and loading code of the model in a folder.
 
     Args:
-        labels: a classifier's labels, if its configuration does not hold them.
+        labels: a classifier's labels, if its configuration does not hold them, as an adapter's does not.
+        base: name of the class of the model that an adapter was trained on, if known.
     """
     adapter, config = run_dir / "adapter_config.json", run_dir / "config.json"
+    options = ", num_labels=len(labels)" if labels else ""
     if adapter.exists():
-        kind = json.loads(adapter.read_bytes()).get("task_type")
-        ending, task, _ = next((each for each in TASKS if kind is not None and each[2] == kind), (None, None, None))
-        library = "peft"
+        library, ending = "peft", ADAPTERS.get(json.loads(adapter.read_bytes()).get("task_type"), "")
+        task = _task(ending or base or "")
+        if base is None or _loads(ending, base):
+            kind = f"AutoPeftModel{ending}"
+            of_transformers, of_peft = [], [kind]
+            lines = [f"model = {kind}.from_pretrained(folder{options})"]
+        else:
+            of_transformers, of_peft = [base], ["PeftConfig", "PeftModel"]
+            lines = [
+                "name = PeftConfig.from_pretrained(folder).base_model_name_or_path",
+                f"model = PeftModel.from_pretrained({base}.from_pretrained(name{options}), folder)",
+            ]
     elif config.exists():
-        kind = (json.loads(config.read_bytes()).get("architectures") or [""])[0]
-        ending, task, _ = next((each for each in TASKS if kind.endswith(each[0])), (None, None, None))
-        library = "transformers"
+        library, kind = "transformers", (json.loads(config.read_bytes()).get("architectures") or ["AutoModel"])[0]
+        task = _task(kind)
+        of_transformers, of_peft = [kind], []
+        lines = [f"model = {kind}.from_pretrained(folder{options})"]
     elif (run_dir / "model.safetensors").exists():
         source = (
             "from safetensors.torch import load_file\n\n"
@@ -51,26 +75,39 @@ def saved_model(run_dir: Path, labels: list[str] | None = None) -> SavedModel:
     else:
         return {"task": None, "library": None, "loading": None}
     reader = next((name for file, name in READERS.items() if (run_dir / file).exists()), None)
-    return {"task": task, "library": library, "loading": _loading(library, ending, task, labels, reader)}
-
-
-def _loading(library: str, ending: str | None, task: str | None, labels: list[str] | None, reader: str | None) -> str:
-    auto = "Auto" if library == "transformers" else "AutoPeft"
-    kind = f"{auto}Model{AUTO_CLASSES.get(ending or '', ending or '')}"
-    own = [name for name in (kind if library == "transformers" else None, reader) if name]
-    lines = [f"from transformers import {', '.join(sorted(own))}"] if own else []
-    lines += [] if library == "transformers" else [f"from peft import {kind}"]
-    lines += ["", 'folder = "."  # where this card lies, or its name on the Hub']
-    if labels:
-        lines += [f"labels = {labels}", f"model = {kind}.from_pretrained(folder, num_labels=len(labels))"]
-    else:
-        lines += [f"model = {kind}.from_pretrained(folder)"]
     if reader:
-        name = "tokenizer" if reader == "AutoTokenizer" else "processor"
-        lines += [f"{name} = {reader}.from_pretrained(folder)"]
-    if task == "text-classification" and labels and reader:
+        of_transformers.append(reader)
+        lines += [f"{'tokenizer' if reader == 'AutoTokenizer' else 'processor'} = {reader}.from_pretrained(folder)"]
+    if task == "text-classification" and reader == "AutoTokenizer" and labels and len(labels) > 1:
         lines += [
             'scores = model.eval()(**tokenizer(["A sentence."], return_tensors="pt")).logits',
             "print(labels[scores.argmax().item()])",
         ]
-    return "\n".join(lines)
+    head = [*_imports("transformers", of_transformers), *_imports("peft", of_peft)]
+    head += ["", 'folder = "."  # where this card lies, or its name on the Hub']
+    head += [f"labels = {labels}"] if labels else []
+    return {"task": task, "library": library, "loading": "\n".join([*head, *lines])}
+
+
+def _imports(library: str, names: list[str]) -> list[str]:
+    there = dir(importlib.import_module(library))
+    known = sorted(name for name in names if name in there)
+    lines = [f"from {library} import {', '.join(known)}"] if known else []
+    return lines + [
+        f"# {name}: the class that was trained, which {library} does not have" for name in names if name not in there
+    ]
+
+
+def _task(kind: str) -> str | None:
+    return next((task for suffix, task in TASKS.items() if kind.endswith(suffix)), None)
+
+
+def _loads(ending: str, base: str) -> bool:
+    """Whether peft's Auto class that ends in `ending` would put the adapter on a model of the class `base`."""
+    from transformers.models.auto import modeling_auto
+
+    if ending == "ForCausalLM":
+        return base in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if ending == "ForSeq2SeqLM":
+        return base in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    return True  # its name says it, or peft has saved its class

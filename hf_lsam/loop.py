@@ -436,8 +436,10 @@ class LSAM:
             RuntimeError: if `with lsam` has not been entered yet.
             ValueError: if parameters have been frozen or unfrozen since then.
         """
-        step = self.session.joined_worker.local_steps
-        return self.session.log(step, {**measured, "learning_rate": self._learning_rate}) | measured
+        step, rate = self.session.joined_worker.local_steps, self._learning_rate
+        logged = self.session.observe(rate) | measured
+        self.session.log(step, {**logged, "learning_rate": rate})
+        return logged
 
     def worker_summary(self) -> dict[str, float]:
         """This worker's totals of the run so far: steps, pushes, bytes, staleness, anchor version, and the drift, which

@@ -22,7 +22,7 @@ class WorkerMetrics:
     def __init__(self, worker: Worker):
         self._worker = worker
         self._sharpness = torch.zeros((), device=worker.anchor.device)
-        self._perturbed_steps: set[int] = set()
+        self._perturbed_steps, self._last_perturbed = 0, -1  # how many since the last log point, and the newest
         self._logged = self._recorded = worker.link.status  # at the last log point, and at the last entry
         self._loss = torch.zeros((), device=worker.anchor.device)  # summed since the last entry
         self._loss_from = worker.local_steps
@@ -40,16 +40,17 @@ class WorkerMetrics:
         if skip_overflow:
             difference = torch.nan_to_num(difference, nan=0.0, posinf=0.0, neginf=0.0)
         self._sharpness.add_(difference, alpha=share)
-        self._perturbed_steps.add(self._worker.local_steps)
+        if self._last_perturbed != self._worker.local_steps:  # its first micro-batch
+            self._perturbed_steps, self._last_perturbed = self._perturbed_steps + 1, self._worker.local_steps
 
     def since_last_log(self) -> dict[str, float]:
         """The metrics to log alongside the loss; reads drift and sharpness back from the device."""
         metrics = {"lsam/drift": self._worker.drift(), **self._exchanged_since(self._logged)}
         self._logged = self._worker.link.status
         if self._perturbed_steps:
-            metrics["lsam/sharpness"] = self._sharpness.item() / len(self._perturbed_steps)
+            metrics["lsam/sharpness"] = self._sharpness.item() / self._perturbed_steps
             self._sharpness.zero_()
-            self._perturbed_steps.clear()
+            self._perturbed_steps, self._last_perturbed = 0, -1
         return metrics
 
     def add_loss(self, loss: Tensor, share: float) -> None:

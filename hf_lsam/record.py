@@ -10,6 +10,8 @@ A worker's lines, each with "time" (unix seconds) and "step" (its local step):
     {"between_logs": true, "loss": ..., "lsam/anchor_version": ..., ...}  a step between log points, some seconds after
                                                                          the last entry; and the last step
     {"eval_loss": ..., "eval_accuracy": ..., ...}                        worker 0: an evaluation of the anchor
+    {"loaded_step": ...}                                                 worker 0: its model now holds the best anchor,
+                                                                         of that step; later evaluations have it too
     {"end": true, "error": null or a text}                               it has left
 
 JSON cannot represent numbers that are not finite: they are written as the strings "NaN", "Infinity" and "-Infinity",
@@ -92,6 +94,8 @@ class RecordWriter:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes one log point. If called before `begin`, it is written then."""
+        if self._folder is None:
+            return
         entry = {"time": time.time(), "step": step, **metrics}
         if self._begun:
             self._append(entry)
@@ -146,7 +150,8 @@ def describe(num_workers: int, configuration: dict[str, Any], model: dict[str, A
     Args:
         num_workers: n.
         configuration: LSAM's fields and the others that matter.
-        model: "name" (None if it has none), "class", "adapter" (whether peft wraps it) and "trainable_parameters".
+        model: "name" (None if it has none), "class", "adapter" (whether peft wraps it), "labels" (of a classifier
+            that is adapted, else None) and "trainable_parameters".
 
     Returns:
         format, run_id, started (unix seconds), num_workers, host and pid (those of worker 0; each worker's are in its
@@ -202,6 +207,21 @@ class Record:
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations of the anchor, in the order in which they were made; see `is_metric`."""
         return [entry for entry in self.workers.get(0, []) if any(name.startswith("eval_") for name in entry)]
+
+    def latest_evaluation(self) -> tuple[int, dict[str, float]]:
+        """What was measured at the anchor that the model holds, or at the one that was evaluated last.
+
+        Returns:
+            the step of that anchor, and the results by their names, of all data sets; 0 and none without evaluations.
+        """
+        of_step: dict[int, dict[str, float]] = {}
+        newest = 0
+        for entry in self.workers.get(0, []):
+            measured = {name: value for name, value in entry.items() if is_metric(name, value)}
+            if measured or "loaded_step" in entry:
+                newest = entry.get("loaded_step", entry["step"])
+                of_step.setdefault(newest, {}).update(measured)
+        return newest, of_step.get(newest, {})
 
     def points(self, rank: int, since_it_joined: bool = False) -> list[dict[str, Any]]:
         """A worker's log points, and its entries between them: the lines that say what it has exchanged.

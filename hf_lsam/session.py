@@ -269,10 +269,13 @@ class Session:
         if self.arguments.identity.rank == 0:
             unwrapped = getattr(self._model, "get_base_model", None)  # of peft
             base = self._model if unwrapped is None else unwrapped()
+            config, kind, adapter = getattr(base, "config", None), type(base).__name__, base is not self._model
+            labelled = adapter and kind.endswith("Classification")  # the adapter's own configuration has no labels
             about = {
-                "name": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
-                "class": type(base).__name__,
-                "adapter": base is not self._model,
+                "name": getattr(config, "_name_or_path", None) or None,
+                "class": kind,
+                "adapter": adapter,
+                "labels": list(getattr(config, "id2label", {}).values()) if labelled else None,
                 "trainable_parameters": self.joined_worker.layout.numel,
             }
             settings = {**self.arguments.lsam_fields(), "sync_steps": self.sync_steps, **configuration}
@@ -470,15 +473,11 @@ class Session:
 
     # --- logging ---
 
-    def log(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        """Writes one log point to the record; warns once about each sign that the run is going wrong.
+    def observe(self, learning_rate: float) -> dict[str, float]:
+        """Returns LSAM's own metrics since the last call; warns once about each sign that the run is going wrong.
 
         Args:
-            step: number of optimizer steps made.
-            logs: further values of the log point, including "learning_rate".
-
-        Returns:
-            LSAM's own metrics since the last call.
+            learning_rate: the largest of a trained parameter.
 
         Raises:
             ValueError: if parameters were frozen or unfrozen since the run began.
@@ -486,21 +485,29 @@ class Session:
         refuse_changes(self._model, self.joined_worker.parameters)
         metrics = self.metrics.since_last_log()
         if self.hooks.factor != 1.0:
-            metrics["lsam/worker_learning_rate"] = logs["learning_rate"] * self.hooks.factor
+            metrics["lsam/worker_learning_rate"] = learning_rate * self.hooks.factor
         metrics |= self._steps_of_all()
         version = int(metrics["lsam/anchor_version"])
-        drift, staleness, rate = metrics["lsam/drift"], metrics["lsam/staleness"], logs["learning_rate"]
-        for warning in self.signatures.observe(drift, staleness, version, rate):
+        drift, staleness = metrics["lsam/drift"], metrics["lsam/staleness"]
+        for warning in self.signatures.observe(drift, staleness, version, learning_rate):
             self._warn(warning)
         if self._shared_momentum:
             self._warn(self.signatures.slow_link(self.joined_worker.link.exchange_steps, self.sync_steps))
         if self._buffers_before is not None:
             self._warn(self.signatures.buffers_of_a_worker(moved_since(self._buffers, self._buffers_before)))
             self._buffers_before = None  # the first log point has shown which buffers move
-        self.record.log(step, {**metrics, **logs})
+        return metrics
+
+    def log(self, step: int, point: dict[str, Any]) -> None:
+        """Writes one log point to the record.
+
+        Args:
+            step: number of optimizer steps made.
+            point: what `observe` returned, and further values.
+        """
+        self.record.log(step, point)
         self.metrics.entry_was_made()
         self._record_at = time.monotonic() + RECORD_SECONDS
-        return metrics
 
     def _add_entry(self, step: int, more: dict[str, float]) -> None:
         """Writes an entry between two log points to the record; reads one number from the device."""

@@ -9,7 +9,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 360, 250  # of a figure, in units of about one pixel on a phone
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 42
+LEFT, RIGHT, TOP, BOTTOM = 68, 12, 10, 42
 STYLES = 7  # of workers or groups; the CSS has as many colours and dashes
 POINTS, ROWS = 400, 30  # the most points that a curve draws, and the most rows of it that a table shows
 MARKERS = (
@@ -68,7 +68,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
@@ -159,9 +159,8 @@ def map_chart(
             f'<rect x="{bar}" y="{y:.1f}" width="16" height="{side / 50 + 0.3:.1f}" fill="{_map_colour(step / 49)}"/>'
         )
     parts.append("</g>")
-    for share in (0, 0.5, 1):
-        y = TOP + side - share * side + (4 if share == 0.5 else 0 if share == 0 else 10)
-        parts.append(f'<text x="{bar + 22}" y="{y:.1f}">{number(low + share * (high - low))}</text>')
+    for label, y in zip(_told_apart([low, (low + high) / 2, high]), (side, side / 2 + 4, 10), strict=True):
+        parts.append(f'<text x="{bar + 22}" y="{TOP + y:.1f}"{_fitted(label)}>{label}</text>')
     parts.append(_frame(x_axis, y_axis, "along the first difference", "across it", grid=False))
     for _, a, b, style in marks:
         marker = STAR if style is None else MARKERS[style % STYLES]
@@ -234,7 +233,8 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, grid: bool 
         y = y_axis(value)
         if grid:
             parts.append(f'<path class="grid" d="M{left:.1f},{y:.1f}H{right:.1f}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
+        label = _tick(value)
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end"{_fitted(label)}>{label}</text>')
     for value in x_axis.ticks(4):
         x = x_axis(value)
         parts.append(f'<path class="axis" d="M{x:.1f},{bottom:.1f}v4"/>')
@@ -249,13 +249,20 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, grid: bool 
 
 
 def _tick(value: float) -> str:
-    return (
-        f"{value:.3g}"
-        if abs(value) < 1e4 or value != int(value)
-        else f"{value:,.0f}"
-        if value < 1e6
-        else f"{value:.2g}"
-    )
+    if value == int(value) and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return next(text for digits in range(3, 18) if float(text := f"{value:.{digits}g}") == value)
+
+
+def _told_apart(values: Sequence[float]) -> list[str]:
+    """The values with as many digits, at least four, as distinguish them."""
+    every = ([f"{value:.{digits}g}" for value in values] for digits in range(4, 18))
+    return next(texts for texts in every if len(set(texts)) == len(set(values)))
+
+
+def _fitted(label: str) -> str:
+    """Attributes that make a long label as narrow as the room beside an axis."""
+    return ' textLength="42" lengthAdjust="spacingAndGlyphs"' if len(label) > 6 else ""
 
 
 def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..record import BYTES, Record, RecordReader, is_metric, worker_state
+from ..record import BYTES, Record, RecordReader, worker_state
 
 RATE_POINTS = 6  # log points over which a rate is taken
 PIPE_WIDTH = 120  # columns, if there is no terminal to ask
@@ -98,9 +98,10 @@ def render(record: Record, now: float) -> Group:
     version = max((point["lsam/anchor_version"] for point in points), default=0)
     lines = [f"{_count(run['num_workers'], 'worker')} on {run['host']}, begun {begun:%Y-%m-%d %H:%M:%S}"]
     lines += [f"anchor: version {version:,.0f}, {_update_rate(record)} updates/s, {total / 1e6:,.1f} MB exchanged"]
-    if evaluations := record.evaluations():
-        figures = [f"{name} {value:.4g}" for name, value in evaluations[-1].items() if is_metric(name, value)]
-        lines.append(f"latest evaluation of the anchor, at step {evaluations[-1]['step']:,}: {', '.join(figures)}")
+    step, measured = record.latest_evaluation()
+    if measured:
+        figures = [f"{name} {value:.4g}" for name, value in measured.items()]
+        lines.append(f"latest evaluation of the anchor, at step {step:,}: {', '.join(figures)}")
     for rank, entries in record.workers.items():
         if entries[-1].get("error"):
             lines.append(f"worker {rank} left with {entries[-1]['error']}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 
@@ -112,6 +112,7 @@ class LSAMCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._leave_evaluation_to_worker_0(args, control)
+        self._show_steps_of_all()
         if self._ends_early:
             self._save_and_stop(state, control)
         elif self._session.joined_worker.link.status.stop_requested:
@@ -133,6 +134,14 @@ class LSAMCallback(TrainerCallback):
     def _ends_early(self) -> bool:
         link, signals = self._session.joined_worker.link.status, self._session.signals
         return link.save_requested or self.server_gone is not None or signals.received is not None
+
+    def _show_steps_of_all(self) -> None:
+        """Where workers share their steps, sets Trainer's bar, which is as long as the run, to where that stands."""
+        if (budget := self._session.budget) is None:
+            return
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.update(budget.steps_begun - callback.training_bar.n)
 
     def _save_and_stop(self, state: TrainerState, control: TrainerControl) -> None:
         control.should_training_stop = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from ..batchnorm import frozen_statistics, normalising_by_the_batch
@@ -29,24 +30,26 @@ class LandscapeScan(TrainerPart):
         """Worker 0 measures the loss around the anchor (see `landscape`) on the first training batches.
 
         The model is in evaluation mode, except that BatchNorm normalises by the batch, because running statistics
-        belong to one point. A file that cannot be read or written causes a warning only: the run already has its model.
+        belong to one point. Whatever fails causes a warning only, because the run already has its model, and no worker
+        waits for one that could not save its parameters.
         """
         assert self._own is not None  # training has ended
         args, folder = self.args, self._output_folder / FOLDER
         files = [folder / f"landscape-{rank}.safetensors" for rank in range(args.identity.num_workers)]
         try:
             save_tensors(files[args.identity.rank], {"x": self._own})
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             logger.warning(f"The landscape will be without worker {args.identity.rank}: {error}")
-        if self.gather_from_workers("landscape", None) is None:
-            return
         try:
+            if self.gather_from_workers("landscape", None) is None:
+                return
             # Files of workers on another machine are not here unless output_dir is shared.
-            workers = {
-                rank: load_tensors(file)["x"].to(args.device) for rank, file in enumerate(files) if file.exists()
-            }
-            for file in files:
-                file.unlink(missing_ok=True)
+            there = {rank: file for rank, file in enumerate(files) if file.exists()}
+            try:
+                workers = {rank: load_tensors(file)["x"].to(args.device) for rank, file in there.items()}
+            finally:
+                for file in there.values():
+                    file.unlink()
             measured = {
                 "run_id": read_record(self._output_folder).run["run_id"],
                 "batches": args.landscape_batches,
@@ -54,8 +57,19 @@ class LandscapeScan(TrainerPart):
                 **self._scanned(workers, args.kernel_precision(self.session.sync_steps)),
             }
             write_atomically(folder / "landscape.json", json.dumps(measured))
-        except (OSError, ValueError) as error:
-            logger.warning(f"The landscape is not in the record: {error}")
+        except DistError as error:
+            files[args.identity.rank].unlink(missing_ok=True)
+            logger.warning(
+                f"The workers cannot meet in the launcher's store any more ({error}), so the landscape is not in the "
+                "record. The model is complete without it. Keep the launcher alive until all workers have ended, or "
+                "set landscape_points=0."
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # among them, those of a device that is out of memory
+            logger.warning(
+                f"The landscape is not in the record ({error}). The model is complete without it. The scan needs room "
+                f"on {args.device} for the parameters of {args.identity.num_workers} workers and three vectors more; "
+                "set landscape_points=0 where there is none."
+            )
 
     def _scanned(self, workers: dict[int, Tensor], strength: float) -> dict[str, Any]:
         args, worker = self.args, self.session.joined_worker

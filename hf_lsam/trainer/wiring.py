@@ -285,13 +285,17 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, Publishing, SharedEvaluation,
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Only Trainer itself passes the start time, with what it measured between two log points.
-        if start_time is not None and self.is_in_train and "loss" in logs:
-            logs.update(self.session.log(self.state.global_step, logs))
-        elif self.args.identity.rank == 0 and not self._showing_local:
-            evaluation = {name: value for name, value in logs.items() if name.startswith("eval_")}
-            if evaluation:
-                self.session.record.log(self.state.global_step, evaluation)
+        at_log_point = start_time is not None and self.is_in_train and "loss" in logs
+        if at_log_point:
+            logs.update(self.session.observe(logs["learning_rate"]))
         super().log(logs, start_time)
+        logged = self.state.log_history[-1]  # with what trl's trainers add
+        if at_log_point:
+            self.session.log(self.state.global_step, logged)
+        elif self.args.identity.rank == 0 and not self._showing_local:
+            evaluation = {name: value for name, value in logged.items() if name.startswith("eval_")}
+            if evaluation:
+                self.session.record.log(self.state.global_step, {**evaluation, **self._loaded})
 
     # --- the steps of the run, where its workers share them ---
 
@@ -383,13 +387,11 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, Publishing, SharedEvaluation,
         session.signals.obey()
         if self._callback.server_gone is not None:
             raise self._callback.server_gone
-        # Not best_global_step: the best evaluation may be of a step that was not saved.
-        best = -1 if state.best_model_checkpoint is None else int(state.best_model_checkpoint.rpartition("-")[2])
         # A stop before the last step is somebody's decision and applies to all workers; running out of data is not.
         in_an_epoch = self._callback.steps_before_epoch < state.global_step < state.max_steps
         stop_all = self.control.should_training_stop and in_an_epoch
         try:
-            best = session.finish(stop_all, best)
+            best = session.finish(stop_all, self._best_step)
         except (ServerGone, KeyboardInterrupt, SystemExit):
             if self.sealed_step != state.global_step:
                 self._save_checkpoint(self.model, trial)
@@ -413,7 +415,21 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, Publishing, SharedEvaluation,
                 )
         if session.budget is not None:
             num_train_samples *= state.global_step / self._max_steps  # in proportion to the steps this worker has made
+        if self._loaded and self.args.identity.rank == 0:
+            session.record.log(state.global_step, self._loaded)
         return super()._finalize_training(trial, num_train_samples, start_time)
+
+    @property
+    def _best_step(self) -> int:
+        """The step of the best checkpoint, -1 without one; the best evaluation may be of another step, not saved."""
+        best = self.state.best_model_checkpoint
+        return -1 if best is None else int(best.rpartition("-")[2])
+
+    @property
+    def _loaded(self) -> dict[str, int]:
+        """What the record says of the model that Trainer loads after training as the best: the step of its anchor."""
+        loads = self.session.finished and self.args.load_best_model_at_end and self._best_step >= 0
+        return {"loaded_step": self._best_step} if loads else {}
 
 
 class LSAMTrainer(LSAMTrainerMixin, Trainer):

@@ -28,7 +28,7 @@ import json, os, sys, time
 from pathlib import Path
 
 from models import Stream, arguments, blobs, net
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 
@@ -44,13 +44,17 @@ class Pace(TrainerCallback):
         while trainer.worker.link.steps_begun < min(self.total, self.of_run * (state.global_step + 1)):
             time.sleep(0.005)
 
+    def on_train_end(self, *positional, **keywords):
+        shown = [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback)]
+        self.bars = [(each.training_bar.n, each.training_bar.total) for each in shown if each.training_bar is not None]
+
 
 def report(**values):
     (OUT / f"rank{RANK}.json").write_text(json.dumps(values))
 """
 LAUNCH = """
 fields = dict(share_steps=True, lr_scheduler_type="linear", per_device_train_batch_size=4, save_strategy="steps")
-fields |= dict(num_train_epochs=3, save_steps=12) | json.loads(sys.argv[2])
+fields |= dict(num_train_epochs=3, save_steps=12, disable_tqdm=False) | json.loads(sys.argv[2])
 pace = Pace(4 * RANK, 48)
 args = arguments(LSAMConfig, OUT / "run", **fields)
 trainer = LSAMTrainer(model=net(), args=args, train_dataset=blobs(64), callbacks=[pace])
@@ -59,6 +63,7 @@ state = trainer.state
 report(
     steps=state.global_step, max_steps=state.max_steps, epochs=state.epoch, rates=pace.rates,
     begun=trainer.session.budget.steps_begun, checkpoint=(OUT / "run" / f"checkpoint-{state.global_step}").is_dir(),
+    bars=pace.bars,
     progress=[entry["lsam/steps_of_all"] for entry in state.log_history if "lsam/steps_of_all" in entry],
 )
 """
@@ -84,6 +89,9 @@ def test_two_trainers_of_uneven_pace_make_the_steps_of_the_run_together_and_a_lo
     assert max(fast["rates"] + slow["rates"]) == pytest.approx(0.05)  # of the one that came first
     assert fast["rates"][-1] <= 0.05 * 2 / 24  # the schedule's end, though it has made more steps than it has
     assert fast["checkpoint"]
+    (shown, length), *others = fast["bars"]
+    assert length == 48 <= shown <= 49  # the steps of the run
+    assert [*others, *slow["bars"]] == []
 
     # Both go on from where the run stood when worker 0 saved, and make what the longer run has more.
     again, _ = launch(tmp_path, '{"num_train_epochs": 4}', "resume")

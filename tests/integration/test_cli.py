@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import psutil
 import pytest
 import torch
@@ -24,6 +25,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from launch import PATHS, ROOT, accelerate_launch, free_port, wait_until, write_script
 from models import arguments, blobs, net, sentences, tiny_bert
+from transformers import AutoModelForSequenceClassification, WhisperConfig, WhisperForConditionalGeneration
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.card import facts_of_run, is_hub_name, megabytes, model_card
@@ -399,7 +401,7 @@ def test_a_card_reads_a_tokenizer_where_one_was_saved(tmp_path):
     assert "okenizer" not in saved_model(tmp_path)["loading"]
     (tmp_path / "tokenizer_config.json").write_text("{}")
     code = saved_model(tmp_path)["loading"]
-    assert "from transformers import AutoModelForCausalLM, AutoTokenizer\n" in code
+    assert "from transformers import AutoTokenizer, GPT2LMHeadModel\n" in code
     assert "tokenizer = AutoTokenizer.from_pretrained(folder)" in code
 
 
@@ -444,10 +446,55 @@ def test_the_trainer_writes_the_same_card_and_its_code_loads_the_model(tmp_path,
     assert (data.base_model, data.datasets, data.license) == ("bert/tiny", ["imdb"], "mit")
     assert (data.pipeline_tag, data.library_name, data.model_name) == ("text-classification", "transformers", "tiny")
     code = card.text.partition("```python\n")[2].partition("```")[0]
-    assert "AutoModelForSequenceClassification" in code
+    assert "BertForSequenceClassification" in code
     monkeypatch.chdir(tmp_path / "tiny")
+    assert_loads(code, trainer.model)
+
+
+def assert_loads(code: str, model: torch.nn.Module) -> None:
+    """Runs a card's code in the current folder, and compares the model that it makes."""
     exec(code, loaded := {})
-    assert all(map(torch.equal, loaded["model"].state_dict().values(), trainer.model.state_dict().values()))
+    assert type(loaded["model"]) is type(model)
+    there, expected = loaded["model"].state_dict(), model.state_dict()
+    assert there.keys() == expected.keys()
+    assert all(torch.equal(there[name], expected[name]) for name in there)
+
+
+# peft asks for it when the adapter is loaded.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_code_of_a_card_loads_an_adapted_classifier_with_all_its_labels(tmp_path, monkeypatch):
+    base = tiny_bert()
+    base.config.id2label = {0: "bad", 1: "good", 2: "neither"}
+    base.classifier = torch.nn.Linear(16, 3)
+    base.num_labels = 3
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type=peft.TaskType.SEQ_CLS)
+    args = arguments(LSAMConfig, tmp_path / "run", max_steps=2, sync_steps=2)
+    trainer = LSAMTrainer(model=peft.get_peft_model(base, config), args=args, train_dataset=sentences())
+    trainer.train()
+    trainer.save_model()
+    code = facts_of_run(tmp_path / "run").loading
+    assert "labels = ['bad', 'good', 'neither']" in code
+    monkeypatch.chdir(tmp_path / "run")
+    assert_loads(code, trainer.model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_code_of_a_card_loads_a_model_of_speech(tmp_path, monkeypatch, adapted):
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    sizes |= dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"), 16)
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    model.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "base"
+    if adapted:
+        model = WhisperForConditionalGeneration.from_pretrained(folder)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=peft.TaskType.SEQ_2_SEQ_LM)
+        model, folder = peft.get_peft_model(model, config), tmp_path / "adapter"
+        model.save_pretrained(folder)
+    monkeypatch.chdir(folder)
+    assert_loads(saved_model(folder, base="WhisperForConditionalGeneration")["loading"], model)
 
 
 def test_push_to_hub_pushes_that_card(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from click.testing import CliRunner, Result
-from launch import PATHS, accelerate_launch, write_script
+from launch import PATHS, accelerate_launch, free_port, write_script
 from models import arguments, blobs, net, vector
+from transformers import TrainerCallback
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 from hf_lsam.cli import main
-from hf_lsam.cli.charts import Series, line_chart, ticks
+from hf_lsam.cli.charts import Series, line_chart, map_chart, ticks
 from hf_lsam.cli.report import mean_and_spread, read_run
+from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.spread import mean_and_deviation
 
 # A run of two workers: sys.argv are its folder, its seed and its sync_steps. For a plane through them and the anchor,
@@ -101,6 +104,45 @@ def test_measuring_changes_nothing_and_shows_how_far_it_is(tmp_path, capsys):
     assert list(measured["lines"]) == ["0"]
     assert measured["plane"] is None
     assert "Landscape: 100%|██████████| 9/9" in capsys.readouterr().err
+
+
+class Fails(torch.nn.Module):
+    """Has no room for a batch once training has ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.net(x, labels)
+
+
+class LosesItsStore(TrainerCallback):
+    """At the last step, the worker becomes one of two whose launcher is gone."""
+
+    def on_step_end(self, args, state, control, **keywords):
+        if state.global_step == state.max_steps:
+            self.trainer.session.run._identity = two = Identity(rank=self.rank, num_workers=2, local_workers=2)
+            self.trainer.session.run.store = LaunchStore(two, timeout=1.0)
+
+
+@pytest.mark.parametrize("cause", ["memory", "store of worker 0", "store of worker 1"])
+def test_a_landscape_that_cannot_be_measured_is_warned_of_and_the_run_finishes(tmp_path, monkeypatch, caplog, cause):
+    args = arguments(LSAMConfig, tmp_path, max_steps=4, sync_steps=2, landscape_points=5)
+    trainer = LSAMTrainer(model=Fails() if cause == "memory" else net(), args=args, train_dataset=blobs())
+    if cause != "memory":
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # which is not this process's
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        loses = LosesItsStore()
+        loses.trainer, loses.rank = trainer, int(cause[-1])
+        trainer.add_callback(loses)
+    trainer.train()
+    assert torch.equal(vector(trainer.model), trainer.worker.anchor)
+    assert ("CUDA out of memory." if cause == "memory" else "cannot meet in the launcher's store") in caplog.text
+    assert "landscape_points=0" in caplog.text
+    assert not list((tmp_path / "lsam").glob("landscape*"))
 
 
 def test_a_loop_of_your_own_measures_no_landscape():
@@ -262,6 +304,30 @@ def test_any_finite_points_make_a_figure(points):
     assert "<polyline" in figure
     assert "nan" not in figure
     assert "A &lt;title&gt;" in figure
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0.99951, 1.00049, ["0.9995", "1", "1.0005"]),
+        (0.69314, 0.69316, ["0.69314", "0.693145", "0.69315", "0.693155", "0.69316"]),
+        (1000.0, 1400.0, ["1,000", "1,100", "1,200", "1,300", "1,400"]),
+        (1.0e6, 1.2e6, ["1e+06", "1.05e+06", "1.1e+06", "1.15e+06", "1.2e+06"]),
+        (0.0, 4e-14, ["0", "1e-14", "2e-14", "3e-14", "4e-14"]),
+    ],
+)
+def test_a_tick_shows_its_value_however_narrow_the_axis(low, high, shown):
+    figure = line_chart("name", "title", "x", "y", [Series("curve", [(0, low), (1, high)], 0)])
+    assert re.findall(r'text-anchor="end"[^>]*>([^<]*)<', figure) == shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(0.69314, 0.6932, ["0.69314", "0.69317", "0.6932"]), (0.5, 0.5, ["0.5"] * 3), (0.0, 2.0, ["0", "1", "2"])],
+)
+def test_the_colours_of_a_map_are_told_apart(low, high, shown):
+    figure = map_chart("name", "title", [-1.0, 1.0], [[low, high], [high, low]], [])
+    assert re.findall(r'<text x="314"[^>]*>([^<]*)<', figure) == shown
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end():

@@ -27,6 +27,8 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hf_lsam import LSAMArguments, LSAMConfig, LSAMTrainer, LSAMTrainerMixin
+from hf_lsam.card import facts_of_record
+from hf_lsam.record import read_record
 
 LSAM = {"sam_rho": 0.05, "sync_steps": 2, "coupling_strength": 0.2}
 WORDS = ["<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(17))]
@@ -180,7 +182,12 @@ def sft(kind, config, output_dir, tokenizer, callbacks=None, **fields):
         config, output_dir, max_steps=5, gradient_accumulation_steps=2, max_length=16, bf16=False, **fields
     )
     trainer = kind(
-        model=gpt2(), args=args, train_dataset=sentences(), processing_class=tokenizer, callbacks=callbacks or []
+        model=gpt2(),
+        args=args,
+        train_dataset=sentences(),
+        eval_dataset=sentences(),
+        processing_class=tokenizer,
+        callbacks=callbacks or [],
     )
     for callback in callbacks or []:
         callback.trainer = trainer
@@ -203,6 +210,17 @@ def test_sft_counts_each_token_once(tmp_path, tokenizer, fraction):
             assert entries(lsam, name)[0] == pytest.approx(entries(plain, name)[0], rel=1e-6), name
         assert all(sharpness > 0 for sharpness in entries(lsam, "lsam/sharpness"))
     assert (anchors.x[-1] - vector(plain.model)).abs().max() > 1e-4
+
+
+def test_what_trl_measures_is_in_the_record_and_on_the_card(tmp_path, tokenizer):
+    trainer = sft(LSAMSFTTrainer, LSAMSFTConfig, tmp_path, tokenizer, **LSAM)
+    measured = trainer.evaluate()
+    record = read_record(tmp_path)
+    for name in ("mean_token_accuracy", "num_tokens", "lsam/drift"):
+        assert [point[name] for point in record.points(0)] == entries(trainer, name) != [], name
+    metrics = dict(facts_of_record(tmp_path, record).metrics)
+    assert metrics["loss"] == measured["eval_loss"]
+    assert [metrics["mean_token_accuracy"]] == entries(trainer, "eval_mean_token_accuracy")
 
 
 def test_sft_without_sam_and_coupling_is_plain_sft(tmp_path, tokenizer):

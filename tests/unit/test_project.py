@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
+from pkgutil import resolve_name as resolve_object
 
 import pytest
 from launch import ROOT
@@ -272,6 +273,18 @@ def test_the_readme_links_to_every_page_and_the_site_lists_it():
     pages = {page.name for page in ROOT.glob("docs/*.md")}
     assert pages == set(re.findall(r"- (\w+\.md)$", site, re.MULTILINE))
     assert pages - {"index.md", "api.md"} == set(re.findall(r"\]\(docs/(\w+\.md)\)", readme))
+
+
+def test_the_api_reference_shows_every_member_that_it_lists():
+    """mkdocstrings passes over what a class inherits, without a warning, unless told of it."""
+    text = (ROOT / "docs/api.md").read_text()
+    for name, options in re.findall(r"^::: ([\w.]+)\n((?:  .*\n)*)", text, re.MULTILINE):
+        lists = {key: set(names.split(", ")) for key, names in re.findall(r"(\w+): \[(.+)\]", options)}
+        documented = resolve_object(name)
+        if isinstance(documented, type):
+            inherited = lists.get("members", set()) - vars(documented).keys()
+            assert inherited == lists.get("inherited_members", set()), name
+            assert all(hasattr(documented, member) for member in inherited), name
 
 
 def test_the_makefile_has_every_command_that_a_text_names():

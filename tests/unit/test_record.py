@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import time
+import tracemalloc
 from pathlib import Path
 from statistics import mean
 
@@ -55,6 +57,30 @@ def test_a_trainer_writes_what_it_logs_and_what_it_evaluates(tmp_path):
     assert evaluated == [(0, before["eval_loss"]), (4, after["eval_loss"])]
     assert [entry["error"] for entry in entries if "end" in entry] == [None]
     assert worker_state(entries) == "finished"
+
+
+def test_the_card_has_the_figures_of_the_anchor_that_is_loaded_as_the_best_on_all_data_sets(tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "a_loss", "greater_is_better": True}
+    trainer = trainer_of(tmp_path, learning_rate=0.05, **fields, **best)
+    trainer.eval_dataset = {"a": blobs(16, 1), "b": blobs(16, 2)}
+    trainer.train()
+    assert trainer.state.best_global_step == 1  # the loss falls
+    evaluated = [entry for entry in trainer.state.log_history if entry["step"] == 1]
+    losses = {
+        name: entry[f"eval_{name}"] for name in ("a_loss", "b_loss") for entry in evaluated if f"eval_{name}" in entry
+    }
+    facts = facts_of_record(tmp_path, read_record(tmp_path))
+    assert dict(facts.metrics) == losses
+    assert ("B loss at the anchor of step 1", f"{losses['b_loss']:.4f}") in facts.results
+
+    measured = trainer.evaluate(blobs(16, 3))  # of the model as it is now
+    facts = facts_of_record(tmp_path, read_record(tmp_path))
+    assert dict(facts.metrics) == {**losses, "loss": measured["eval_loss"]}
+
+    trainer_of(tmp_path, max_steps=6, learning_rate=0.05, **fields).train(resume_from_checkpoint=True)
+    facts = facts_of_record(tmp_path, read_record(tmp_path))
+    assert [label for label, _ in facts.results if "anchor" in label] == ["Loss at the anchor"]
 
 
 def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
@@ -121,6 +147,30 @@ def test_a_loop_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     with LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sync_steps=2) as lsam:
         lsam.log()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loop_that_neither_logs_nor_records_keeps_nothing_of_its_steps(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "RECORD_SECONDS", 0.0)
+    model, rows = net(), blobs()
+    batch = {key: torch.stack([row[key] for row in rows.rows[:8]]) for key in ("x", "labels")}
+
+    def kept(steps: int) -> int:
+        for _ in range(steps):
+            lsam.step(lambda: model(**batch)["loss"])
+        gc.collect()
+        snapshot = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/hf_lsam/*")])
+        return sum(trace.size for trace in snapshot.traces)
+
+    with LSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sync_steps=2) as lsam:
+        tracemalloc.start()
+        try:
+            before = kept(100)
+            assert kept(600) - before < 20_000  # bytes: a number kept for each step takes more
+        finally:
+            tracemalloc.stop()
 
 
 def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path):
