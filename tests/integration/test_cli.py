@@ -145,11 +145,15 @@ def test_doctor_counts_the_workers_that_really_start():
     assert "they fit" in result.output
 
 
-def test_doctor_sees_the_trap_of_the_cpu_launch_whatever_the_script():
+def test_doctor_sees_the_trap_of_the_cpu_launch_whatever_the_script(monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/dev/shm" and access(path, mode))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     result = hf_lsam("doctor", "--num_processes", 3, "--num_machines", 1, "train.py", "--max_steps", 3)
     assert result.exit_code == 1
     assert "3 processes were asked for, and 1 is started" in result.output
     assert "--multi_gpu --num_processes 3" in result.output
+    assert "/dev/shm" not in result.output  # the one that starts would exchange nothing there
 
 
 def test_doctor_reads_the_configuration_file_and_believes_the_launch(tmp_path):
@@ -167,12 +171,14 @@ def test_doctor_says_what_a_script_would_be_refused_for():
     assert "LSAM cannot be combined with FSDP" in result.output
 
 
-def test_doctor_wants_the_other_machine_to_be_there():
+def test_doctor_wants_the_other_machine_to_be_there_and_counts_the_server_of_this_one():
     options = ["--multi_gpu", "--num_machines", 2, "--machine_rank", 0, "--num_processes", 2]
     address = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     result = hf_lsam("doctor", "--wait", 15, *options, *address)
     assert result.exit_code == 1
     assert "on all 2 machines at the same time" in result.output
+    assert "LSAM keeps 12 bytes" in result.output
+    assert "the exchange of 1 worker takes 9 vectors there" in result.output
 
 
 def test_doctor_sees_a_taken_port_and_too_little_memory():
