@@ -73,8 +73,12 @@ def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tupl
     launch would not do what was asked.
     """
     console = Console(highlight=False, soft_wrap=True)
+    versions = list(version_findings())
+    if any(finding.mark == "wrong" for finding in versions):
+        tell(console, versions)  # what follows needs them
+        return
     if ray:
-        tell(console, [*ray_findings(launch_options), *memory_findings(False, trainable), *version_findings()])
+        tell(console, [*ray_findings(launch_options), *memory_findings(False, trainable), *versions])
         return
     launch = understand(list(launch_options))
     findings = [*config_findings(launch), *port_findings(launch)]
@@ -85,8 +89,7 @@ def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tupl
     findings += [*thread_findings(reports), *memory_findings(workers == 1, trainable)]
     if workers > 1:
         findings += shared_memory_findings(len(reports) or workers // launch.machines, trainable)
-    findings += version_findings()
-    tell(console, findings)
+    tell(console, [*findings, *versions])
 
 
 def tell(console: Console, findings: Sequence[Finding]) -> None:
@@ -380,7 +383,7 @@ def _size(file: Path) -> int:
 
 
 def version_findings() -> Iterator[Finding]:
-    """Whether the installed packages have the versions that hf_lsam requires."""
+    """Whether the packages that hf_lsam requires are installed, in the versions that it requires."""
     try:
         required = [Requirement(line) for line in requires("hf-lsam") or []]
     except PackageNotFoundError:
@@ -394,9 +397,13 @@ def version_findings() -> Iterator[Finding]:
     for requirement in required:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        number = version(requirement.name)
+        try:
+            number = version(requirement.name)
+            fits = requirement.specifier.contains(number, prereleases=True)
+        except PackageNotFoundError:
+            number, fits = "not installed", False
         found.append(f"{requirement.name} {number}")
-        if not requirement.specifier.contains(number, prereleases=True):
+        if not fits:
             yield Finding(
                 "wrong",
                 f"{requirement.name} is {number}, and hf_lsam needs {requirement.specifier}.",

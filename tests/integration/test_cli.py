@@ -193,6 +193,20 @@ def test_doctor_sees_a_taken_port_and_too_little_memory():
     assert "shared_memory_dir" in result.output
 
 
+@pytest.mark.parametrize("options", [("--num_processes", 1), ("--ray",)])
+def test_doctor_says_which_requirements_are_missing_or_too_old_before_it_needs_them(tmp_path, monkeypatch, options):
+    (tmp_path / "hf_lsam-0.1.dist-info").mkdir()
+    wanted = "Requires-Dist: nowhere-to-be-found>=2,<3\nRequires-Dist: accelerate>=99\nRequires-Dist: click>=8\n"
+    (tmp_path / "hf_lsam-0.1.dist-info" / "METADATA").write_text(f"Name: hf-lsam\nVersion: 0.1\n{wanted}")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = hf_lsam("doctor", *options)
+    assert result.exit_code == 1
+    assert "nowhere-to-be-found is not installed, and hf_lsam needs <3,>=2." in result.output
+    assert "-> pip install 'nowhere-to-be-found<3,>=2'" in result.output
+    assert "-> pip install 'accelerate>=99'" in result.output
+    assert "train" not in result.output
+
+
 def test_doctor_passes_on_what_accelerate_refuses():
     result = hf_lsam("doctor", "--no_such_option")
     assert result.exit_code == 1
