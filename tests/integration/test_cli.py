@@ -217,16 +217,20 @@ def test_doctor_passes_on_what_accelerate_refuses():
 # --- monitor ---
 
 
-def test_monitor_shows_a_run_that_goes_on_and_says_when_it_was_killed(started):
+def test_monitor_shows_a_run_that_goes_on_and_says_when_it_was_killed(started, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in started.rglob("*") if path.suffix == ".json"}
-    result = hf_lsam("monitor", started, "--once")
+    pids = [entries[0]["pid"] for entries in read_record(started).workers.values()]
+    asked, process = [], psutil.Process
+    with monkeypatch.context() as watched:
+        watched.setattr(psutil, "Process", lambda pid: asked.append(pid) or process(pid))
+        result = hf_lsam("monitor", started, "--once")
+    assert sorted(asked) == sorted(pids)  # once each: all that is shown agrees
     assert result.exit_code == 0
     assert "2 workers" in result.output
     assert "training for" in result.output
     assert "to go of 10,000 steps" in result.output
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
-    pids = [entries[0]["pid"] for entries in read_record(started).workers.values()]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "training" not in [worker_state(e) for e in read_record(started).workers.values()])
