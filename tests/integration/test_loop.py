@@ -419,7 +419,7 @@ SCRIPT = """
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
     source = SCRIPT.format(folder=str(TESTS), output=str(tmp_path))
-    run = accelerate_launch(write_script(tmp_path / "loop.py", source), order)
+    run = accelerate_launch(write_script(tmp_path / "loop.py", source), order, fork=True)
     reports = [json.loads(line.split("REPORT")[1]) for line in run.stdout.splitlines() if "REPORT" in line]
     first, second = sorted(reports, key=lambda report: report["rank"])
     assert first["wrapped"] == ("DistributedDataParallel" if order == "before" else "Network")
