@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 _States = tuple[Any, Any, torch.Tensor]  # of Python's, NumPy's and torch's generators, in their own formats
 
@@ -166,7 +166,7 @@ def from_the_start(loader: DataLoader[Any]) -> Iterable[Any]:
     A stream is returned as it is.
     """
     batches: Any = loader.batch_sampler  # torch's, Accelerate's or the user's own
-    if batches is None:
+    if batches is None or isinstance(loader.dataset, IterableDataset):
         return loader
     while isinstance(batches, (BatchSamplerShard, AgreedBatches)):
         batches = batches.batch_sampler

@@ -24,6 +24,7 @@ import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from ..record import usable_cores
 from .doctor_ray import ray_findings
 from .finding import Finding, worker_count
 
@@ -72,16 +73,23 @@ def doctor(trainable: float | None, wait: float, ray: bool, launch_options: tupl
     launch would not do what was asked.
     """
     console = Console(highlight=False, soft_wrap=True)
+    versions = list(version_findings())
+    if any(finding.mark == "wrong" for finding in versions):
+        tell(console, versions)  # what follows needs them
+        return
     if ray:
-        tell(console, [*ray_findings(launch_options), *memory_findings(1, trainable), *version_findings()])
+        tell(console, [*ray_findings(launch_options), *memory_findings(False, trainable), *versions])
         return
     launch = understand(list(launch_options))
     findings = [*config_findings(launch), *port_findings(launch)]
     with console.status("starting the launch ...") if console.is_terminal else contextlib.nullcontext():
         reports, code, output = start(launch, wait)
     findings = [*launch_findings(launch, reports, code, output, wait), *findings]
-    findings += [*thread_findings(reports), *memory_findings(len(reports), trainable), *version_findings()]
-    tell(console, findings)
+    workers = reports[0]["world_size"] if reports else launch.asked or 1
+    findings += [*thread_findings(reports), *memory_findings(workers == 1, trainable)]
+    if workers > 1:
+        findings += shared_memory_findings(len(reports) or workers // launch.machines, trainable)
+    tell(console, [*findings, *versions])
 
 
 def tell(console: Console, findings: Sequence[Finding]) -> None:
@@ -295,7 +303,7 @@ def port_findings(launch: Launch) -> Iterator[Finding]:
 def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
     """Whether the workers that train on this machine's CPU have as many threads as it has cores."""
     threads = [report["threads"] for report in reports if report.get("device") == "cpu"]
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if not threads:
         return
     each = max(1, cores // len(threads))
@@ -316,14 +324,13 @@ def thread_findings(reports: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("ok", f"{sum(threads)} threads on {cores} cores.")
 
 
-def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
-    """Whether the vectors of the exchange fit into /dev/shm, and what killed runs have left there."""
-    from ..algorithms import ServerSettings, WorkerSettings
-    from ..memory import shared_bytes, worker_bytes
-    from ..transport.ownership import dead_launches  # imports torch, for which --help need not wait
+def memory_findings(alone: bool, trainable: float | None) -> Iterator[Finding]:
+    """What a worker keeps in its own memory; `alone` if it has no server process."""
+    from ..algorithms import ServerSettings, WorkerSettings  # import torch, for which --help need not wait
+    from ..memory import worker_bytes
 
-    alone = ServerSettings(sync_steps=4) if workers == 1 else None
-    kept = [worker_bytes(WorkerSettings(sync_steps=4), alone, accelerator) for accelerator in (False, True)]
+    server = ServerSettings(sync_steps=4) if alone else None
+    kept = [worker_bytes(WorkerSettings(sync_steps=4), server, accelerator) for accelerator in (False, True)]
     each = f"{kept[0]} bytes" if kept[0] == kept[1] else f"{kept[0]} bytes (on a GPU {kept[1]})"
     total = (
         ""
@@ -331,22 +338,34 @@ def memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
         else f": {' or '.join(f'{size * trainable / 2**30:.2f}' for size in sorted({*kept}))} GiB"
     )
     yield Finding("ok", f"with the default settings LSAM keeps {each} a trained parameter in each worker{total}.")
+
+
+def shared_memory_findings(workers: int, trainable: float | None) -> Iterator[Finding]:
+    """Whether the vectors that this machine's workers exchange fit into /dev/shm, and what killed runs have left there.
+
+    Args:
+        workers: those on this machine.
+        trainable: trained parameters, or None.
+    """
+    from ..memory import shared_bytes
+    from ..transport.ownership import dead_launches  # imports torch, too
+
     folder = Path("/dev/shm")
     elsewhere = "Name a folder on a local disk in shared_memory_dir; in a container, raise --shm-size."
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         yield Finding("wrong", "there is no /dev/shm that this user may write to.", elsewhere)
         return
-    if workers > 1:
-        free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
-        vectors = shared_bytes(workers) // 4 + VECTORS_OF_SNAPSHOTS
-        fits = free // (4 * vectors)
-        room = f"/dev/shm has room for {free / 2**30:.1f} GiB, and {workers} workers exchange {vectors} vectors there"
-        if trainable is None:
-            yield Finding("ok", f"{room}: up to {fits / 1e6:,.0f} million trainable parameters fit.")
-        elif trainable <= fits:
-            yield Finding("ok", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they fit.")
-        else:
-            yield Finding("wrong", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they do not fit.", elsewhere)
+    free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
+    vectors = shared_bytes(workers) // 4 + VECTORS_OF_SNAPSHOTS
+    fits = free // (4 * vectors)
+    takes = f"the exchange of {worker_count(workers)} takes {vectors} vectors there"
+    room = f"/dev/shm has room for {free / 2**30:.1f} GiB, and {takes}"
+    if trainable is None:
+        yield Finding("ok", f"{room}: up to {fits / 1e6:,.0f} million trainable parameters fit.")
+    elif trainable <= fits:
+        yield Finding("ok", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they fit.")
+    else:
+        yield Finding("wrong", f"{room}, {4 * vectors * trainable / 2**30:.2f} GiB: they do not fit.", elsewhere)
     if left := dead_launches(folder):
         size = sum(_size(file) for path in left for file in path.glob("*"))
         yield Finding(
@@ -364,7 +383,7 @@ def _size(file: Path) -> int:
 
 
 def version_findings() -> Iterator[Finding]:
-    """Whether the installed packages have the versions that hf_lsam requires."""
+    """Whether the packages that hf_lsam requires are installed, in the versions that it requires."""
     try:
         required = [Requirement(line) for line in requires("hf-lsam") or []]
     except PackageNotFoundError:
@@ -378,9 +397,13 @@ def version_findings() -> Iterator[Finding]:
     for requirement in required:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        number = version(requirement.name)
+        try:
+            number = version(requirement.name)
+            fits = requirement.specifier.contains(number, prereleases=True)
+        except PackageNotFoundError:
+            number, fits = "not installed", False
         found.append(f"{requirement.name} {number}")
-        if not requirement.specifier.contains(number, prereleases=True):
+        if not fits:
             yield Finding(
                 "wrong",
                 f"{requirement.name} is {number}, and hf_lsam needs {requirement.specifier}.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -43,13 +43,14 @@ def monitor(run_dir: Path, once: bool, interval: float) -> None:
     try:
         if once or not Console().is_terminal:
             console = Console(color_system=None, width=None if Console().is_terminal else PIPE_WIDTH)
-            console.print(render(reader.read(), time.time()))
+            shown, _ = look(reader)
+            console.print(shown)
             return
-        with Live(render(reader.read(), time.time()), auto_refresh=False) as live:
+        with Live(auto_refresh=False) as live:
             while True:
-                record = reader.read()
-                live.update(render(record, time.time()), refresh=True)
-                if run_state(record) not in GOES_ON:
+                shown, state = look(reader)
+                live.update(shown, refresh=True)
+                if state not in GOES_ON:
                     return
                 time.sleep(interval)
     except (OSError, ValueError) as error:
@@ -58,30 +59,40 @@ def monitor(run_dir: Path, once: bool, interval: float) -> None:
         pass  # the run goes on
 
 
-def run_state(record: Record) -> str:
+def look(reader: RecordReader) -> tuple[Group, str]:
+    """What is shown of the run as it is now, and its state; the processes are asked once, so that all of it agrees."""
+    record = reader.read()
+    states = worker_states(record)
+    return render(record, states, time.time()), run_state(record, states)
+
+
+def worker_states(record: Record) -> dict[int, str]:
+    """The state of each worker that has begun (see `record.worker_state`), by rank."""
+    return {rank: worker_state(entries) for rank, entries in record.workers.items()}
+
+
+def run_state(record: Record, states: Mapping[int, str]) -> str:
     """The state of the run as a whole: "waiting" (not all workers have joined), or the most telling one of a worker."""
-    states = _states(record)
-    if "training" in states:
-        return "training"
-    for state in ("dead", "failed", "away"):
-        if state in states:
+    for state in ("training", "dead", "failed", "away"):
+        if state in states.values():
             return state
     return "finished" if len(states) == record.run["num_workers"] else "waiting"
 
 
-def render(record: Record, now: float) -> Group:
+def render(record: Record, states: Mapping[int, str], now: float) -> Group:
     """Renders what is shown.
 
     Args:
+        states: the workers' states (see `worker_states`).
         now: the present time, in Unix seconds.
     """
-    run, state = record.run, run_state(record)
+    run, state = record.run, run_state(record, states)
     points = [point for rank in record.workers for point in record.points(rank, since_it_joined=True)]
     last = max((entries[-1]["time"] for entries in record.workers.values()), default=run["started"])
     ended = state not in GOES_ON
     head = Text.assemble(
         f"run {run['run_id']}: ",
-        (_sentence(record, state), f"bold {STYLES.get(state, '')}"),
+        (_sentence(state, list(states.values())), f"bold {STYLES.get(state, '')}"),
         f" {'after' if ended else 'for'} {_duration((last if ended else now) - run['started'])}",
         _remaining(record) if state == "training" else "",
     )
@@ -92,7 +103,7 @@ def render(record: Record, now: float) -> Group:
         table.add_column(name, justify="right")
     exchanged = _exchanged(record)
     for rank in range(run["num_workers"]):
-        table.add_row(*_row(record, rank, now, exchanged.get(rank)))
+        table.add_row(*_row(record, rank, states, now, exchanged.get(rank)))
     begun = datetime.fromtimestamp(run["started"])
     total = sum(map(sum, exchanged.values()))
     version = max((point["lsam/anchor_version"] for point in points), default=0)
@@ -115,16 +126,14 @@ def _exchanged(record: Record) -> dict[int, list[float]]:
     return {rank: [last[name] for name in BYTES] for rank, last in lasts.items()}
 
 
-def _states(record: Record) -> list[str]:
-    return [worker_state(entries) for entries in record.workers.values()]
-
-
-def _row(record: Record, rank: int, now: float, exchanged: Sequence[float] | None) -> list[str | Text]:
+def _row(
+    record: Record, rank: int, states: Mapping[int, str], now: float, exchanged: Sequence[float] | None
+) -> list[str | Text]:
     entries = record.workers.get(rank)
     if entries is None:
         return [str(rank), "waiting", *["-"] * 10]
     points = record.points(rank, since_it_joined=True)
-    state = worker_state(entries)
+    state = states[rank]
     seen = now - entries[-1]["time"]
     if state == "training" and len(points) > 1 and seen > max(SILENT_SECONDS, SILENT_INTERVALS * _interval(points)):
         state = "silent"
@@ -146,10 +155,9 @@ def _row(record: Record, rank: int, now: float, exchanged: Sequence[float] | Non
     ]
 
 
-def _sentence(record: Record, state: str) -> str:
+def _sentence(state: str, states: Sequence[str]) -> str:
     if state == "away":
         state = "on another machine, whose processes cannot be seen from here"
-    states = _states(record)
     gone = [f"{_count(states.count(word), 'worker')} {word}" for word in ("dead", "failed") if word in states]
     finished = states.count("finished")
     if finished and state != "finished":

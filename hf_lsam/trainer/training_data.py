@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader
 
-from ..data import agree_on_order, share_unevenly
+from ..data import agree_on_order, from_the_start, share_unevenly
 from ..identity import data_sharding
 from .base import TrainerPart
 
@@ -43,6 +43,7 @@ class TrainingData(TrainerPart):
     """
 
     _batch_sizes: list[int]  # of each worker, during and after training
+    _whole: dict[int, DataLoader[Any]]  # during and after training, loaders of all of the data, by rows per batch
     _is_sharding = False  # whether this worker's shard is being made, by Accelerate
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -88,10 +89,16 @@ class TrainingData(TrainerPart):
         Args:
             rows: rows per batch; None for this worker's own batch size.
         """
-        before = self._train_batch_size, self.args.dataloader_persistent_workers
-        self._train_batch_size = rows or self._train_batch_size
-        self.args.dataloader_persistent_workers = False  # Accelerate keeps the loader, and they would live as long
-        try:
-            return itertools.islice(self._train_dataloader(1, self._data_seed), count)
-        finally:
-            self._train_batch_size, self.args.dataloader_persistent_workers = before
+        rows = rows or self._train_batch_size
+        if rows not in self._whole:  # once a run, because Accelerate keeps every loader that it prepares
+            before = self._train_batch_size, self.args.dataloader_persistent_workers
+            self._train_batch_size = rows
+            self.args.dataloader_persistent_workers = False  # they would live as long as the loader
+            try:
+                self._whole[rows] = self._train_dataloader(1, self._data_seed)
+            finally:
+                self._train_batch_size, self.args.dataloader_persistent_workers = before
+        loader = self._whole[rows]
+        if hasattr(loader, "set_epoch"):  # Accelerate's, which tells a stream how often it has gone through it
+            loader.set_epoch(0)
+        return itertools.islice(from_the_start(loader), count)

@@ -319,6 +319,7 @@ class LSAMTrainerMixin(Checkpoints, LandscapeScan, Publishing, SharedEvaluation,
         """Trainer's method. At its end the model holds the final anchor, or the best one if Trainer loads that."""
         self._refuse_unwritable()
         self._common_checkpoint = self.sealed_step = None
+        self._whole = {}
         identity = self.args.identity
         rows = self.args.train_batch_size
         rows_per_step = rows * self.args.gradient_accumulation_steps

@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from hf_lsam import LSAMArguments, vision
 from hf_lsam.batchnorm import keep_variances_positive, reestimate, running_statistics, tracking_layers
 from hf_lsam.identity import Identity, LaunchStore
 from hf_lsam.loop import NOT_IN_A_LOOP
+from hf_lsam.record import usable_cores
 from recipes.cifar10_resnet20.methods import METHODS, Asynchronous, DataParallel
 from recipes.common.arguments import pick
 from recipes.common.configuration import parse_configuration
@@ -218,7 +218,7 @@ class ImageRun:
         self.values, self.identity = values, identity
         self.device = pick_device(identity, values["use_cpu"])
         if self.device.type == "cpu" and identity.num_workers > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.num_workers))
+            torch.set_num_threads(max(1, usable_cores() // identity.num_workers))
         self.output_dir = Path(values["output_dir"])
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.images = images_of(tuple((each.name, values[each.name]) for each in fields(ImageDataArguments)))
@@ -343,7 +343,7 @@ class ImageRun:
             workers: the figures of all workers.
         """
         if self.device.type == "cpu":
-            torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other workers have finished
+            torch.set_num_threads(usable_cores())  # the other workers have finished
         seconds = max(worker["seconds"] for worker in workers)
         if points:
             of_workers = (worker["bytes_pushed"] + worker["bytes_pulled"] for worker in workers)

@@ -147,11 +147,15 @@ def test_doctor_counts_the_workers_that_really_start():
     assert "they fit" in result.output
 
 
-def test_doctor_sees_the_trap_of_the_cpu_launch_whatever_the_script():
+def test_doctor_sees_the_trap_of_the_cpu_launch_whatever_the_script(monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/dev/shm" and access(path, mode))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     result = hf_lsam("doctor", "--num_processes", 3, "--num_machines", 1, "train.py", "--max_steps", 3)
     assert result.exit_code == 1
     assert "3 processes were asked for, and 1 is started" in result.output
     assert "--multi_gpu --num_processes 3" in result.output
+    assert "/dev/shm" not in result.output  # the one that starts would exchange nothing there
 
 
 def test_doctor_reads_the_configuration_file_and_believes_the_launch(tmp_path):
@@ -169,12 +173,14 @@ def test_doctor_says_what_a_script_would_be_refused_for():
     assert "LSAM cannot be combined with FSDP" in result.output
 
 
-def test_doctor_wants_the_other_machine_to_be_there():
+def test_doctor_wants_the_other_machine_to_be_there_and_counts_the_server_of_this_one():
     options = ["--multi_gpu", "--num_machines", 2, "--machine_rank", 0, "--num_processes", 2]
     address = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     result = hf_lsam("doctor", "--wait", 15, *options, *address)
     assert result.exit_code == 1
     assert "on all 2 machines at the same time" in result.output
+    assert "LSAM keeps 12 bytes" in result.output
+    assert "the exchange of 1 worker takes 9 vectors there" in result.output
 
 
 def test_doctor_sees_a_taken_port_and_too_little_memory():
@@ -189,6 +195,20 @@ def test_doctor_sees_a_taken_port_and_too_little_memory():
     assert "shared_memory_dir" in result.output
 
 
+@pytest.mark.parametrize("options", [("--num_processes", 1), ("--ray",)])
+def test_doctor_says_which_requirements_are_missing_or_too_old_before_it_needs_them(tmp_path, monkeypatch, options):
+    (tmp_path / "hf_lsam-0.1.dist-info").mkdir()
+    wanted = "Requires-Dist: nowhere-to-be-found>=2,<3\nRequires-Dist: accelerate>=99\nRequires-Dist: click>=8\n"
+    (tmp_path / "hf_lsam-0.1.dist-info" / "METADATA").write_text(f"Name: hf-lsam\nVersion: 0.1\n{wanted}")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = hf_lsam("doctor", *options)
+    assert result.exit_code == 1
+    assert "nowhere-to-be-found is not installed, and hf_lsam needs <3,>=2." in result.output
+    assert "-> pip install 'nowhere-to-be-found<3,>=2'" in result.output
+    assert "-> pip install 'accelerate>=99'" in result.output
+    assert "train" not in result.output
+
+
 def test_doctor_passes_on_what_accelerate_refuses():
     result = hf_lsam("doctor", "--no_such_option")
     assert result.exit_code == 1
@@ -199,16 +219,20 @@ def test_doctor_passes_on_what_accelerate_refuses():
 # --- monitor ---
 
 
-def test_monitor_shows_a_run_that_goes_on_and_says_when_it_was_killed(started):
+def test_monitor_shows_a_run_that_goes_on_and_says_when_it_was_killed(started, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in started.rglob("*") if path.suffix == ".json"}
-    result = hf_lsam("monitor", started, "--once")
+    pids = [entries[0]["pid"] for entries in read_record(started).workers.values()]
+    asked, process = [], psutil.Process
+    with monkeypatch.context() as watched:
+        watched.setattr(psutil, "Process", lambda pid: asked.append(pid) or process(pid))
+        result = hf_lsam("monitor", started, "--once")
+    assert sorted(asked) == sorted(pids)  # once each: all that is shown agrees
     assert result.exit_code == 0
     assert "2 workers" in result.output
     assert "training for" in result.output
     assert "to go of 10,000 steps" in result.output
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
-    pids = [entries[0]["pid"] for entries in read_record(started).workers.values()]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "training" not in [worker_state(e) for e in read_record(started).workers.values()])

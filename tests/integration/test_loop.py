@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launch import PATHS, TESTS, accelerate_launch, write_script
+from models import Rows, Stream
 from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.utils.data import DataLoader
@@ -184,7 +185,11 @@ def test_the_anchor_is_shown_with_statistics_of_its_own():
             features = [model.layers[0](x).detach() for x in estimation]
             mean = torch.stack([feature.mean(0) for feature in features]).mean(0)
             torch.testing.assert_close(model.layers[1].running_mean, mean)
-            with lsam.anchor(estimation):
+            with lsam.anchor(DataLoader(Stream(Rows(estimation)), batch_size=None)):
+                torch.testing.assert_close(model.layers[1].running_mean, mean)
+            rows = Stream(Rows(list(torch.cat(estimation))))
+            with lsam.anchor(DataLoader(rows, batch_size=len(estimation[0]))):
+                torch.testing.assert_close(model.layers[1].running_mean, mean)
                 assert torch.equal(lsam.worker.own_parameters[:96].view(16, 6), own[0])
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own, strict=True))
 
@@ -414,7 +419,7 @@ SCRIPT = """
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_two_workers_with_an_accelerator_made_before_or_after(tmp_path, order):
     source = SCRIPT.format(folder=str(TESTS), output=str(tmp_path))
-    run = accelerate_launch(write_script(tmp_path / "loop.py", source), order)
+    run = accelerate_launch(write_script(tmp_path / "loop.py", source), order, fork=True)
     reports = [json.loads(line.split("REPORT")[1]) for line in run.stdout.splitlines() if "REPORT" in line]
     first, second = sorted(reports, key=lambda report: report["rank"])
     assert first["wrapped"] == ("DistributedDataParallel" if order == "before" else "Network")

@@ -39,7 +39,9 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 for module in ("fcntl", "resource", "pwd", "grp"):
     sys.modules[module] = None
-for name in ("getuid", "geteuid", "posix_fallocate", "sched_getaffinity", "O_PATH", "O_DIRECTORY"):
+for name in ("getuid", "geteuid", "posix_fallocate", "sched_getaffinity", "eventfd", "memfd_create"):
+    delattr(os, name)
+for name in ("O_PATH", "O_DIRECTORY", "EFD_NONBLOCK", "EFD_CLOEXEC", "MFD_CLOEXEC"):
     delattr(os, name)
 del socket.AF_UNIX
 sys.platform = "win32"

@@ -25,7 +25,7 @@ from launch import PATHS, SHARED_MEMORY, own_processes, own_shared_memory, wait_
 
 from hf_lsam.checkpoint import load_tensors
 from hf_lsam.cli import main
-from hf_lsam.cli.monitor import run_state
+from hf_lsam.cli.monitor import run_state, worker_states
 from hf_lsam.record import read_record
 from hf_lsam.transport.ownership import dead_launches
 
@@ -218,7 +218,7 @@ def test_two_workers_train_their_steps_and_the_anchor_is_saved(cluster, tmp_path
     assert {rank: entries[-1]["error"] for rank, entries in record.workers.items()} == {0: None, 1: None}
     steps = [record.workers[rank][-1]["step"] for rank in range(2)]
     assert 200 <= sum(steps) < 300  # shared, but for those that were made while a count crossed
-    assert run_state(record) == "finished"
+    assert run_state(record, worker_states(record)) == "finished"
     assert re.search(r"worker [01]: step \d+, loss [\d.]+, anchor \d+", driver.log)
     shown = CliRunner().invoke(main, ["monitor", str(driver.out), "--once"])
     assert shown.exit_code == 0

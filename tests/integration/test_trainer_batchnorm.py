@@ -10,7 +10,7 @@ import random
 import psutil
 import pytest
 import torch
-from models import HIDDEN, Net, Rows, arguments, blobs, net, vector
+from models import HIDDEN, Net, Rows, Stream, arguments, blobs, net, vector
 from reference import LSAM, assert_same_run, batches_of, mean_loss, reference, sgd, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -233,6 +233,27 @@ def test_batchnorm_that_is_never_re_estimated_is_warned_of_once(tmp_path, caplog
     warnings = [record.getMessage() for record in caplog.records if "batchnorm_statistics" in record.getMessage()]
     assert len(warnings) == 1
     assert "Use batchnorm_statistics='reestimate'" in warnings[0]
+
+
+@pytest.mark.parametrize("rows", [blobs(), Stream(blobs())])
+def test_evaluations_re_estimate_from_one_loader_and_the_same_batches(tmp_path, rows):
+    """Accelerate keeps every loader that it prepares."""
+    made, means = [], []
+
+    class Own(LSAMTrainer):
+        def get_train_dataloader(self):
+            made.append(super().get_train_dataloader())
+            return made[-1]
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **keywords):
+            means.append(model.norm.running_mean.clone())
+
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": blobs(8), "batchnorm_batches": 3}
+    train(tmp_path, net(batchnorm=True), rows, kind=Own, max_steps=3, callbacks=[Watch()], **fields)
+    assert len(made) == 2  # the other one is trained from
+    assert len(means) == 3
+    assert all(torch.equal(mean, means[0]) for mean in means)  # nothing is pushed before the last
 
 
 def test_loader_processes_that_persist_do_not_grow_in_number_with_evaluations(tmp_path):

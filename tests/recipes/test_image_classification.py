@@ -99,7 +99,7 @@ def test_data_parallel_sam_against_its_equations(tmp_path, ascent_sync):
     """w <- w - eta mean_i grad f_i(w + eps_i), eps_i = rho g_i / |g_i|; with ascent_sync all use g = mean_i g_i."""
     out = tmp_path / "parameters"
     source = SAM_OF_TWO.format(ascent_sync=ascent_sync, out=str(out))
-    accelerate_launch(write_script(tmp_path / "sam.py", source), PYTHONPATH=PATHS)
+    accelerate_launch(write_script(tmp_path / "sam.py", source), fork=True, PYTHONPATH=PATHS)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     parameters = list(model.parameters())

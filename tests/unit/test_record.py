@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_lsam import LSAM, LSAMConfig, LSAMTrainer, session
 from hf_lsam.card import facts_of_record
-from hf_lsam.cli.monitor import render
+from hf_lsam.cli.monitor import render, worker_states
 from hf_lsam.record import Record, RecordReader, RecordWriter, describe, read_record, worker_file, worker_state
 from hf_lsam.trainer.callbacks import OtherWorkers
 
@@ -276,7 +276,7 @@ def test_between_log_points_the_record_has_entries_of_its_own_by_time(tmp_path, 
         assert "loss" in str(record.workers[0])
         console = Console(width=200, color_system=None)
         with console.capture() as said:
-            console.print(render(record, time.time()))
+            console.print(render(record, worker_states(record), time.time()))
         points = record.points(0)
         assert f"{points[-1]['loss']:.4f}" in said.get()  # also of a run without a log point
         return points
