@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import TypedDict
@@ -46,6 +45,8 @@ def saved_model(run_dir: Path, labels: list[str] | None = None, base: str | None
         labels: a classifier's labels, if its configuration does not hold them, as an adapter's does not.
         base: name of the class of the model that an adapter was trained on, if known.
     """
+    import transformers  # not at the top: what else the card's module offers does not need it
+
     adapter, config = run_dir / "adapter_config.json", run_dir / "config.json"
     options = ", num_labels=len(labels)" if labels else ""
     if adapter.exists():
@@ -83,19 +84,14 @@ def saved_model(run_dir: Path, labels: list[str] | None = None, base: str | None
             'scores = model.eval()(**tokenizer(["A sentence."], return_tensors="pt")).logits',
             "print(labels[scores.argmax().item()])",
         ]
-    head = [*_imports("transformers", of_transformers), *_imports("peft", of_peft)]
+    known = sorted(kind for kind in of_transformers if kind in dir(transformers))
+    head = [f"from transformers import {', '.join(known)}"] if known else []
+    head += [f"from peft import {', '.join(of_peft)}"] if of_peft else []
+    foreign = sorted({*of_transformers} - {*known})
+    head += [f"# {kind} is the class that was trained; import it from where it is defined" for kind in foreign]
     head += ["", 'folder = "."  # where this card lies, or its name on the Hub']
     head += [f"labels = {labels}"] if labels else []
     return {"task": task, "library": library, "loading": "\n".join([*head, *lines])}
-
-
-def _imports(library: str, names: list[str]) -> list[str]:
-    there = dir(importlib.import_module(library))
-    known = sorted(name for name in names if name in there)
-    lines = [f"from {library} import {', '.join(known)}"] if known else []
-    return lines + [
-        f"# {name}: the class that was trained, which {library} does not have" for name in names if name not in there
-    ]
 
 
 def _task(kind: str) -> str | None:

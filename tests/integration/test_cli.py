@@ -427,6 +427,10 @@ def test_a_card_reads_a_tokenizer_where_one_was_saved(tmp_path):
     code = saved_model(tmp_path)["loading"]
     assert "from transformers import AutoTokenizer, GPT2LMHeadModel\n" in code
     assert "tokenizer = AutoTokenizer.from_pretrained(folder)" in code
+    (tmp_path / "config.json").write_text('{"architectures": ["Mine"]}')
+    code = saved_model(tmp_path)["loading"]
+    assert "from transformers import AutoTokenizer\n# Mine is the class that was trained" in code
+    assert "model = Mine.from_pretrained(folder)" in code
 
 
 def test_bytes_of_a_run_that_was_resumed_are_those_of_all_its_parts(tmp_path):
