@@ -102,10 +102,10 @@ def test_workers_and_servers_get_every_setting_by_its_name(tmp_path):
         "exchange_bits": 4,
     }
     args = config(tmp_path, **values)
-    given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, "keeps_anchor_move": False, **values}
-    given["pushes_movement"] = False
+    given = {"algorithm": "lsam", "sync_steps": 9, "moving_rate": 0.0, **values}
+    given |= {"pushes_movement": False, "keeps_anchor_move": False, "weight": 3}
     timeouts = args.timeouts()
-    for settings in (args.worker_settings(9), args.server_settings(9), timeouts, timeouts.service):
+    for settings in (args.worker_settings(9, 3), args.server_settings(9), timeouts, timeouts.service):
         told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         told.pop("service", None)
         assert told == {name: given[name] for name in told}
