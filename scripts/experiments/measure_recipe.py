@@ -1,14 +1,14 @@
 """The methods of a recipe, with the settings of its YAML files, over seeds: JSON, and a table in its README.
 
-    python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--seeds 3] [--key value ...]
+    python scripts/experiments/measure_recipe.py causal_lm [--learning_rates R ...] [--methods NAME ...] [--key ...]
 
 Two workers on this machine: LSAM and data-parallel training, with SAM's gradient and without it; without it, both also
 with NesterovAdamW, and data-parallel training with the second decay rate of LSAM's workers. The keys are those of the
 recipe's script and apply to all methods. With `--learning_rates`, each method tries all of them, judged on a held-out
-part of the training data, and uses its best; otherwise all methods use the recipe's. Finished runs are kept in
-`--runs_dir` and not made again. The JSON, methods.json and trials.json, is written to recipes/RECIPE/results, and the
-tables replace the text between the markers `methods` and `trials` in the recipe's README.md. For data of your own, name
-an `--output_dir`, which need not have a README.md.
+part of the training data, and uses its best; otherwise all methods use the recipe's. With `--methods`, the tables have
+these rows only. Finished runs are kept in `--runs_dir` and not made again. The JSON, methods.json and trials.json, is
+written to recipes/RECIPE/results, and the tables replace the text between the markers `methods` and `trials` in the
+recipe's README.md. For data of your own, name an `--output_dir`, which need not have a README.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.common.progress import add_quiet
 from recipes.common.recipe import load, names
 from recipes.common.results import REPOSITORY, write_json
 from scripts.common.launches import add_runs, finished, in_folders_of_their_own, make_runs
-from scripts.tools.summarize_results import around, summarize, table, write_between
+from scripts.tools.summarize_results import around, method_label, summarize, table, write_between
 
 # The YAML file of the recipe that each method uses, and the changes to it.
 VARIANTS = (
@@ -36,13 +36,14 @@ VARIANTS = (
     ("ddp", {"adam_beta2": 0.99}),  # as for LSAM's workers that leave their momentum to the anchor
     ("ddp", {"nesterov": True}),
 )
+LABELS = {method_label({"method": each[0], "configuration": each[1]}): each for each in VARIANTS}
 TRIAL_SEED = 100  # and those after it
 
 
-def configurations(recipe: str, words: list[str]) -> list[dict[str, Any]]:
-    """The value of every key, for each method."""
+def configurations(recipe: str, labels: list[str], words: list[str]) -> list[dict[str, Any]]:
+    """The value of every key, for each method of `LABELS` that is asked for."""
     keys, several = load(recipe).KEYS, []
-    for method, changes in VARIANTS:
+    for method, changes in (LABELS[label] for label in labels):
         yaml = str(REPOSITORY / f"recipes/{recipe}/{method}.yaml")
         several.append({**parse_configuration(keys, ["--config", yaml, *words]), **changes, "num_workers": 2})
     return several
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="tried with each method before")
     parser.add_argument("--trial_seeds", type=int, default=1, help="runs of each method with each of these rates")
+    parser.add_argument("--methods", nargs="+", choices=LABELS, default=[*LABELS], metavar="NAME", help="default: all")
     parser.add_argument("--runs_dir", type=Path, default=REPOSITORY / "runs/measure_recipe")
     parser.add_argument("--output_dir", type=Path, help="default: the folder of the recipe")
     add_runs(parser)
@@ -104,7 +106,7 @@ def main() -> None:
     for name in ("trials", "methods") if rates else ("methods",):
         if readme.exists():
             around(readme, name)  # so that a missing marker is an error now and not an hour later
-    methods = configurations(recipe, words)
+    methods = configurations(recipe, arguments.methods, words)
     if rates:
         seeds = range(TRIAL_SEED, TRIAL_SEED + arguments.trial_seeds)
         trials = [{"tuning": True, "learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]

@@ -90,10 +90,9 @@ class Gains:
             method_label(row): mean_and_spread([run[f"eval_{row['metric']}"] for run in row["runs"]], digits, scale)
             for row in measured(folder)
         }
-        lsam = {PLAIN: of["lsam without SAM"], SAM: of["lsam"]}
-        lsam["with NesterovAdamW"] = of["lsam without SAM, NesterovAdamW"]
-        plain = {PLAIN: of["ddp"], SAM: of["ddp_sam"], "with NesterovAdamW": of["ddp, NesterovAdamW"]}
-        return what, lsam, plain
+        lsam = {PLAIN: "lsam without SAM", SAM: "lsam", "with NesterovAdamW": "lsam without SAM, NesterovAdamW"}
+        plain = {PLAIN: "ddp", SAM: "ddp_sam", "with NesterovAdamW": "ddp, NesterovAdamW"}
+        return what, *({how: of[label] for how, label in labels.items() if label in of} for labels in (lsam, plain))
 
     def straggler(self) -> tuple[str, ...]:
         slowed = {(row["method"], row["worker_1"]): row for row in self._benchmarks["async"]["results"]}
@@ -118,7 +117,7 @@ class Gains:
             self.bytes_exchanged(),
             *((f"time until level, {what}", *times) for what, *times in self.clocked()),
             *(
-                (what, *(in_one_cell({how: of[how] for how in (PLAIN, SAM)}) for of in both))
+                (what, *(in_one_cell({how: of[how] for how in (PLAIN, SAM) if how in of}) for of in both))
                 for what, *both in compared
             ),
             *self.steps(),
@@ -213,8 +212,10 @@ class Gains:
 
 
 def measured(folder: str) -> Runs:
-    """A recipe's methods, from measure_recipe.py."""
-    return load_results(REPOSITORY / f"recipes/{folder}/results/methods.json")
+    """A recipe's methods, from measure_recipe.py: with the rates that trials chose, if they were made afterwards."""
+    results = REPOSITORY / f"recipes/{folder}/results"
+    tuned = results / "tuned_methods.json"
+    return load_results(tuned if tuned.exists() else results / "methods.json")
 
 
 def simulated(folder: str, name: str) -> Runs:
