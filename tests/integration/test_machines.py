@@ -933,9 +933,9 @@ def test_a_link_that_is_slow_and_then_cut_comes_back_and_all_machines_end_at_one
 @needs_networks
 @pytest.mark.skipif(shutil.which("tc") is None, reason="needs tc, of iproute2")
 def test_workers_behind_a_slow_link_say_what_to_set_sync_steps_to(tmp_path):
-    fields = {"max_steps": 200, "pause": 0.02, "sync_steps": 2, "logging_steps": 10, "optim": "adamw_torch"}
+    fields = {"max_steps": 500, "pause": 0.02, "sync_steps": 2, "logging_steps": 10, "optim": "adamw_torch"}
     with machines(2) as network, launches(tmp_path, 2, 1, network, **fields) as run:
-        rate = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "8kbit", "burst", "2kb"]
+        rate = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "16kbit", "burst", "2kb"]
         subprocess.run([*network[1].prefix, *rate, "latency", "2s"], check=True, capture_output=True)
         for process in run.processes:
             assert process.wait() == 0, run.story()
